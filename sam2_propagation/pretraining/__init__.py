@@ -1,0 +1,1 @@
+"""Synthetic anatomy and the recipe that made the built-in checkpoint."""
