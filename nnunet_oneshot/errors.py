@@ -1,7 +1,12 @@
-"""The one error that a user's mistake raises."""
+"""The errors that a user's mistake raises; the commands turn them into one sentence and exit code 2."""
 
 from __future__ import annotations
 
+from sam2_propagation.errors import PropagationError
+
 
 class OneShotError(ValueError):
-    """Bad input: one sentence that says what was expected, what was found and what to do. The commands exit with 2."""
+    """Bad input or usage. Its text is one sentence: what was expected, what was found, what to do."""
+
+
+USER_ERRORS = (OneShotError, PropagationError)

@@ -1,0 +1,350 @@
+"""Read an nnU-Net raw dataset in which only some images are annotated.
+
+The one way in: every stage gets a `RawDataset`, an immutable description, and reads images and labels through it.
+Files are read by nnU-Net's own reader/writers, so every format that nnU-Net reads is read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+from nnunet_oneshot.errors import OneShotError
+from sam2_propagation.interface import IDENTITY_DIRECTION, Image, LabelVolume, Support
+
+IMAGE_FOLDERS = ("imagesTr", "imagesUn")
+IGNORE = "ignore"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training case: its channel files and, when annotated, its label file."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """An nnU-Net raw dataset, as it lies on disk.
+
+    Attributes:
+        folder: the dataset's folder, `nnUNet_raw/DatasetXXX_Name`.
+        json: content of dataset.json (read-only).
+        cases: all cases of imagesTr and imagesUn, sorted by name.
+        reader: nnU-Net's reader/writer class for the dataset's files.
+    """
+
+    folder: Path
+    json: Mapping[str, Any] = field(repr=False)
+    cases: tuple[Case, ...] = field(repr=False)
+    reader: type[BaseReaderWriter]
+
+    @property
+    def name(self) -> str:
+        """Folder name, for example `Dataset501_hippocampus`."""
+        return self.folder.name
+
+    @property
+    def id(self) -> int:
+        """Dataset id, for example 501."""
+        return int(self.name[7:].split("_")[0])
+
+    @property
+    def file_ending(self) -> str:
+        """File ending with its dot, for example `.nii.gz`."""
+        return self.json["file_ending"]
+
+    @property
+    def ignore(self) -> int | None:
+        """Value of the ignore label, or None where the dataset declares none."""
+        return self.json["labels"].get(IGNORE)
+
+    @property
+    def label_values(self) -> tuple[int, ...]:
+        """All label values including background, without the ignore label."""
+        return _label_values(self.json["labels"])
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Name of each foreground label value; of a region dataset, the name of the smallest region holding it."""
+        regions = sorted(self.json["labels"].items(), key=lambda item: -len(_as_list(item[1])))
+        return {v: name for name, values in regions if name != IGNORE for v in _as_list(values) if v != 0}
+
+    @property
+    def annotated(self) -> tuple[Case, ...]:
+        """Cases with a label drawn by a person."""
+        return tuple(c for c in self.cases if c.label is not None)
+
+    @property
+    def unannotated(self) -> tuple[Case, ...]:
+        """Cases without a label."""
+        return tuple(c for c in self.cases if c.label is None)
+
+    def case(self, name: str) -> Case:
+        """The case of that name; KeyError if there is none."""
+        return {c.name: c for c in self.cases}[name]
+
+    def read_image(self, case: Case) -> Image:
+        """Read all channels of a case, float32 (C, Z, Y, X).
+
+        Raises:
+            OneShotError: the file cannot be read, or it holds NaN or infinite intensities.
+        """
+        data, properties = self._read(case.images)
+        if not np.isfinite(data).all():
+            bad = int((~np.isfinite(data)).sum())
+            raise OneShotError(
+                f"{case.images[0]}: expected finite intensities, found {bad} NaN or infinite voxels; replace them"
+            )
+        return _image(case.name, data, properties)
+
+    def read_label(self, path: Path) -> LabelVolume:
+        """Read a label file as int16 (Z, Y, X).
+
+        Raises:
+            OneShotError: the file cannot be read or holds several channels.
+        """
+        data, _ = self._read((path,))
+        if data.shape[0] != 1:
+            raise OneShotError(f"{path}: expected a label with one channel, found {data.shape[0]}; save it as grey")
+        return data[0].astype(np.int16)
+
+    def support(self, case: Case) -> Support:
+        """The annotated case as a propagator wants it."""
+        if case.label is None:
+            raise KeyError(f"{case.name} is not annotated")
+        label = self.read_label(case.label)
+        sparse = self.ignore is not None and bool((label == self.ignore).any())
+        return Support(self.read_image(case), label, self.ignore if sparse else None)
+
+    def write_label(self, label: LabelVolume, path: Path, like: Case) -> None:
+        """Write a label with the geometry of a case's image, in the dataset's format (not atomic: see store.py)."""
+        _, properties = self._read(like.images)
+        # Some of nnU-Net's writers expect integers that SimpleITK and scikit-image map to one byte or two.
+        self.reader().write_seg(np.ascontiguousarray(label), str(path), properties)
+
+    def geometry(self, path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+        """Shape (Z, Y, X), spacing, origin and direction of an image or label file."""
+        data, properties = self._read((path,))
+        image = _image(path.name, data, properties)
+        return image.shape, image.spacing, image.origin, image.direction
+
+    def _read(self, paths: Iterable[Path]) -> tuple[np.ndarray, dict[str, Any]]:
+        names = [str(p) for p in paths]
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):  # the readers print what they then raise without a message
+                return self.reader().read_images(names)
+        except (RuntimeError, OSError, ValueError, SyntaxError, EOFError, AssertionError) as error:
+            detail = (str(error) or said.getvalue()).strip().splitlines() or ["no reason given"]
+            raise OneShotError(
+                f"{names[0]}: expected a whole {self.file_ending} file that nnU-Net's {self.reader.__name__} reads, "
+                f"found one that it cannot ({detail[-1].strip()}); export the file again"
+            ) from error
+
+
+def open_dataset(dataset: int | str) -> RawDataset:
+    """Describe a raw dataset by id or name, after checking what can be checked without reading images.
+
+    Raises:
+        OneShotError: nnUNet_raw unset, unknown or duplicate id, a broken dataset.json, missing channel files, or a
+            label of an unknown case.
+    """
+    folder = find_raw_folder(dataset)
+    content = _read_json(folder)
+    _check_labels(folder, content["labels"], content.get("regions_class_order"))
+    cases = _listed_cases(folder, content) if "dataset" in content else _found_cases(folder, content)
+    if not cases:
+        raise OneShotError(f"{folder}: expected images in imagesTr, found none; put CASE_0000 files there")
+    reader = determine_reader_writer_from_dataset_json(content, verbose=False)
+    return RawDataset(folder, content, cases, reader)
+
+
+def raw_root() -> Path:
+    """The folder `nnUNet_raw`; OneShotError where the environment variable is unset or no folder."""
+    value = os.environ.get("nnUNet_raw")
+    if not value:
+        raise OneShotError(
+            "expected the environment variable nnUNet_raw to name your raw datasets' folder, found it unset; "
+            "set nnUNet_raw, nnUNet_preprocessed and nnUNet_results as nnU-Net's documentation says"
+        )
+    if not Path(value).is_dir():
+        raise OneShotError(f"expected nnUNet_raw to name a folder, found {value}; create it or correct the variable")
+    return Path(value)
+
+
+def dataset_id(dataset: int | str) -> int:
+    """The id in `501`, `"501"` or `"Dataset501_name"`; OneShotError for anything else."""
+    match = re.fullmatch(r"(?:Dataset)?(\d{1,3})(?:_.+)?", str(dataset))
+    if not match:
+        raise OneShotError(f"expected a dataset id such as 501 or a name such as Dataset501_liver, found {dataset!r}")
+    return int(match.group(1))
+
+
+def find_raw_folder(dataset: int | str) -> Path:
+    """The one folder of nnUNet_raw with that id; OneShotError where there is none or more than one."""
+    root, number = raw_root(), dataset_id(dataset)
+    found = sorted(root.glob(f"Dataset{number:03d}_*"))
+    if not found:
+        known = ", ".join(sorted(p.name for p in root.glob("Dataset*"))) or "no dataset at all"
+        raise OneShotError(f"expected a dataset with id {number:03d} in {root}, found {known}; check -d")
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise OneShotError(f"expected one dataset with id {number:03d}, found {names}; rename all but one")
+    return found[0]
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset.json"
+    if not path.is_file():
+        raise OneShotError(f"expected {path}, found no such file; write it as nnU-Net's dataset format says")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise OneShotError(f"{path}: expected JSON, found {error}; correct the file") from error
+    missing = [key for key in ("channel_names", "labels", "file_ending") if key not in content]
+    if missing:
+        raise OneShotError(
+            f"{path}: expected the keys channel_names, labels and file_ending, found no "
+            f"{', '.join(missing)}; add what is missing"
+        )
+    return content
+
+
+def _as_list(value: int | list[int]) -> list[int]:
+    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+
+
+def _label_values(labels: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(sorted({v for name, values in labels.items() if name != IGNORE for v in _as_list(values)}))
+
+
+def _check_labels(folder: Path, labels: Mapping[str, Any], region_order: list[int] | None) -> None:
+    path, values = folder / "dataset.json", _label_values(labels)
+    if labels.get("background") != 0:
+        raise OneShotError(
+            f"{path}: expected the label background to be 0, found {labels.get('background')}; correct it"
+        )
+    if values != tuple(range(len(values))) or len(values) < 2:
+        raise OneShotError(
+            f"{path}: expected consecutive label values 0, 1, 2, ..., found {list(values)}; renumber them"
+        )
+    if labels.get(IGNORE, len(values)) != len(values):
+        raise OneShotError(
+            f"{path}: expected the ignore label to be the highest value, {len(values)}, found "
+            f"{labels[IGNORE]}; renumber it"
+        )
+    if any(isinstance(v, list) and len(v) > 1 for v in labels.values()) and not region_order:
+        raise OneShotError(f"{path}: expected regions_class_order because labels are regions, found none; add it")
+
+
+def _listed_cases(folder: Path, content: Mapping[str, Any]) -> tuple[Case, ...]:
+    """Cases of nnU-Net's "dataset" key: an entry without a label (or whose label file is absent) is un-annotated."""
+
+    def absolute(path: str) -> Path:
+        return Path(os.path.normpath(folder / os.path.expandvars(path)))
+
+    cases = []
+    for name, entry in sorted(content["dataset"].items()):
+        label = absolute(entry["label"]) if entry.get("label") else None
+        images = tuple(absolute(p) for p in entry["images"])
+        missing = [str(p) for p in images if not p.is_file()]
+        if missing:
+            raise OneShotError(f"case {name}: expected the file {missing[0]} that dataset.json names, found none")
+        cases.append(Case(name, images, label if label is not None and label.is_file() else None))
+    return tuple(cases)
+
+
+def _found_cases(folder: Path, content: Mapping[str, Any]) -> tuple[Case, ...]:
+    ending = content["file_ending"]
+    images: dict[str, dict[int, Path]] = {}
+    for sub in IMAGE_FOLDERS:
+        for name, files in _channel_files(folder / sub, ending).items():
+            if name in images:
+                raise OneShotError(f"case {name}: expected it once, found it in imagesTr and imagesUn; remove one")
+            images[name] = files
+    if not _one_file_holds_all(images, content):
+        _check_channels(images, content)
+    labels = _label_files(folder, ending, images)
+    return tuple(Case(n, tuple(images[n][i] for i in sorted(images[n])), labels.get(n)) for n in sorted(images))
+
+
+def _check_channels(images: Mapping[str, Mapping[int, Path]], content: Mapping[str, Any]) -> None:
+    channels = len(content["channel_names"])
+    for name, files in images.items():
+        if missing := sorted(set(range(channels)) - set(files)):
+            raise OneShotError(
+                f"case {name}: expected {channels} channel files, found no "
+                f"{name}_{missing[0]:04d}{content['file_ending']}; add the missing channel"
+            )
+
+
+def _one_file_holds_all(images: Mapping[str, Mapping[int, Path]], content: Mapping[str, Any]) -> bool:
+    """True for RGB and 4D files: every case is one file, and the first one holds all channels."""
+    if len(content["channel_names"]) == 1 or not images or any(set(files) != {0} for files in images.values()):
+        return False
+    reader = determine_reader_writer_from_dataset_json(dict(content), verbose=False)
+    first = next(iter(images.values()))[0]
+    return reader().read_images([str(first)])[0].shape[0] == len(content["channel_names"])
+
+
+def _channel_files(folder: Path, ending: str) -> dict[str, dict[int, Path]]:
+    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending))
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := pattern.fullmatch(path.name):
+            found.setdefault(match.group(1), {})[int(match.group(2))] = path
+    return found
+
+
+def _label_files(folder: Path, ending: str, known: Mapping[str, object]) -> dict[str, Path]:
+    labels = {p.name[: -len(ending)]: p for p in sorted((folder / "labelsTr").glob(f"*{ending}"))}
+    for name, path in labels.items():
+        if name not in known:
+            raise OneShotError(
+                f"{path}: expected an image {name}_0000{ending} in imagesTr for this label, found none; "
+                "add the image or remove the label"
+            )
+    return labels
+
+
+def _image(name: str, data: np.ndarray, properties: Mapping[str, Any]) -> Image:
+    spacing = tuple(abs(float(s)) for s in properties["spacing"])
+    if data.shape[1] == 1 and spacing[0] > 100 * max(spacing[1:]):
+        # nnU-Net marks 2D by an enormous z spacing; a propagator wants a plain number.
+        spacing = (1.0, *spacing[1:])
+    origin, direction = _position(properties)
+    return Image(name, np.ascontiguousarray(data, dtype=np.float32), spacing, origin, direction)  # type: ignore[arg-type]
+
+
+def _position(properties: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if "sitk_stuff" in properties:
+        return _three_dimensional(properties["sitk_stuff"])
+    if "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        affine = np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
+        to_lps = np.diag([-1.0, -1.0, 1.0])
+        axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        return tuple((to_lps @ affine[:3, 3]).tolist()), tuple((to_lps @ axes).ravel().tolist())
+    return (0.0, 0.0, 0.0), IDENTITY_DIRECTION
+
+
+def _three_dimensional(stuff: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """SimpleITK's origin and direction of the spatial axes; 2D gets a third, 4D loses its fourth."""
+    n = len(stuff["origin"])
+    direction = np.eye(max(n, 3))
+    direction[:n, :n] = np.asarray(stuff["direction"]).reshape(n, n)
+    return (*stuff["origin"][:3], *[0.0] * max(0, 3 - n)), tuple(direction[:3, :3].ravel().tolist())

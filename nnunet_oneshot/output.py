@@ -1,0 +1,92 @@
+"""Make, resume or replace the output dataset's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.dataset import RawDataset, dataset_id, raw_root
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.store import Store
+from nnunet_oneshot.training_data import preprocessed_folder
+
+NNUNET_ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def create_output(dataset: RawDataset, output: int | str, settings: Mapping[str, Any], overwrite: bool) -> Store:
+    """The output dataset's store: a new one, an interrupted one to go on with, or one emptied for `overwrite`.
+
+    Raises:
+        OneShotError: output id equal to the input's or taken, a run of other settings begun there, no permission.
+    """
+    store = _store(dataset, output)
+    preprocessed_folder(store)
+    if store.folder.exists():
+        _enter(store, settings, overwrite)
+    _make(store, settings)
+    store.remove_leftovers()
+    return store
+
+
+def _store(dataset: RawDataset, output: int | str) -> Store:
+    number = dataset_id(output)
+    name = f"Dataset{number:03d}_{dataset.name.split('_', 1)[1]}_oneshot"
+    if number == dataset.id:
+        raise OneShotError(f"expected an output id other than the input's, found {number} for both; choose another -o")
+    for variable in NNUNET_ROOTS:
+        root = os.environ.get(variable)
+        for taken in sorted(Path(root).glob(f"Dataset{number:03d}_*")) if root else ():
+            if taken.name != name:
+                raise OneShotError(f"expected the output id {number:03d} to be free, found {taken}; choose another -o")
+    return Store(raw_root() / name, dataset.file_ending)
+
+
+def _enter(store: Store, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Decide what to do with a folder that is there: refuse, resume or empty it."""
+    begun = _begun(store)
+    if begun is None and any(store.folder.iterdir()):
+        raise OneShotError(
+            f"expected {store.folder} to be free, found a dataset that nnunet-oneshot did not make; choose another -o"
+        )
+    if overwrite:
+        _remove(store)
+    elif store.manifest_path.is_file():
+        raise OneShotError(
+            f"expected {store.folder.name} not to exist, found it complete; add --overwrite to replace "
+            "it or choose another -o"
+        )
+    elif begun is not None and begun != settings:
+        raise OneShotError(
+            f"{store.folder.name}: expected the settings of the run that was begun there, "
+            f"{json.dumps(begun)}, found {json.dumps(dict(settings))}; repeat them or add --overwrite"
+        )
+
+
+def _begun(store: Store) -> dict[str, Any] | None:
+    path = store.state_folder / "settings.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _remove(store: Store) -> None:
+    # The marker goes last, so that an interrupted removal can be taken up again.
+    for path in sorted(store.folder.iterdir(), key=lambda p: p == store.state_folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # What nnU-Net derived from the old labels must not be trained on.
+    shutil.rmtree(preprocessed_folder(store), ignore_errors=True)
+
+
+def _make(store: Store, settings: Mapping[str, Any]) -> None:
+    try:
+        store.state_folder.mkdir(parents=True, exist_ok=True)
+        if _begun(store) is None:
+            store.write_json(settings, store.state_folder / "settings.json")
+        preprocessed_folder(store).mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise OneShotError(
+            f"expected permission to write {error.filename}, found none; choose another folder or "
+            "change its permissions"
+        ) from error

@@ -1,0 +1,188 @@
+"""Round 0: carry the labels of the annotated cases to every other image and fuse what the views say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunet_oneshot.checks import check_for_propagation, check_image
+from nnunet_oneshot.consensus import build
+from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.output import create_output
+from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.propagators import PropagatorOptions, choose_views, make_propagator
+from nnunet_oneshot.store import Manifest, Source, Store, ViewRecord, WorkerRecord
+from sam2_propagation.interface import Image, Propagation, Propagator, Support
+
+
+@dataclass(frozen=True)
+class Job:
+    """One propagator at work on one dataset; workers get it once."""
+
+    dataset: RawDataset
+    store: Store
+    propagator: Propagator
+    views: tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What `propagate` did.
+
+    Attributes:
+        store: the output dataset.
+        manifest: the manifest, or None while other shards are still at work.
+        warnings: what a user should know.
+        seconds: wall-clock of labelling, checks and fusion included.
+    """
+
+    store: Store
+    manifest: Manifest | None
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def propagate(
+    dataset: int | str,
+    output: int,
+    *,
+    propagators: Sequence[str] = ("registration",),
+    views: Sequence[str] | None = None,
+    options: PropagatorOptions | None = None,
+    num_processes: int | None = None,
+    num_parts: int = 1,
+    part_id: int = 0,
+    overwrite: bool = False,
+) -> Outcome:
+    """Make dataset BBB: a pseudo label for every un-annotated image, divergence as ignore.
+
+    Resumes an interrupted run of the same settings from whole cases.
+
+    Args:
+        dataset: id or name of the raw dataset with at least one annotated case.
+        output: id of the dataset to write, `DatasetBBB_<name>_oneshot`.
+        propagators: their names; all their views are fused.
+        views: names of views to use; each propagator's default ones when None.
+        options: how propagators are set up.
+        num_processes: cases labelled at once; the processor count when None.
+        num_parts: shards the cases are dealt out to; the last one to finish fuses.
+        part_id: this shard, from 0.
+        overwrite: replace an output dataset that exists.
+
+    Raises:
+        OneShotError: bad input, one sentence (see the contract's list).
+    """
+    begin = time.monotonic()
+    if not 0 <= part_id < num_parts:
+        raise OneShotError(f"expected -part_id from 0 to {num_parts - 1}, found {part_id}; count parts from 0")
+    made = {name: make_propagator(name, options or PropagatorOptions()) for name in dict.fromkeys(propagators)}
+    chosen = choose_views(made, views)
+    raw = open_dataset(dataset)
+    warnings = check_for_propagation(raw)
+    processes = num_processes or default_processes()
+    check_images(raw, processes)
+    settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}}
+    store = create_output(raw, output, settings, overwrite)
+    with store.lock(f"propagate-{part_id}-of-{num_parts}"):
+        for name, propagator in made.items():
+            carry(Job(raw, store, propagator, chosen[name]), _queries(raw)[part_id::num_parts], processes)
+        outcome = Outcome(store, None, warnings)
+        if _all_done(raw, store, tuple(made)):
+            with store.lock("consensus"):
+                outcome.manifest = build(raw, store, {name: Source() for name in made}, settings, processes)
+    outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def check_images(dataset: RawDataset, processes: int) -> None:
+    """Read every image once before anything is written; OneShotError for the first that cannot be used."""
+    pairs = [(dataset, case) for case in dataset.cases]
+    for _ in over_cases(_check_image, pairs, processes=processes if len(pairs) > 20 else 1, title="check images"):
+        pass
+
+
+def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
+    """Run one propagator over the cases that are not done yet and write views and worker records."""
+    name = job.propagator.name
+    todo = [case for case in cases if job.store.read_worker(name, case.name) is None]
+    if not todo:
+        return
+    if job.propagator.whole_set:
+        _carry_whole_set(job, todo)
+        return
+    title = f"propagate by {name}"
+    for _ in over_cases(_carry_case, todo, processes=processes, title=title, setup=_set_up, setup_arguments=(job,)):
+        pass
+
+
+_AT_WORK: dict[str, Any] = {}
+"""This process's job and its supports: read once, used for every case."""
+
+
+def _set_up(job: Job) -> None:
+    _AT_WORK.update(job=job, supports=[job.dataset.support(case) for case in job.dataset.annotated])
+
+
+def _carry_case(case: Case) -> None:
+    job: Job = _AT_WORK["job"]
+    supports: list[Support] = _AT_WORK["supports"]
+    begin = time.monotonic()
+    results = list(job.propagator.propagate(supports, [job.dataset.read_image(case)], job.views))
+    _write(job, case, results, time.monotonic() - begin)
+
+
+def _carry_whole_set(job: Job, cases: Sequence[Case]) -> None:
+    supports = [job.dataset.support(case) for case in job.dataset.annotated]
+    by_name, begin = {case.name: case for case in cases}, time.monotonic()
+    results = job.propagator.propagate(supports, _images(job.dataset, cases), job.views)
+    bar = tqdm(total=len(cases), desc=f"propagate by {job.propagator.name}", unit="case")
+    with bar:
+        for name, group in groupby(results, key=lambda result: result.case):
+            _write(job, by_name[name], list(group), time.monotonic() - begin)
+            begin = time.monotonic()
+            bar.update()
+
+
+def _images(dataset: RawDataset, cases: Sequence[Case]) -> Iterator[Image]:
+    return (dataset.read_image(case) for case in cases)
+
+
+def _write(job: Job, case: Case, results: Sequence[Propagation], seconds: float) -> None:
+    name, views = job.propagator.name, {}
+    for result in results:
+        if result.label is not None:
+            job.store.write_label(job.dataset, result.label, job.store.view_path(name, result.view, case.name), case)
+        views[result.view] = ViewRecord(
+            label=result.label is not None, reason=result.reason, scores=_rounded(result.scores)
+        )
+    # The record comes last: a case without one is done again.
+    job.store.write_worker(WorkerRecord(case=case.name, source=name, views=views, seconds=round(seconds, 3)))
+
+
+def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
+    return {key: round(float(value), 6) for key, value in scores.items()}
+
+
+def _queries(dataset: RawDataset) -> list[Case]:
+    """Un-annotated cases, and annotated ones whose label is sparse."""
+    sparse = [c for c in dataset.annotated if dataset.ignore is not None and _is_sparse(dataset, c)]
+    return sorted([*dataset.unannotated, *sparse], key=lambda case: case.name)
+
+
+def _is_sparse(dataset: RawDataset, case: Case) -> bool:
+    assert case.label is not None
+    return bool((dataset.read_label(case.label) == dataset.ignore).any())
+
+
+def _all_done(dataset: RawDataset, store: Store, sources: Sequence[str]) -> bool:
+    return all(store.worker_path(source, case.name).is_file() for source in sources for case in _queries(dataset))
+
+
+def _check_image(pair: tuple[RawDataset, Case]) -> None:
+    check_image(*pair)

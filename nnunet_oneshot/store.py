@@ -1,0 +1,229 @@
+"""The pseudo-label dataset on disk: its folders, the manifest `oneshot.json`, atomic writes and locks.
+
+The one way out: every stage writes labels and case records through `Store`. Workers and shards write one small file a
+case; the manifest is merged from them. A file appears under its name only when it is whole: it is written below
+`.oneshot/tmp` first and moved, and whatever a killed run left there is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nnunet_oneshot.dataset import Case, RawDataset
+from nnunet_oneshot.errors import OneShotError
+from sam2_propagation.interface import LabelVolume
+
+SCHEMA = 1
+MANIFEST = "oneshot.json"
+
+Status = Literal["annotated", "sparse", "pseudo", "failed", "gated", "accepted", "rejected", "corrected"]
+
+
+class _Record(BaseModel):
+    # A field that a later release of the same schema adds must survive being read and written here.
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class Source(_Record):
+    """Where labels came from: one propagator, or one folder of labels made elsewhere."""
+
+    settings: dict[str, Any] = Field(default_factory=dict, description="how the propagator was set up")
+    checkpoint: str | None = Field(None, description="name of the weights, where the propagator has any")
+    sha256: str | None = Field(None, description="hash of the weights' file")
+
+
+class CaseRecord(_Record):
+    """What is known of one case's label."""
+
+    status: Status
+    round: int = Field(0, description="the round that made the label in force; 0 is propagation")
+    views: list[str] = Field(default_factory=list, description="source/view of every label that was fused")
+    divergence: float | None = Field(None, description="share of voxels without consensus, in [0, 1]")
+    quality: dict[str, float] | None = Field(None, description="estimated Dice: mean and per label value")
+    reason: str | None = Field(None, description="why the case failed, or what a reader should know of it")
+    review: dict[str, Any] | None = Field(None, description="a person's decision, with its time")
+
+
+class Manifest(_Record):
+    """Content of `oneshot.json`."""
+
+    schema_: Literal[1] = Field(1, alias="schema", description="version of this layout")
+    source_dataset: str = Field(description="name of the raw dataset that holds the images")
+    round: int = Field(0, description="the round in force")
+    versions: dict[str, str] = Field(default_factory=dict, description="versions of the packages that made it")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of the run that made round 0")
+    sources: dict[str, Source] = Field(default_factory=dict, description="every source of labels, by name")
+    cases: dict[str, CaseRecord] = Field(default_factory=dict, description="every case, by name")
+
+
+class ViewRecord(_Record):
+    """What one view said of one case; written by workers, merged into the manifest by consensus."""
+
+    label: bool = Field(description="True where the view gave a label")
+    reason: str | None = Field(None, description="why there is no label")
+    scores: dict[str, float] = Field(default_factory=dict, description="label-free figures of the propagation")
+
+
+class WorkerRecord(_Record):
+    """One case's result of one source, `.oneshot/cases/<source>/<case>.json`."""
+
+    case: str
+    source: str
+    views: dict[str, ViewRecord]
+    seconds: float = Field(description="wall-clock of all views")
+
+
+class Store:
+    """Dataset BBB. Paths and reading need no lock; writing a stage's results needs `lock(stage)`."""
+
+    def __init__(self, folder: Path, file_ending: str) -> None:
+        self.folder = folder
+        self.file_ending = file_ending
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.folder / MANIFEST
+
+    @property
+    def state_folder(self) -> Path:
+        """Working state that is no part of the contract but for `.oneshot/cases`."""
+        return self.folder / ".oneshot"
+
+    def label_path(self, case: str) -> Path:
+        """The label that nnU-Net trains on: divergence is the ignore label."""
+        return self.folder / "labelsTr" / f"{case}{self.file_ending}"
+
+    def fused_path(self, case: str) -> Path:
+        """The best guess everywhere of the round in force, without ignore."""
+        return self.folder / "pseudoTr" / "fused" / f"{case}{self.file_ending}"
+
+    def round_path(self, number: int, case: str) -> Path:
+        """The best guess everywhere of one round."""
+        return self.folder / "pseudoTr" / "rounds" / f"{number:02d}" / f"{case}{self.file_ending}"
+
+    def view_path(self, source: str, view: str, case: str) -> Path:
+        """One view's label."""
+        return self.folder / "pseudoTr" / source / view / f"{case}{self.file_ending}"
+
+    def worker_path(self, source: str, case: str) -> Path:
+        """One case's result of one source."""
+        return self.state_folder / "cases" / source / f"{case}.json"
+
+    def write_label(self, dataset: RawDataset, label: LabelVolume, path: Path, like: Case) -> None:
+        """Write a label atomically with the geometry of a case's image."""
+        with self.temporary_folder() as folder:
+            dataset.write_label(label, folder / path.name, like)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A writer may add a side file (the spacing of a .tif); the label itself comes last: a sign of wholeness.
+            for written in sorted(folder.iterdir(), key=lambda p: p.name == path.name):
+                os.replace(written, path.parent / written.name)
+
+    def copy_file(self, source: Path, target: Path) -> None:
+        """Copy a file atomically."""
+        with self.temporary_folder() as folder:
+            shutil.copyfile(source, folder / target.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / target.name, target)
+
+    def write_json(self, content: Mapping[str, Any] | Sequence[Any], path: Path) -> None:
+        """Write JSON atomically, below the dataset's folder or on the same file system."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.temporary_folder() as folder:
+            (folder / path.name).write_text(json.dumps(content, indent=2) + "\n")
+            shutil.move(folder / path.name, path.parent / f".{path.name}.new")
+            os.replace(path.parent / f".{path.name}.new", path)
+
+    def write_worker(self, record: WorkerRecord) -> None:
+        """Write one case's result of one source."""
+        self.write_json(record.model_dump(), self.worker_path(record.source, record.case))
+
+    def read_worker(self, source: str, case: str) -> WorkerRecord | None:
+        """One case's result of one source, or None where it is not done."""
+        path = self.worker_path(source, case)
+        return WorkerRecord.model_validate_json(path.read_text()) if path.is_file() else None
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write `oneshot.json` atomically."""
+        self.write_json(manifest.model_dump(by_alias=True), self.manifest_path)
+
+    def read_manifest(self) -> Manifest:
+        """Read `oneshot.json`; OneShotError where it is absent, broken or of a newer version."""
+        return read_manifest(self.manifest_path)
+
+    @contextmanager
+    def lock(self, stage: str) -> Iterator[None]:
+        """Hold a stage's lock; OneShotError where another process holds it.
+
+        `stage` names what must not run twice, for example `refine` or `propagate-0-of-4`.
+        """
+        folder = self.state_folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, holder = FileLock(folder / f"{stage}.lock", timeout=0), folder / f"{stage}.holder"
+        try:
+            lock.acquire()
+        except Timeout:
+            who = holder.read_text().strip() if holder.is_file() else "another process"
+            raise OneShotError(
+                f"{self.folder.name}: expected {stage} to run once at a time, found it running as {who}; "
+                "wait for it or stop it"
+            ) from None
+        try:
+            holder.write_text(f"process {os.getpid()}\n")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    @contextmanager
+    def temporary_folder(self) -> Iterator[Path]:
+        """A folder on the dataset's file system that is gone afterwards; its name tells whose it is."""
+        root = self.state_folder / "tmp"
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=f"{os.getpid()}-") as folder:
+            yield Path(folder)
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of processes that are gone."""
+        for folder in (self.state_folder / "tmp").glob("*"):
+            if not _alive(int(folder.name.split("-")[0])):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest; OneShotError where it is absent, broken or of a newer version."""
+    if not path.is_file():
+        raise OneShotError(f"expected {path}, found no such file; run nnUNetv2_oneshot_propagate to make the dataset")
+    try:
+        content = json.loads(path.read_text())
+        version = content.get("schema")
+        if isinstance(version, int) and version > SCHEMA:
+            raise OneShotError(
+                f"{path}: expected a manifest of schema {SCHEMA} or older, found schema {version}; "
+                "install a newer nnunet-oneshot"
+            )
+        return Manifest.model_validate(content)
+    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+        detail = str(error).splitlines()[0]
+        raise OneShotError(
+            f"{path}: expected a manifest, found one that cannot be read ({detail}); restore it"
+        ) from error
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

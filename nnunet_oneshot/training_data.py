@@ -1,0 +1,91 @@
+"""What nnU-Net reads of dataset BBB: dataset.json with the "oneshot" block, and splits_final.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.dataset import IGNORE, RawDataset
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.store import SCHEMA, Manifest, Store
+
+FOLDS = 5
+"""nnU-Net's number of folds."""
+LEFT_OUT = ("failed", "gated", "rejected")
+"""Statuses of cases whose label is all ignore and that training leaves out."""
+HUMAN = ("annotated", "sparse", "corrected")
+"""Statuses of cases whose label a person drew."""
+
+
+def ignore_value(dataset: RawDataset) -> int:
+    """The ignore label's value in BBB: the dataset's own, else one above the highest label."""
+    return dataset.ignore if dataset.ignore is not None else len(dataset.label_values)
+
+
+def write_training_files(dataset: RawDataset, store: Store, manifest: Manifest) -> None:
+    """Write dataset.json and splits_final.json for the labels in force."""
+    store.write_json(dataset_json(dataset, store, manifest), store.folder / "dataset.json")
+    store.write_json(splits(manifest), preprocessed_folder(store) / "splits_final.json")
+
+
+def dataset_json(dataset: RawDataset, store: Store, manifest: Manifest) -> dict[str, Any]:
+    """BBB's dataset.json: A's, with the ignore label, references to A's images and the "oneshot" block."""
+    content = {key: value for key, value in dataset.json.items() if key != "dataset"}
+    content["labels"] = {**dataset.json["labels"], IGNORE: ignore_value(dataset)}
+    content["numTraining"] = len(dataset.cases)
+    content["dataset"] = {
+        case.name: {
+            "images": [_relative(path, store.folder) for path in case.images],
+            "label": _relative(store.label_path(case.name), store.folder),
+        }
+        for case in dataset.cases
+    }
+    content["oneshot"] = oneshot_block(manifest)
+    return content
+
+
+def oneshot_block(manifest: Manifest) -> dict[str, Any]:
+    """All that the trainer reads of ours."""
+    cases = manifest.cases
+    weights = {name: record.quality["mean"] for name, record in cases.items() if record.quality}
+    return {
+        "schema": SCHEMA,
+        "round": manifest.round,
+        "annotated": [name for name, record in cases.items() if record.status in HUMAN],
+        "left_out": [name for name, record in cases.items() if record.status in LEFT_OUT],
+        "case_weight": {name: weight for name, weight in weights.items() if cases[name].status not in LEFT_OUT},
+    }
+
+
+def splits(manifest: Manifest, folds: int = FOLDS) -> list[dict[str, list[str]]]:
+    """nnU-Net's splits: human-labelled cases train in every fold, pseudo-labelled ones are dealt out to validation.
+
+    With fewer pseudo-labelled cases than folds some cases validate twice; with a single case it trains and validates,
+    since nnU-Net needs one of each.
+    """
+    human = [name for name, record in manifest.cases.items() if record.status in HUMAN]
+    pseudo = [name for name, record in manifest.cases.items() if record.status not in (*HUMAN, *LEFT_OUT)]
+    return [_split(human, pseudo, fold, folds) for fold in range(folds)]
+
+
+def _split(human: Sequence[str], pseudo: Sequence[str], fold: int, folds: int) -> dict[str, list[str]]:
+    held_out = list(pseudo[fold::folds]) or list(pseudo[fold % len(pseudo) :][:1] if pseudo else human)
+    train = [*human, *(name for name in pseudo if name not in held_out)]
+    return {"train": sorted(train), "val": sorted(held_out)}
+
+
+def preprocessed_folder(store: Store) -> Path:
+    """BBB's folder in nnUNet_preprocessed; OneShotError where that variable is unset."""
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise OneShotError(
+            "expected the environment variable nnUNet_preprocessed to name a folder, found it unset; "
+            "set nnUNet_raw, nnUNet_preprocessed and nnUNet_results as nnU-Net's documentation says"
+        )
+    return Path(root) / store.folder.name
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
