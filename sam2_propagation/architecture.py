@@ -90,9 +90,10 @@ def read_configuration(path: Path) -> dict[str, Any]:
     """
     try:
         loaded = OmegaConf.load(path)
-        tree = loaded.get("trainer", loaded).get("model", loaded.get("model"))
+        # Only the model's own references are resolved: training files hold others that need their project's code.
+        tree = OmegaConf.select(loaded, "trainer.model") or OmegaConf.select(loaded, "model")
         config = OmegaConf.to_container(tree, resolve=True) if tree is not None else None
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError) as error:
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise PropagationError(f"expected a SAM2 configuration in YAML at {path}, found: {error}") from error
     if not isinstance(config, dict):
         raise PropagationError(f"expected a `model:` tree in {path}, found none; write one in sam2's own form")

@@ -1,0 +1,290 @@
+"""Trained SAM2 weights by name or file, loaded without ever running code that a file brings along.
+
+A checkpoint is named `builtin` (the package's own), by a published name (`sam2.1_hiera_tiny`, `medsam2_latest`, ...),
+`random:<configuration>` (for tests and timings; `@<pixels>` behind it sets the input size), or is any local file.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sam2_propagation.architecture import (
+    Config,
+    SAM2Base,
+    at_size,
+    build_sam2,
+    known_configurations,
+    read_configuration,
+)
+from sam2_propagation.checkpoint_catalog import PUBLISHED, Published, by_file_name, by_sum
+from sam2_propagation.download import download, file_sum
+from sam2_propagation.errors import PropagationError
+
+CACHE_VARIABLE = "nnUNet_oneshot_checkpoints"
+"""Environment variable that sets the folder of downloaded checkpoints."""
+
+_RANDOM = "random:"
+# What sam2's Hiera has where a configuration is silent.
+_HIERA_WIDTH, _HIERA_STAGES = 96, (2, 3, 16, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedCheckpoint:
+    """A model ready to be used.
+
+    Attributes:
+        model: in evaluation mode, on the device asked for.
+        name: as the user named it.
+        sha256: of the file, or None for random weights.
+        image_size: side of the model's square input, in pixels.
+    """
+
+    model: SAM2Base
+    name: str
+    sha256: str | None
+    image_size: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where weights come from: a file (None for random weights) and, where it is settled, the configuration."""
+
+    file: Path | None
+    config: Config | None
+    sha256: str | None
+    video_settings: bool
+
+
+def load_checkpoint(
+    name_or_path: str | Path, config: str | Path | Config | None = None, device: str = "cpu", cache: Path | None = None
+) -> LoadedCheckpoint:
+    """Load a checkpoint.
+
+    Args:
+        name_or_path: see the module's head.
+        config: a known configuration's name, a YAML file or a mapping; needed for a file that nothing else identifies.
+            The configuration is settled by this, then by the file's sha256, its name, or a YAML file beside it.
+        device: "cpu", "cuda", "cuda:1", "mps".
+        cache: folder of downloaded files; by default `$nnUNet_oneshot_checkpoints`, else the user's cache folder.
+
+    Raises:
+        PropagationError: unknown name, unreadable, damaged or refused file, wrong sum, a configuration that does not
+            fit the tensors, a device that is not there, or a download that fails.
+    """
+    target = check_device(device)
+    name = str(name_or_path)
+    source = _locate(name, None if config is None else _configuration(config), cache)
+    model = _random_model(source) if source.file is None else _trained_model(source, source.file)
+    return LoadedCheckpoint(model.to(target).eval(), name, source.sha256, model.image_size)
+
+
+def prepare_checkpoint(name_or_path: str | Path, cache: Path | None = None) -> None:
+    """Download a published checkpoint now, so that workers started afterwards all find it.
+
+    Raises:
+        PropagationError: as `load_checkpoint`.
+    """
+    published = PUBLISHED.get(str(name_or_path).lower())
+    if published is not None:
+        _fetched(published, cache)
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """The folder of downloaded checkpoints."""
+    if cache is not None:
+        return Path(cache)
+    own = os.environ.get(CACHE_VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(base or Path.home() / ".cache") / "nnunet-oneshot" / "checkpoints"
+
+
+def check_device(device: str) -> torch.device:
+    """The device, if it is there.
+
+    Raises:
+        PropagationError: a device unknown to torch, or not on this machine.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise PropagationError(f"expected a device such as cpu, cuda or mps, found {device!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PropagationError(f"expected a CUDA device for {device!r}, found none; use -device cpu")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise PropagationError(f"expected an Apple GPU for {device!r}, found none; use -device cpu")
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors file or in a file of torch.save, loaded with weights-only unpickling.
+
+    Raises:
+        PropagationError: damaged file, a pickle that would run code, or a file without tensors.
+    """
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    for key in ("model", "state_dict"):
+        if isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise PropagationError(f"expected tensors by name in {path}, found none; is it a SAM2 checkpoint?")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PropagationError(f"expected a whole safetensors file at {path}, found: {error}; get it anew") from error
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    damaged = f"expected a whole checkpoint file at {path}, found a truncated or damaged one; get it anew"
+    with path.open("rb") as stream:
+        looks_zipped = stream.read(2) == b"PK"
+    if looks_zipped and not zipfile.is_zipfile(path):
+        raise PropagationError(damaged)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise PropagationError(
+            f"expected only tensors in {path}, found a damaged pickle or one that would run code; it was refused, "
+            "use a file from a source you trust, best as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise PropagationError(damaged) from error
+    if not isinstance(loaded, dict):
+        raise PropagationError(f"expected tensors by name in {path}, found {type(loaded).__name__}")
+    return loaded
+
+
+def _configuration(config: str | Path | Config) -> Config:
+    if isinstance(config, Mapping):
+        return config
+    known = known_configurations()
+    if str(config) in known:
+        return known[str(config)]
+    if not Path(config).is_file():
+        raise PropagationError(f"expected a YAML file or one of {', '.join(known)} as configuration, found {config}")
+    return read_configuration(Path(config))
+
+
+def _locate(name: str, config: Config | None, cache: Path | None) -> _Source:
+    if name.startswith(_RANDOM):
+        return _Source(None, config or _named(name.removeprefix(_RANDOM)), None, False)
+    if name == "builtin":
+        return _builtin(config)
+    published = PUBLISHED.get(name.lower())
+    if published is not None:
+        path = _fetched(published, cache)
+        return _Source(path, config or _configuration(published.configuration), file_sum(path), True)
+    if Path(name).is_file():
+        return _local(Path(name), config)
+    raise PropagationError(
+        f"expected a checkpoint file or one of builtin, {', '.join(PUBLISHED)}, random:<configuration>, found {name!r}"
+    )
+
+
+def _named(text: str) -> Config:
+    """`<configuration>` or `<configuration>@<pixels>`."""
+    name, _, pixels = text.partition("@")
+    if pixels and not pixels.isdigit():
+        raise PropagationError(f"expected a number of pixels behind @, found {pixels!r}")
+    config = read_configuration(_builtin_folder() / "builtin.yaml") if name == "builtin" else _configuration(name)
+    return at_size(config, int(pixels)) if pixels else config
+
+
+def _builtin_folder() -> Path:
+    return Path(str(files("sam2_propagation").joinpath("builtin")))
+
+
+def _builtin(config: Config | None) -> _Source:
+    folder = _builtin_folder()
+    path = folder / "builtin.safetensors"
+    if not path.is_file():
+        raise PropagationError(f"expected the built-in checkpoint at {path}, found none; reinstall nnunet-oneshot")
+    return _Source(path, config or read_configuration(folder / "builtin.yaml"), file_sum(path), False)
+
+
+def _fetched(published: Published, cache: Path | None) -> Path:
+    path = cache_folder(cache) / published.file_name
+    if not path.is_file():
+        download(published.url, path, published.sha256)
+    elif published.sha256 is not None and (found := file_sum(path)) != published.sha256:
+        raise PropagationError(
+            f"expected sha256 {published.sha256} of {path}, found {found}; remove it, and it is downloaded again"
+        )
+    return path
+
+
+def _local(path: Path, config: Config | None) -> _Source:
+    sha256 = file_sum(path)
+    published = by_sum(sha256) or by_file_name(path.name)
+    beside = path.with_suffix(".yaml")
+    if config is None and published is not None:
+        config = _configuration(published.configuration)
+    elif config is None and beside.is_file():
+        config = read_configuration(beside)
+    return _Source(path, config, sha256, published is not None)
+
+
+def _random_model(source: _Source) -> SAM2Base:
+    """Weights from a fixed seed, so that two runs agree; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_sam2(source.config or {}, source.video_settings)
+
+
+def _trained_model(source: _Source, path: Path) -> SAM2Base:
+    tensors = read_tensors(path)
+    if source.config is None:
+        raise PropagationError(f"expected a configuration for {path}, found none; {_advice(tensors)}")
+    model = build_sam2(source.config, source.video_settings)
+    if not _fits(model, tensors):
+        raise PropagationError(
+            f"expected tensors of {path} that fit the configuration, found others; {_advice(tensors)}"
+        )
+    model.load_state_dict(tensors)
+    return model
+
+
+def _fits(model: SAM2Base, tensors: Mapping[str, Tensor]) -> bool:
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    return shapes == {key: value.shape for key, value in tensors.items()}
+
+
+def _advice(tensors: Mapping[str, Tensor]) -> str:
+    fitting = [
+        name
+        for name, config in known_configurations().items()
+        if _could_fit(config["model"], tensors) and _fits(build_sam2(config), tensors)
+    ]
+    if not fitting:
+        return "no known configuration fits it, so pass its own YAML with -sam2_cfg"
+    return f"what fits it is -sam2_cfg {' or '.join(fitting)}"
+
+
+def _could_fit(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Cheap test before a whole model is built: width and depth of the encoder."""
+    trunk = tree["image_encoder"]["trunk"]
+    width = tensors.get("image_encoder.trunk.patch_embed.proj.bias")
+    depth = sum(trunk.get("stages", _HIERA_STAGES))
+    last, beyond = (f"image_encoder.trunk.blocks.{i}.norm1.weight" for i in (depth - 1, depth))
+    return (
+        width is not None
+        and len(width) == trunk.get("embed_dim", _HIERA_WIDTH)
+        and last in tensors
+        and beyond not in tensors
+    )
