@@ -1,12 +1,11 @@
-"""The errors that a user's mistake raises; the commands turn them into one sentence and exit code 2."""
+"""The two ways in which a command fails, told apart by its exit code."""
 
 from __future__ import annotations
 
-from sam2_propagation.errors import PropagationError
-
 
 class OneShotError(ValueError):
-    """Bad input or usage. Its text is one sentence: what was expected, what was found, what to do."""
+    """Bad input or usage: one sentence with what was expected, what was found and what to do. Exit code 2."""
 
 
-USER_ERRORS = (OneShotError, PropagationError)
+class NnunetFailureError(RuntimeError):
+    """nnU-Net stopped with an error although the input looked good. Carries the end of its log. Exit code 1."""
