@@ -9,12 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_oneshot.dataset import RawDataset, dataset_id, raw_root
+from nnunet_oneshot.dataset import RawDataset, dataset_id, open_dataset, raw_root
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import preprocessed_folder
 
 NNUNET_ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def find_output(dataset: int | str, output: int | str) -> Store:
+    """The store that `create_output` would give, without touching the disk."""
+    return _store(open_dataset(dataset), output)
 
 
 def create_output(dataset: RawDataset, output: int | str, settings: Mapping[str, Any], overwrite: bool) -> Store:

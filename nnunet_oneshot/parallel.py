@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 Item = TypeVar("Item")
@@ -88,6 +87,10 @@ def _in_processes(
 def _start_worker(threads: int, setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what then happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
+    # For libraries that load later, and for torch where the setup's own imports have brought it already; importing it
+    # here would cost every worker seconds that label arithmetic does not need.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
     if setup is not None:
         setup(*arguments)

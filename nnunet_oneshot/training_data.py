@@ -9,7 +9,8 @@ from typing import Any
 
 from nnunet_oneshot.dataset import IGNORE, RawDataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.store import SCHEMA, Manifest, Store
+from nnunet_oneshot.settings import BLOCK_KEY, OneShotBlock
+from nnunet_oneshot.store import Manifest, Store
 
 FOLDS = 5
 """nnU-Net's number of folds."""
@@ -42,21 +43,20 @@ def dataset_json(dataset: RawDataset, store: Store, manifest: Manifest) -> dict[
         }
         for case in dataset.cases
     }
-    content["oneshot"] = oneshot_block(manifest)
+    content[BLOCK_KEY] = oneshot_block(manifest).to_json()
     return content
 
 
-def oneshot_block(manifest: Manifest) -> dict[str, Any]:
+def oneshot_block(manifest: Manifest) -> OneShotBlock:
     """All that the trainer reads of ours."""
     cases = manifest.cases
-    weights = {name: record.quality["mean"] for name, record in cases.items() if record.quality}
-    return {
-        "schema": SCHEMA,
-        "round": manifest.round,
-        "annotated": [name for name, record in cases.items() if record.status in HUMAN],
-        "left_out": [name for name, record in cases.items() if record.status in LEFT_OUT],
-        "case_weight": {name: weight for name, weight in weights.items() if cases[name].status not in LEFT_OUT},
-    }
+    in_training = {name: record for name, record in cases.items() if record.status not in LEFT_OUT}
+    return OneShotBlock(
+        round=manifest.round,
+        annotated=tuple(name for name, record in cases.items() if record.status in HUMAN),
+        left_out=tuple(name for name in cases if name not in in_training),
+        case_weight={name: record.quality["mean"] for name, record in in_training.items() if record.quality},
+    )
 
 
 def splits(manifest: Manifest, folds: int = FOLDS) -> list[dict[str, list[str]]]:

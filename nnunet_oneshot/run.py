@@ -1,0 +1,81 @@
+"""All of it in one command: propagate, refine and, where true labels are given, score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.dataset import RawDataset
+from nnunet_oneshot.evaluate import evaluate, format_table
+from nnunet_oneshot.output import find_output
+from nnunet_oneshot.propagate import PropagatorOptions, propagate
+from nnunet_oneshot.refine import Refinement, open_store, refine
+from nnunet_oneshot.store import Manifest, Store
+
+
+@dataclass
+class RunResult:
+    """What `run` did: the labels in force, the refinement, and scores where true labels were given."""
+
+    manifest: Manifest
+    refinement: Refinement
+    scores: dict[str, Any] | None = None
+    score_lines: list[str] = field(default_factory=list)
+
+
+def run(
+    dataset: int | str,
+    output: int,
+    configuration: str,
+    *,
+    propagators: Sequence[str] = ("registration",),
+    views: Sequence[str] | None = None,
+    options: PropagatorOptions | None = None,
+    training: Mapping[str, Any] | None = None,
+    num_processes: int | None = None,
+    overwrite: bool = False,
+    reference: Path | None = None,
+) -> RunResult:
+    """From one annotated case to a trained model; run it again to go on after a stop.
+
+    Args:
+        dataset: id or name of the raw dataset with the annotated case(s).
+        output: id of the dataset to write.
+        configuration: nnU-Net configuration.
+        propagators, views, options: as in `propagate`.
+        training: `trainer`, `plans`, `rounds` and `preset` as in `refine`.
+        num_processes: cases at once; the processor count when None.
+        overwrite: replace an output dataset that exists.
+        reference: folder of true labels `CASE.EXT`; the labels in force of those cases are scored at the end. It is
+            read after all labels and the model are made, by nothing else.
+
+    Raises:
+        OneShotError: whatever `propagate`, `refine` and `evaluate` refuse.
+    """
+    if overwrite or not find_output(dataset, output).manifest_path.is_file():
+        propagate(
+            dataset,
+            output,
+            propagators=propagators,
+            views=views,
+            options=options,
+            num_processes=num_processes,
+            overwrite=overwrite,
+        )
+    device = (options or PropagatorOptions()).device
+    refinement = refine(output, configuration, **(training or {}), device=device, num_processes=num_processes)
+    store, raw = open_store(output)
+    result = RunResult(store.read_manifest(), refinement)
+    if reference is not None:
+        _score(result, raw, store, reference)
+    return result
+
+
+def _score(result: RunResult, raw: RawDataset, store: Store, reference: Path) -> None:
+    # Annotated cases would score 1 by copying; they tell nothing.
+    cases = [c.name for c in raw.unannotated if (reference / f"{c.name}{raw.file_ending}").is_file()]
+    scored = evaluate(reference, store.fused_path("x").parent, raw.folder / "dataset.json", cases=cases)
+    result.scores = scored.to_json()
+    result.score_lines = ["", "labels in force against the reference:", format_table(scored)]

@@ -1,0 +1,82 @@
+"""What commands print when they end: lines for people and the same figures for machines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from nnunet_oneshot.propagate import Outcome
+from nnunet_oneshot.refine import Refinement
+from nnunet_oneshot.run import RunResult
+from nnunet_oneshot.store import Manifest
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A plain text table, one line a row."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def manifest_figures(manifest: Manifest) -> dict[str, Any]:
+    """Cases by status, mean divergence and the cases without a label, of a manifest."""
+    records = manifest.cases
+    divergences = [r.divergence for r in records.values() if r.status == "pseudo" and r.divergence is not None]
+    return {
+        "round": manifest.round,
+        "cases": dict(Counter(r.status for r in records.values())),
+        "mean_divergence": round(mean(divergences), 5) if divergences else None,
+        "failed": {name: r.reason for name, r in records.items() if r.status == "failed"},
+    }
+
+
+def manifest_summary(manifest: Manifest, output: int | str) -> dict[str, Any]:
+    """Summary of a pseudo-label dataset."""
+    figures = manifest_figures(manifest)
+    rows = [(status, count) for status, count in sorted(figures["cases"].items())]
+    lines = ["", *table(("label", "cases"), rows)]
+    if figures["mean_divergence"] is not None:
+        lines.append(f"divergence (ignored in training): {100 * figures['mean_divergence']:.2f} % of voxels")
+    lines += [f"no label for {name}: {reason}" for name, reason in figures["failed"].items()]
+    lines += ["", f"next: nnUNetv2_oneshot_refine -d {output} -c CONFIG, or nnU-Net's own commands on dataset {output}"]
+    return {"output": str(output), **figures, "lines": lines}
+
+
+def propagation_summary(outcome: Outcome) -> dict[str, Any]:
+    """Summary of `propagate`."""
+    warnings = [f"warning: {text}" for text in outcome.warnings]
+    number = outcome.store.folder.name[7:10]
+    if outcome.manifest is None:
+        lines = [*warnings, "this part is done; the labels are fused when the last part is"]
+        return {"output": number, "complete": False, "warnings": outcome.warnings, "lines": lines}
+    summary = manifest_summary(outcome.manifest, number)
+    lines = [*warnings, *summary["lines"][:-2], f"labelled in {outcome.seconds:.0f} s", *summary["lines"][-2:]]
+    more = {"complete": True, "warnings": outcome.warnings, "seconds": round(outcome.seconds, 1)}
+    return {**summary, **more, "lines": lines}
+
+
+def refinement_summary(result: Refinement) -> dict[str, Any]:
+    """Summary of `refine`."""
+    rows = [(c.number, f"{c.mean:.3f}", len(c.agreement)) for c in result.changes]
+    lines = ["", *(table(("round", "Dice to the round before", "cases"), rows) if rows else [])]
+    lines += [f"model: {result.model_folder}, folds {' '.join(map(str, result.folds))}"]
+    figures = {
+        "rounds": [{"round": c.number, "agreement": c.mean, "cases": c.agreement} for c in result.changes],
+        "trainer": result.plan.trainer,
+        "plans": result.plan.plans,
+        "model": str(result.model_folder),
+        "folds": list(result.folds),
+    }
+    return {**figures, "lines": lines}
+
+
+def run_summary(result: RunResult) -> dict[str, Any]:
+    """Summary of `run`."""
+    labels = manifest_figures(result.manifest)
+    refined = refinement_summary(result.refinement)
+    lines = [*manifest_summary(result.manifest, result.manifest.source_dataset)["lines"][:-2], *refined["lines"]]
+    lines += result.score_lines
+    return {"labels": labels, "refinement": refined, "scores": result.scores, "lines": lines}
