@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sam2_propagation.errors import PropagationError
+
 
 class OneShotError(ValueError):
     """Bad input or usage: one sentence with what was expected, what was found and what to do. Exit code 2."""
@@ -9,3 +11,7 @@ class OneShotError(ValueError):
 
 class NnunetFailureError(RuntimeError):
     """nnU-Net stopped with an error although the input looked good. Carries the end of its log. Exit code 1."""
+
+
+USER_ERRORS = (OneShotError, PropagationError)
+"""A user's mistakes, of either package."""

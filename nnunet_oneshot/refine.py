@@ -20,7 +20,7 @@ from nnunet_oneshot.relabel import Change, cases_to_predict, relabel
 from nnunet_oneshot.settings import PRESETS, Preset
 from nnunet_oneshot.store import Store, read_manifest
 
-FOLDS = ("all",)
+FOLDS: tuple[nnunet.Fold, ...] = ("all",)
 """One model on all cases makes the labels."""
 
 
@@ -47,7 +47,7 @@ class Refinement:
 
     plan: Plan
     model_folder: Path
-    folds: tuple[str, ...] = FOLDS
+    folds: tuple[nnunet.Fold, ...] = FOLDS
     changes: list[Change] = field(default_factory=list)
 
 
@@ -77,8 +77,7 @@ def refine(
     Raises:
         OneShotError: no manifest, unknown plans, earlier results in the way, a refinement of other settings begun.
     """
-    if rounds < 0:
-        raise OneShotError(f"expected -rounds to be 0 or more, found {rounds}; give a whole number")
+    _check(configuration, rounds)
     store, raw = open_store(dataset)
     settings = PRESETS[preset]
     plan = Plan(configuration, trainer or settings.trainer(), plans or settings.plans, preset)
@@ -92,6 +91,16 @@ def refine(
             if number < rounds:
                 work.relabel(number + 1)
     return Refinement(plan, work.model_folder, changes=list(work.changes()))
+
+
+def _check(configuration: str, rounds: int) -> None:
+    if rounds < 0:
+        raise OneShotError(f"expected -rounds to be 0 or more, found {rounds}; give a whole number")
+    if "cascade" in configuration:
+        raise OneShotError(
+            f"expected a configuration of one stage (2d, 3d_fullres, 3d_lowres), found {configuration}; train the "
+            "cascade by nnU-Net's own commands on the labels in force"
+        )
 
 
 def open_store(dataset: int | str) -> tuple[Store, RawDataset]:
@@ -126,7 +135,7 @@ class _Work:
     @property
     def model_folder(self) -> Path:
         plan = self.plan
-        return nnunet.model_folder(self.store.folder.name, plan.trainer, plan.plans, plan.configuration)
+        return nnunet.results_folder(self.store.folder.name, plan.trainer, plan.plans, plan.configuration)
 
     @property
     def _record(self) -> Path:
@@ -135,6 +144,8 @@ class _Work:
     def begin(self) -> None:
         """Check that this refinement may run here, and record what it is."""
         wanted = vars(self.plan)
+        if self.plans_given:
+            nnunet.check_configuration(self.store.folder.name, self.plan.plans, self.plan.configuration)
         if self._record.is_file():
             begun = json.loads(self._record.read_text())["plan"]
             if begun != wanted:
@@ -172,8 +183,18 @@ class _Work:
         if self._is_done(f"relabel-{number}"):
             return
         predictions = self.store.state_folder / "predictions" / f"{number:02d}"
-        cases = cases_to_predict(self.raw, self.store.read_manifest())
-        nnunet.predict(self.model_folder, FOLDS, {c.name: c.images for c in cases}, predictions, self.device)
+        images = {case.name: case.images for case in cases_to_predict(self.raw, self.store.read_manifest())}
+        plan = self.plan
+        nnunet.predict(
+            self.store.folder.name,
+            plan.configuration,
+            FOLDS,
+            plan.trainer,
+            plan.plans,
+            images,
+            predictions,
+            self.device,
+        )
         change = relabel(self.raw, self.store, predictions, number, self.processes)
         self._mark(f"relabel-{number}", change.agreement)
 
@@ -187,14 +208,12 @@ class _Work:
         name = self.store.folder.name
         for fold in FOLDS if number else ():
             _keep_aside(self.model_folder, f"fold_{fold}", number - 1)
-        nnunet.prepare(
-            name,
-            self.preset,
-            self.plan.plans,
-            self.plan.configuration,
-            self.processes,
-            plan=not self.plans_given and number == 0,
-        )
+        arguments = ([self.plan.configuration], self.processes)
+        if number == 0 and not self.plans_given:
+            nnunet.plan_and_preprocess(name, self.preset, *arguments, overwrite=True)
+        else:
+            # The labels are new, the images' part is made again with them.
+            nnunet.preprocess(name, self.plan.plans, *arguments, overwrite=True)
 
     def _done(self) -> dict[str, dict[str, float]]:
         return json.loads(self._record.read_text())["done"]

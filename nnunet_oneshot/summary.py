@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from nnunet_oneshot.demo import DemoResult
 from nnunet_oneshot.propagate import Outcome
 from nnunet_oneshot.refine import Refinement
 from nnunet_oneshot.run import RunResult
@@ -80,3 +81,18 @@ def run_summary(result: RunResult) -> dict[str, Any]:
     lines = [*manifest_summary(result.manifest, result.manifest.source_dataset)["lines"][:-2], *refined["lines"]]
     lines += result.score_lines
     return {"labels": labels, "refinement": refined, "scores": result.scores, "lines": lines}
+
+
+def demo_summary(result: DemoResult) -> dict[str, Any]:
+    """Summary of `demo`."""
+    rows = [(r.what, f"{r.dice:.3f}", f"{r.low:.3f} to {r.high:.3f}") for r in result.rows]
+    lines = [
+        "",
+        f"Phantoms, 1 annotated case, mean foreground Dice on the {result.cases} others:",
+        "",
+        *table(("labels of", "Dice", "95 % interval"), rows),
+        "",
+        f"done in {result.seconds / 60:.1f} minutes; everything is in {result.folder}",
+    ]
+    figures = {"cases": result.cases, "seconds": round(result.seconds, 1), "folder": str(result.folder)}
+    return {**figures, "rows": [vars(row) for row in result.rows], "lines": lines}

@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up the environment they need first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_OUTPUT ?= demo_output
+
+.PHONY: demo test test-fast lint install clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/nnUNetv2_oneshot_demo -o $(DEMO_OUTPUT) --overwrite
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.dev
+
+# SAM2_BUILD_CUDA=0: sam2's optional CUDA extension only fills holes in masks, and its build needs a CUDA compiler.
+$(VENV)/.runtime: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+"""Versions, devices and folders, for a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from nnunet_oneshot.consensus import PACKAGES
+from nnunet_oneshot.output import NNUNET_ROOTS
+from nnunet_oneshot.parallel import default_processes
+
+
+def info() -> dict[str, Any]:
+    """What a bug report needs, as a summary; environment variables are named, never their secrets."""
+    figures: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": default_processes(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "mps": torch.backends.mps.is_available(),
+        "folders": {name: os.environ.get(name) for name in (*NNUNET_ROOTS, "nnUNet_extTrainer")},
+    }
+    return {**figures, "lines": _lines(figures)}
+
+
+def _lines(figures: dict[str, Any]) -> list[str]:
+    lines = []
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            lines += [f"{name}: {'unset' if text is None else text}" for name, text in value.items()]
+        else:
+            lines.append(f"{key}: {value if value != [] else 'none'}")
+    return lines
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
