@@ -1,0 +1,143 @@
+"""Running one job of `nnunet_jobs` in a process of its own: its environment, its log, its progress, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunet_oneshot.errors import NnunetFailureError
+
+_POLL_SECONDS = 0.3
+_LOG_LINES = 15
+
+
+def trainers_folder() -> Path:
+    """The folder with our trainers: beside the package in a checkout, in a folder of its own when installed."""
+    base = Path(__file__).resolve().parent.parent
+    installed = base / "nnunet_oneshot_trainers"
+    return installed if installed.is_dir() else base / "trainers"
+
+
+def register_trainers() -> None:
+    """Let nnU-Net in this process and its children find our trainers, after those that the user registered."""
+    known = [path for path in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if path]
+    folder = str(trainers_folder())
+    if folder not in known:
+        os.environ["nnUNet_extTrainer"] = os.pathsep.join([*known, folder])
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with as many nnU-Net workers as there are cores and our trainers registered."""
+    register_trainers()
+    defaults = {"nnUNet_def_n_proc": str(min(8, cores()))}
+    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def training_environment(device: str) -> dict[str, str]:
+    """On the CPU the network needs the cores: augmentation gets half of them, at most nnU-Net's twelve."""
+    if device != "cpu" or "nnUNet_n_proc_DA" in os.environ:
+        return {}
+    return {"nnUNet_n_proc_DA": str(min(12, max(1, cores() // 2)))}
+
+
+class Progress:
+    """A progress bar that follows a count of what is done."""
+
+    def __init__(self, title: str, total: int | None, done: Callable[[], int]) -> None:
+        self._done = done
+        self._bar = tqdm(desc=title, total=total, disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.update()
+        self._bar.close()
+
+    def update(self) -> None:
+        """Move the bar to what is done by now."""
+        self._bar.n = self._done()
+        self._bar.refresh()
+
+
+class Epochs:
+    """Counts the epochs in a growing log, from where it ended when this was made."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._position = log.stat().st_size if log.is_file() else 0
+        self._seen = 0
+
+    def count(self) -> int:
+        """The number of the epoch in progress, which is how many have ended."""
+        if self._log.is_file():
+            with self._log.open(errors="replace") as file:
+                file.seek(self._position)
+                found = re.findall(r": Epoch (\d+)\s*$", file.read(), flags=re.MULTILINE)
+            self._seen = int(found[-1]) if found else self._seen
+        return self._seen
+
+
+def run_job(
+    job: Mapping[str, Any],
+    log: Path,
+    follow: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run a job of nnunet_jobs in a process group of its own; it ends with this process, whatever ends this one."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nnunet_oneshot.nnunet_jobs"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**_environment(), **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            _send(process, job)
+            while process.poll() is None:
+                follow()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _end(process)
+    if process.returncode:
+        raise NnunetFailureError(f"nnU-Net failed to {job['job']}; the end of {log}:\n{_tail(log)}")
+
+
+def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(job).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Leave nothing of the process behind, its own workers included."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    elif process.poll() is None:
+        process.kill()
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])

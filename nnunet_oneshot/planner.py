@@ -1,0 +1,47 @@
+"""nnU-Net's own planning, bounded to networks that two CPU cores can train (plans `nnUNetOneShotSmallPlans`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+from nnunet_oneshot.settings import PRESETS, SMALL_PLANS, PlannerLimits
+
+FINGERPRINT_VOXELS = 1e6
+"""Foreground voxels that the intensity statistics are taken from (nnU-Net: 1e8, about 2 GB of memory a channel)."""
+
+
+class OneShotSmallPlanner(ExperimentPlanner):
+    """nnU-Net's ExperimentPlanner with few features and a small budget of feature map elements.
+
+    Patch size, strides and batch size follow from nnU-Net's own rules; the networks keep nnU-Net's architecture.
+    """
+
+    limits: PlannerLimits | None = PRESETS["small"].planner
+
+    def __init__(self, dataset_name_or_id: int | str, plans_name: str = SMALL_PLANS, **kwargs: Any) -> None:
+        super().__init__(dataset_name_or_id, plans_name=plans_name, **kwargs)
+        limits = self.limits
+        assert limits is not None
+        self.UNet_base_num_features = limits.base_features
+        self.UNet_max_features_2d = self.UNet_max_features_3d = limits.max_features
+        # nnU-Net's reference is what an iteration of the reference batch may hold, for one sample of that batch.
+        self.UNet_reference_val_2d = limits.elements_2d / self.UNet_reference_val_corresp_bs_2d
+        self.UNet_reference_val_3d = limits.elements_3d / self.UNet_reference_val_corresp_bs_3d
+
+    def get_plans_for_configuration(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """nnU-Net's plan of one configuration, its batch no larger than the limit."""
+        plan = super().get_plans_for_configuration(*args, **kwargs)
+        assert self.limits is not None
+        plan["batch_size"] = min(plan["batch_size"], self.limits.max_batch)
+        return plan
+
+
+class SmallFingerprintExtractor(DatasetFingerprintExtractor):
+    """nnU-Net's fingerprint from fewer voxels: the same percentiles within noise, in seconds and little memory."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = FINGERPRINT_VOXELS

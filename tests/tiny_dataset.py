@@ -1,0 +1,74 @@
+"""Tiny random raw datasets for the tests of the nnU-Net side: bright balls on noise, labels made from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+LABELS = {"background": 0, "ball": 1, "core": 2, "ignore": 3}
+SHAPE = (16, 24, 24)
+SPACING = (1.0, 1.0, 1.0)
+"""x, y, z in mm."""
+
+
+def write_dataset(
+    raw: Path,
+    name: str = "Dataset901_Tiny",
+    cases: int = 4,
+    annotated: Sequence[str] = ("case_000",),
+    left_out: Sequence[str] = (),
+    labels: Mapping[str, Any] = LABELS,
+    shape: tuple[int, int, int] = SHAPE,
+    spacing: tuple[float, float, float] = SPACING,
+    **dataset_json: Any,
+) -> Path:
+    """Write a dataset whose un-annotated cases have a rim of ignore voxels around each ball; returns its folder."""
+    folder = raw / name
+    for sub in ("imagesTr", "labelsTr"):
+        (folder / sub).mkdir(parents=True)
+    for number in range(cases):
+        case = f"case_{number:03d}"
+        image, label, distance = _ball(number, shape)
+        if "ignore" in labels and case not in annotated:
+            label[np.abs(distance - 7) < 1] = labels["ignore"]
+        if case in left_out:
+            label[:] = labels["ignore"]
+        _write(image, folder / "imagesTr" / f"{case}_0000.nii.gz", spacing)
+        _write(label, folder / "labelsTr" / f"{case}.nii.gz", spacing)
+    content = {
+        "channel_names": {"0": "MRI"},
+        "labels": dict(labels),
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+        "oneshot": {
+            "schema": 1,
+            "round": 0,
+            "annotated": list(annotated),
+            "left_out": list(left_out),
+            "case_weight": {},
+        },
+        **dataset_json,
+    }
+    (folder / "dataset.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return folder
+
+
+def _ball(seed: int, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    centre = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
+    distance = np.sqrt(((grid - centre[:, None, None, None]) ** 2).sum(0))
+    label = ((distance < 7).astype(np.int16) + (distance < 3)).astype(np.int16)
+    image = (label * 100 + rng.normal(0, 10, shape) + 200).astype(np.float32)
+    return image, label, distance
+
+
+def _write(array: np.ndarray, path: Path, spacing: tuple[float, float, float]) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    sitk.WriteImage(image, str(path))
