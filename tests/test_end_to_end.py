@@ -1,0 +1,79 @@
+"""The whole loop on tiny phantoms, by the commands a user types."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunet_oneshot import cli
+from nnunet_oneshot.evaluate import FOREGROUND, evaluate
+from nnunet_oneshot.nnunet import results_folder
+from nnunet_oneshot.phantom import PhantomDataset, write_phantom_dataset
+from nnunet_oneshot.refine import open_store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parents[1] / "trainers"))
+    return tmp_path
+
+
+def _phantom(folders: Path, kind: str, shape: tuple[int, int, int], cases: int) -> PhantomDataset:
+    raw = folders / "nnUNet_raw"
+    return write_phantom_dataset(raw, 501, truth=folders / "truth", cases=cases, shape=shape, kind=kind)
+
+
+def _dice(phantom: PhantomDataset, labels: Path) -> float:
+    cases = [case for case in phantom.cases if case != phantom.annotated]
+    return (
+        evaluate(phantom.truth, labels, phantom.folder / "dataset.json", cases=cases).summary[FOREGROUND]["Dice"].mean
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_run_labels_trains_relabels_and_repeats_nothing(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phantom = _phantom(folders, "thick_slices", (10, 64, 64), 5)
+    command = ["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-device", "cpu", "-json"]
+    cli.run([*command, "-ref", str(phantom.truth)])
+    summary = json.loads(capsys.readouterr().out)
+    store, raw = open_store(601)
+    assert summary["labels"]["round"] == 1
+    assert summary["scores"]["n_cases"] == 4
+    assert _dice(phantom, store.round_path(0, "x").parent) > 0.5
+    model = results_folder(601, "OneShotTrainer_tiny", "nnUNetOneShotSmallPlans", "3d_fullres")
+    assert (model / "fold_all" / "checkpoint_final.pth").is_file()
+    assert (model / "oneshot_rounds" / "00" / "fold_all" / "checkpoint_final.pth").is_file()
+    annotated = raw.read_label(store.label_path(phantom.annotated))
+    assert np.array_equal(annotated, raw.read_label(phantom.truth / f"{phantom.annotated}.nii.gz"))
+
+    before = _hashes(folders)
+    cli.run(command)
+    assert _hashes(folders) == before, "a second run repeated finished work"
+
+
+def test_rgb_images_go_through_and_a_stock_trainer_takes_the_dataset(folders: Path) -> None:
+    phantom = _phantom(folders, "rgb2d", (1, 64, 64), 5)
+    cli.run(["-d", "501", "-o", "601", "-c", "2d", "-preset", "tiny", "-rounds", "0", "-device", "cpu"])
+    store, _ = open_store(601)
+    assert _dice(phantom, store.fused_path("x").parent) > 0.4
+    train = Path(sys.executable).with_name("nnUNetv2_train")
+    stock = ["601", "2d", "0", "-tr", "nnUNetTrainer_1epoch", "-p", "nnUNetOneShotSmallPlans", "-device", "cpu"]
+    done = subprocess.run([train, *stock], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    model = results_folder(601, "nnUNetTrainer_1epoch", "nnUNetOneShotSmallPlans", "2d")
+    assert (model / "fold_0" / "checkpoint_final.pth").is_file()
