@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 
-from nnunet_oneshot.dataset import Case, RawDataset
+from nnunet_oneshot.dataset import READ_ERRORS, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.parallel import over_cases
 from sam2_propagation.interface import LabelVolume
 
 
@@ -24,7 +26,8 @@ def check_for_propagation(dataset: RawDataset) -> list[str]:
         )
     empty, sparse = [], False
     for case in dataset.annotated:
-        label = _checked_label(dataset, case)
+        assert case.label is not None
+        label = checked_label(dataset, case.label, case, drawn=True)
         foreground = (label != 0) & (label != (dataset.ignore if dataset.ignore is not None else -1))
         sparse |= dataset.ignore is not None and bool((label == dataset.ignore).any())
         if not foreground.any():
@@ -42,6 +45,13 @@ def check_for_propagation(dataset: RawDataset) -> list[str]:
     return [f"annotated case {name} has no foreground; it teaches what background looks like" for name in empty]
 
 
+def check_images(dataset: RawDataset, processes: int) -> None:
+    """Read every image once before anything is written; OneShotError for the first that cannot be used."""
+    pairs = [(dataset, case) for case in dataset.cases]
+    for _ in over_cases(_check_image, pairs, processes=processes if len(pairs) > 20 else 1, title="check images"):
+        pass
+
+
 def check_image(dataset: RawDataset, case: Case) -> None:
     """Read a case's image whole; OneShotError where it cannot be used."""
     image = dataset.read_image(case)
@@ -51,12 +61,30 @@ def check_image(dataset: RawDataset, case: Case) -> None:
             f"{case.images[0]}: expected {expected} channels as dataset.json says, found "
             f"{image.data.shape[0]}; correct channel_names or the file"
         )
+    for path in case.images:
+        _check_stored(path)
 
 
-def checked_geometry(dataset: RawDataset, label: Path, case: Case) -> None:
-    """OneShotError where a label file's shape, spacing, origin or direction differs from its image's."""
+def checked_label(dataset: RawDataset, path: Path, case: Case, *, drawn: bool) -> LabelVolume:
+    """Read a label; OneShotError where it is broken, not on its image's grid or holds values that are not declared.
+
+    The ignore label may stand in what a person drew only: a program's label says something of every voxel.
+    """
+    label = dataset.read_label(path)
+    _check_stored(path)
+    _check_geometry(dataset, path, case)
+    _check_values(dataset, label, path, drawn)
+    return label
+
+
+def _check_image(pair: tuple[RawDataset, Case]) -> None:
+    check_image(*pair)
+
+
+def _check_geometry(dataset: RawDataset, label: Path, case: Case) -> None:
     words = ("shape (z, y, x)", "spacing", "origin", "direction")
-    for word, of_label, of_image in zip(words, dataset.geometry(label), dataset.geometry(case.images[0]), strict=True):
+    found, expected = dataset.label_geometry(label), dataset.image_geometry(case)
+    for word, of_label, of_image in zip(words, found, expected, strict=True):
         if len(of_label) != len(of_image) or not np.allclose(of_label, of_image, rtol=1e-3, atol=1e-3):
             raise OneShotError(
                 f"{label}: expected the {word} of its image, {_short(of_image)}, found "
@@ -64,9 +92,8 @@ def checked_geometry(dataset: RawDataset, label: Path, case: Case) -> None:
             )
 
 
-def checked_values(dataset: RawDataset, label: LabelVolume, path: Path) -> None:
-    """OneShotError where a label holds values that dataset.json does not declare."""
-    known = {*dataset.label_values, *([] if dataset.ignore is None else [dataset.ignore])}
+def _check_values(dataset: RawDataset, label: LabelVolume, path: Path, drawn: bool) -> None:
+    known = {*dataset.label_values, *([dataset.ignore] if drawn and dataset.ignore is not None else [])}
     unknown = sorted(set(np.unique(label).tolist()) - known)
     if unknown:
         raise OneShotError(
@@ -75,12 +102,16 @@ def checked_values(dataset: RawDataset, label: LabelVolume, path: Path) -> None:
         )
 
 
-def _checked_label(dataset: RawDataset, case: Case) -> LabelVolume:
-    assert case.label is not None
-    label = dataset.read_label(case.label)
-    checked_geometry(dataset, case.label, case)
-    checked_values(dataset, label, case.label)
-    return label
+def _check_stored(path: Path) -> None:
+    """ITK's NIfTI reader fills up a truncated file and turns NaN and infinity into 0, both without a word."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return
+    try:
+        stored = np.asanyarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+    except READ_ERRORS as error:
+        raise OneShotError(f"{path}: expected a whole file, found one cut short ({error}); export it again") from error
+    if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+        raise OneShotError(f"{path}: expected finite values, found NaN or infinite ones; replace them")
 
 
 def _short(values: tuple[float, ...]) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_oneshot.checks import check_for_propagation, check_image, checked_geometry, checked_values
+from nnunet_oneshot.checks import check_for_propagation, check_images, checked_label
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import create_output
@@ -63,6 +63,7 @@ def consensus(
     sources = _named(folders)
     processes = num_processes or default_processes()
     cases = _check_folders(raw, sources, processes)
+    check_images(raw, processes)
     settings = {"folders": sorted(sources)}
     store = create_output(raw, output, settings, overwrite)
     with store.lock("consensus"):
@@ -165,7 +166,7 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
         if not folder.is_dir():
             raise OneShotError(f"expected a folder of labels, found no folder {folder}; check -i")
         if name in ("fused", "rounds"):
-            raise OneShotError(f"expected a label folder with another name than {name}, which is taken; rename it")
+            raise OneShotError(f"expected a free name for a label folder, found {name}, which is taken; rename it")
     return named
 
 
@@ -200,9 +201,7 @@ def _check_folders(dataset: RawDataset, folders: Mapping[str, Path], processes: 
 
 def _check_file(pair: tuple[RawDataset, Path, Case]) -> None:
     dataset, path, case = pair
-    check_image(dataset, case)
-    checked_geometry(dataset, path, case)
-    checked_values(dataset, dataset.read_label(path), path)
+    checked_label(dataset, path, case, drawn=False)
 
 
 def _needs_label(dataset: RawDataset, case: Case) -> bool:
@@ -210,7 +209,8 @@ def _needs_label(dataset: RawDataset, case: Case) -> bool:
 
 
 def _take_in(dataset: RawDataset, store: Store, source: str, folder: Path, case: Case) -> None:
-    name = f"{case.name}{dataset.file_ending}"
-    store.copy_file(folder / name, store.view_path(source, GIVEN_VIEW, case.name))
+    label = dataset.read_label(folder / f"{case.name}{dataset.file_ending}")
+    # Written anew, not copied: geometry becomes the image's own, to the last digit.
+    store.write_label(dataset, label, store.view_path(source, GIVEN_VIEW, case.name), case)
     record = WorkerRecord(case=case.name, source=source, views={GIVEN_VIEW: ViewRecord(label=True)}, seconds=0.0)
     store.write_worker(record)

@@ -11,12 +11,14 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
@@ -25,6 +27,12 @@ from sam2_propagation.interface import IDENTITY_DIRECTION, Image, LabelVolume, S
 
 IMAGE_FOLDERS = ("imagesTr", "imagesUn")
 IGNORE = "ignore"
+READ_ERRORS = (RuntimeError, OSError, ValueError, SyntaxError, EOFError, AssertionError, zlib.error, ImageFileError)
+"""What nnU-Net's readers and the libraries below them raise for files that are broken."""
+
+
+Geometry = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+"""Shape (Z, Y, X), spacing (z, y, x) in mm, origin (x, y, z) in mm and nine direction cosines."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +123,17 @@ class RawDataset:
         """Read a label file as int16 (Z, Y, X).
 
         Raises:
-            OneShotError: the file cannot be read or holds several channels.
+            OneShotError: the file cannot be read, holds several channels or values that are no integers.
         """
-        data, _ = self._read((path,))
+        data, _ = self._read((path,), label=True)
         if data.shape[0] != 1:
             raise OneShotError(f"{path}: expected a label with one channel, found {data.shape[0]}; save it as grey")
-        return data[0].astype(np.int16)
+        with np.errstate(invalid="ignore"):  # NaN is found by the comparison below
+            label = data[0].astype(np.int16)
+        if not (label == data[0]).all():
+            odd = data[0][label != data[0]][0]
+            raise OneShotError(f"{path}: expected whole numbers up to 32767 as label values, found {odd}; correct them")
+        return label
 
     def support(self, case: Case) -> Support:
         """The annotated case as a propagator wants it."""
@@ -132,28 +145,21 @@ class RawDataset:
 
     def write_label(self, label: LabelVolume, path: Path, like: Case) -> None:
         """Write a label with the geometry of a case's image, in the dataset's format (not atomic: see store.py)."""
-        _, properties = self._read(like.images)
+        # The first channel's geometry is what nnU-Net's readers return for all of them.
+        _, properties = self._read(like.images[:1])
         # Some of nnU-Net's writers expect integers that SimpleITK and scikit-image map to one byte or two.
         self.reader().write_seg(np.ascontiguousarray(label), str(path), properties)
 
-    def geometry(self, path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-        """Shape (Z, Y, X), spacing, origin and direction of an image or label file."""
-        data, properties = self._read((path,))
-        image = _image(path.name, data, properties)
-        return image.shape, image.spacing, image.origin, image.direction
+    def image_geometry(self, case: Case) -> Geometry:
+        """Shape (Z, Y, X), spacing, origin and direction of a case's first channel."""
+        return _geometry(*self._read(case.images[:1]))
 
-    def _read(self, paths: Iterable[Path]) -> tuple[np.ndarray, dict[str, Any]]:
-        names = [str(p) for p in paths]
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said):  # the readers print what they then raise without a message
-                return self.reader().read_images(names)
-        except (RuntimeError, OSError, ValueError, SyntaxError, EOFError, AssertionError) as error:
-            detail = (str(error) or said.getvalue()).strip().splitlines() or ["no reason given"]
-            raise OneShotError(
-                f"{names[0]}: expected a whole {self.file_ending} file that nnU-Net's {self.reader.__name__} reads, "
-                f"found one that it cannot ({detail[-1].strip()}); export the file again"
-            ) from error
+    def label_geometry(self, path: Path) -> Geometry:
+        """Shape (Z, Y, X), spacing, origin and direction of a label file."""
+        return _geometry(*self._read((path,), label=True))
+
+    def _read(self, paths: Iterable[Path], label: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
+        return _read_files(self.reader, [str(p) for p in paths], label)
 
 
 def open_dataset(dataset: int | str) -> RawDataset:
@@ -169,8 +175,7 @@ def open_dataset(dataset: int | str) -> RawDataset:
     cases = _listed_cases(folder, content) if "dataset" in content else _found_cases(folder, content)
     if not cases:
         raise OneShotError(f"{folder}: expected images in imagesTr, found none; put CASE_0000 files there")
-    reader = determine_reader_writer_from_dataset_json(content, verbose=False)
-    return RawDataset(folder, content, cases, reader)
+    return RawDataset(folder, content, cases, _reader(content, cases[0].images[0]))
 
 
 def raw_root() -> Path:
@@ -190,17 +195,21 @@ def dataset_id(dataset: int | str) -> int:
     """The id in `501`, `"501"` or `"Dataset501_name"`; OneShotError for anything else."""
     match = re.fullmatch(r"(?:Dataset)?(\d{1,3})(?:_.+)?", str(dataset))
     if not match:
-        raise OneShotError(f"expected a dataset id such as 501 or a name such as Dataset501_liver, found {dataset!r}")
+        raise OneShotError(
+            f"expected a dataset id such as 501 or a name such as Dataset501_liver, found {str(dataset)!r}; correct it"
+        )
     return int(match.group(1))
 
 
 def find_raw_folder(dataset: int | str) -> Path:
     """The one folder of nnUNet_raw with that id; OneShotError where there is none or more than one."""
     root, number = raw_root(), dataset_id(dataset)
-    found = sorted(root.glob(f"Dataset{number:03d}_*"))
-    if not found:
-        known = ", ".join(sorted(p.name for p in root.glob("Dataset*"))) or "no dataset at all"
-        raise OneShotError(f"expected a dataset with id {number:03d} in {root}, found {known}; check -d")
+    found = sorted(p for p in root.glob(f"Dataset{number:03d}_*") if p.is_dir())
+    by_name = str(dataset).startswith("Dataset")
+    if not found or (by_name and str(dataset) not in {p.name for p in found}):
+        known = ", ".join(sorted(p.name for p in root.glob("Dataset*") if p.is_dir())) or "no dataset at all"
+        wanted = f"the dataset {dataset}" if by_name else f"a dataset with id {number:03d}"
+        raise OneShotError(f"expected {wanted} in {root}, found {known}; check -d")
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise OneShotError(f"expected one dataset with id {number:03d}, found {names}; rename all but one")
@@ -213,8 +222,10 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise OneShotError(f"expected {path}, found no such file; write it as nnU-Net's dataset format says")
     try:
         content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OneShotError(f"{path}: expected JSON, found {error}; correct the file") from error
+    if not isinstance(content, dict):
+        raise OneShotError(f"{path}: expected a JSON object, found a {type(content).__name__}; correct the file")
     missing = [key for key in ("channel_names", "labels", "file_ending") if key not in content]
     if missing:
         raise OneShotError(
@@ -228,12 +239,23 @@ def _as_list(value: int | list[int]) -> list[int]:
     return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
 
 
+def _is_label(value: object) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+
+
 def _label_values(labels: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sorted({v for name, values in labels.items() if name != IGNORE for v in _as_list(values)}))
 
 
 def _check_labels(folder: Path, labels: Mapping[str, Any], region_order: list[int] | None) -> None:
-    path, values = folder / "dataset.json", _label_values(labels)
+    path = folder / "dataset.json"
+    if not isinstance(labels, dict) or not all(_is_label(v) for v in labels.values()):
+        raise OneShotError(
+            f'{path}: expected labels as names with their values, {{"background": 0, "liver": 1}}, found {labels}; '
+            "write it as nnU-Net v2's dataset format says"
+        )
+    values = _label_values(labels)
     if labels.get("background") != 0:
         raise OneShotError(
             f"{path}: expected the label background to be 0, found {labels.get('background')}; correct it"
@@ -259,11 +281,13 @@ def _listed_cases(folder: Path, content: Mapping[str, Any]) -> tuple[Case, ...]:
 
     cases = []
     for name, entry in sorted(content["dataset"].items()):
+        if not isinstance(entry, dict) or not entry.get("images"):
+            raise OneShotError(f"case {name}: expected images in dataset.json's dataset key, found none; add them")
         label = absolute(entry["label"]) if entry.get("label") else None
         images = tuple(absolute(p) for p in entry["images"])
         missing = [str(p) for p in images if not p.is_file()]
         if missing:
-            raise OneShotError(f"case {name}: expected the file {missing[0]} that dataset.json names, found none")
+            raise OneShotError(f"case {name}: expected {missing[0]}, which dataset.json names, found none; correct it")
         cases.append(Case(name, images, label if label is not None and label.is_file() else None))
     return tuple(cases)
 
@@ -296,9 +320,36 @@ def _one_file_holds_all(images: Mapping[str, Mapping[int, Path]], content: Mappi
     """True for RGB and 4D files: every case is one file, and the first one holds all channels."""
     if len(content["channel_names"]) == 1 or not images or any(set(files) != {0} for files in images.values()):
         return False
-    reader = determine_reader_writer_from_dataset_json(dict(content), verbose=False)
     first = next(iter(images.values()))[0]
-    return reader().read_images([str(first)])[0].shape[0] == len(content["channel_names"])
+    return _read_files(_reader(content, first), [str(first)])[0].shape[0] == len(content["channel_names"])
+
+
+def _reader(content: Mapping[str, Any], example: Path) -> type[BaseReaderWriter]:
+    """nnU-Net's choice of reader; an example decides where 2D and 3D files share an ending."""
+    wanted = dict(content)
+    example_file = str(example) if content["file_ending"] == ".tif" else None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return determine_reader_writer_from_dataset_json(wanted, example_file, verbose=False)
+    except RuntimeError as error:
+        raise OneShotError(
+            f"{example}: expected a file that one of nnU-Net's readers reads, found none of them for the file ending "
+            f"{content['file_ending']}; correct file_ending in dataset.json or export the file again"
+        ) from error
+
+
+def _read_files(reader: type[BaseReaderWriter], names: list[str], label: bool = False) -> tuple[np.ndarray, dict]:
+    """Data (C, Z, Y, X) and properties as nnU-Net's reader gives them; OneShotError where it cannot."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):  # the readers print what they then raise without a message
+            return reader().read_seg(names[0]) if label else reader().read_images(names)
+    except READ_ERRORS as error:
+        detail = (str(error) or said.getvalue()).strip().splitlines() or ["no reason given"]
+        raise OneShotError(
+            f"{names[0]}: expected a whole file that nnU-Net's {reader.__name__} reads, found one that it cannot "
+            f"({detail[-1].strip()}); export the file again"
+        ) from error
 
 
 def _channel_files(folder: Path, ending: str) -> dict[str, dict[int, Path]]:
@@ -319,6 +370,11 @@ def _label_files(folder: Path, ending: str, known: Mapping[str, object]) -> dict
                 "add the image or remove the label"
             )
     return labels
+
+
+def _geometry(data: np.ndarray, properties: Mapping[str, Any]) -> Geometry:
+    image = _image("", data, properties)
+    return image.shape, image.spacing, image.origin, image.direction
 
 
 def _image(name: str, data: np.ndarray, properties: Mapping[str, Any]) -> Image:

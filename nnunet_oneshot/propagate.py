@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunet_oneshot.checks import check_for_propagation, check_image
+from nnunet_oneshot.checks import check_for_propagation, check_images
 from nnunet_oneshot.consensus import build
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
@@ -100,13 +100,6 @@ def propagate(
     return outcome
 
 
-def check_images(dataset: RawDataset, processes: int) -> None:
-    """Read every image once before anything is written; OneShotError for the first that cannot be used."""
-    pairs = [(dataset, case) for case in dataset.cases]
-    for _ in over_cases(_check_image, pairs, processes=processes if len(pairs) > 20 else 1, title="check images"):
-        pass
-
-
 def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
     """Run one propagator over the cases that are not done yet and write views and worker records."""
     name = job.propagator.name
@@ -182,7 +175,3 @@ def _is_sparse(dataset: RawDataset, case: Case) -> bool:
 
 def _all_done(dataset: RawDataset, store: Store, sources: Sequence[str]) -> bool:
     return all(store.worker_path(source, case.name).is_file() for source in sources for case in _queries(dataset))
-
-
-def _check_image(pair: tuple[RawDataset, Case]) -> None:
-    check_image(*pair)

@@ -128,13 +128,6 @@ class Store:
             for written in sorted(folder.iterdir(), key=lambda p: p.name == path.name):
                 os.replace(written, path.parent / written.name)
 
-    def copy_file(self, source: Path, target: Path) -> None:
-        """Copy a file atomically."""
-        with self.temporary_folder() as folder:
-            shutil.copyfile(source, folder / target.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder / target.name, target)
-
     def write_json(self, content: Mapping[str, Any] | Sequence[Any], path: Path) -> None:
         """Write JSON atomically, below the dataset's folder or on the same file system."""
         path.parent.mkdir(parents=True, exist_ok=True)
