@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def create_output(dataset: RawDataset, output: int | str, settings: Mapping[str,
         OneShotError: output id equal to the input's or taken, a run of other settings begun there, no permission.
     """
     store = _store(dataset, output)
-    preprocessed_folder(store)
+    for folder in (store.folder, preprocessed_folder(store)):
+        _check_writable(folder)
     if store.folder.exists():
         _enter(store, settings, overwrite)
     _make(store, settings)
@@ -53,11 +55,13 @@ def _store(dataset: RawDataset, output: int | str) -> Store:
 def _enter(store: Store, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Decide what to do with a folder that is there: refuse, resume or empty it."""
     begun = _begun(store)
-    if begun is None and any(store.folder.iterdir()):
+    # A run that was killed at its very beginning, or while it emptied the folder, leaves nothing but its state folder.
+    if begun is None and any(path != store.state_folder for path in store.folder.iterdir()):
         raise OneShotError(
             f"expected {store.folder} to be free, found a dataset that nnunet-oneshot did not make; choose another -o"
         )
     if overwrite:
+        store.check_idle()
         _remove(store)
     elif store.manifest_path.is_file():
         raise OneShotError(
@@ -85,13 +89,20 @@ def _remove(store: Store) -> None:
 
 
 def _make(store: Store, settings: Mapping[str, Any]) -> None:
+    store.state_folder.mkdir(parents=True, exist_ok=True)
+    if _begun(store) is None:
+        store.write_json(settings, store.state_folder / "settings.json")
+    preprocessed_folder(store).mkdir(parents=True, exist_ok=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """OneShotError where nothing can be written to a folder, or to the nearest one above that exists."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        store.state_folder.mkdir(parents=True, exist_ok=True)
-        if _begun(store) is None:
-            store.write_json(settings, store.state_folder / "settings.json")
-        preprocessed_folder(store).mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
         raise OneShotError(
-            f"expected permission to write {error.filename}, found none; choose another folder or "
-            "change its permissions"
+            f"expected permission to write to {there}, found none ({error.strerror}); choose another folder or change "
+            "its permissions"
         ) from error

@@ -79,9 +79,9 @@ def propagate(
         OneShotError: bad input, one sentence (see the contract's list).
     """
     begin = time.monotonic()
-    if not 0 <= part_id < num_parts:
-        raise OneShotError(f"expected -part_id from 0 to {num_parts - 1}, found {part_id}; count parts from 0")
+    _check_parts(num_parts, part_id, overwrite)
     made = {name: make_propagator(name, options or PropagatorOptions()) for name in dict.fromkeys(propagators)}
+    _check_whole_sets(made, num_parts)
     chosen = choose_views(made, views)
     raw = open_dataset(dataset)
     warnings = check_for_propagation(raw)
@@ -94,20 +94,48 @@ def propagate(
             carry(Job(raw, store, propagator, chosen[name]), _queries(raw)[part_id::num_parts], processes)
         outcome = Outcome(store, None, warnings)
         if _all_done(raw, store, tuple(made)):
-            with store.lock("consensus"):
-                outcome.manifest = build(raw, store, {name: Source() for name in made}, settings, processes)
+            # Two shards may end at once: the second finds the labels fused.
+            with store.lock("consensus", wait=True):
+                fused = store.manifest_path.is_file()
+                sources = {name: Source() for name in made}
+                outcome.manifest = store.read_manifest() if fused else build(raw, store, sources, settings, processes)
     outcome.seconds = time.monotonic() - begin
     return outcome
 
 
+def _check_parts(num_parts: int, part_id: int, overwrite: bool) -> None:
+    if num_parts < 1:
+        raise OneShotError(f"expected -num_parts of 1 or more, found {num_parts}; leave it out for one part")
+    if not 0 <= part_id < num_parts:
+        raise OneShotError(f"expected -part_id from 0 to {num_parts - 1}, found {part_id}; count parts from 0")
+    if overwrite and part_id:
+        raise OneShotError(
+            f"expected --overwrite with part 0 alone, found it with part {part_id}, which would remove what other "
+            "parts have done; start part 0 with it first"
+        )
+
+
+def _check_whole_sets(propagators: Mapping[str, Propagator], num_parts: int) -> None:
+    for name, propagator in propagators.items():
+        if propagator.whole_set and num_parts > 1:
+            raise OneShotError(
+                f"expected -num_parts 1 with {name}, which must see all images at once, found {num_parts}; "
+                "leave -num_parts out"
+            )
+
+
 def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
-    """Run one propagator over the cases that are not done yet and write views and worker records."""
+    """Run one propagator over the cases that are not done yet and write views and worker records.
+
+    One that must see the whole set sees it again: what it says of a case depends on the others.
+    """
     name = job.propagator.name
     todo = [case for case in cases if job.store.read_worker(name, case.name) is None]
     if not todo:
         return
+    job.propagator.fit(_images(job.dataset, job.dataset.cases))
     if job.propagator.whole_set:
-        _carry_whole_set(job, todo)
+        _carry_whole_set(job, cases)
         return
     title = f"propagate by {name}"
     for _ in over_cases(_carry_case, todo, processes=processes, title=title, setup=_set_up, setup_arguments=(job,)):

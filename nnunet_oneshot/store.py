@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -154,14 +155,14 @@ class Store:
         return read_manifest(self.manifest_path)
 
     @contextmanager
-    def lock(self, stage: str) -> Iterator[None]:
-        """Hold a stage's lock; OneShotError where another process holds it.
+    def lock(self, stage: str, wait: bool = False) -> Iterator[None]:
+        """Hold a stage's lock; where another process holds it, wait for it or raise OneShotError.
 
         `stage` names what must not run twice, for example `refine` or `propagate-0-of-4`.
         """
         folder = self.state_folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        lock, holder = FileLock(folder / f"{stage}.lock", timeout=0), folder / f"{stage}.holder"
+        lock, holder = FileLock(folder / f"{stage}.lock", timeout=-1 if wait else 0), folder / f"{stage}.holder"
         try:
             lock.acquire()
         except Timeout:
@@ -177,18 +178,24 @@ class Store:
             holder.unlink(missing_ok=True)
             lock.release()
 
+    def check_idle(self) -> None:
+        """OneShotError where any stage is at work on this dataset."""
+        for path in sorted((self.state_folder / "locks").glob("*.lock")):
+            with self.lock(path.stem):
+                pass
+
     @contextmanager
     def temporary_folder(self) -> Iterator[Path]:
         """A folder on the dataset's file system that is gone afterwards; its name tells whose it is."""
         root = self.state_folder / "tmp"
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=f"{os.getpid()}-") as folder:
+        with tempfile.TemporaryDirectory(dir=root, prefix=f"{socket.gethostname()}-{os.getpid()}-") as folder:
             yield Path(folder)
 
     def remove_leftovers(self) -> None:
-        """Remove temporary files of processes that are gone."""
-        for folder in (self.state_folder / "tmp").glob("*"):
-            if not _alive(int(folder.name.split("-")[0])):
+        """Remove temporary files of this machine's processes that are gone; shards may run on others."""
+        for folder in (self.state_folder / "tmp").glob(f"{socket.gethostname()}-*-*"):
+            if not _alive(int(folder.name.split("-")[-2])):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

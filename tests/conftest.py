@@ -1,0 +1,75 @@
+"""Fixtures that several test files share: nnU-Net's folders, a raw dataset, a cheap propagator, commands in-process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fake_propagator import FakePropagator
+from raw_datasets import Roots, write_raw
+
+from nnunet_oneshot import propagate as propagate_module
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The sentence after `error:`; the last line of standard error (progress bars come before it)."""
+        return self.err.strip().splitlines()[-1].partition(": error: ")[2]
+
+
+Command = Callable[[Sequence[str] | None], None]
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
+    """nnU-Net's three folders, empty, with their environment variables."""
+    folders = Roots(tmp_path / "raw", tmp_path / "preprocessed", tmp_path / "results")
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return folders
+
+
+@pytest.fixture
+def toy(roots: Roots) -> Path:
+    """Dataset501_toy: one of three anisotropic volumes of odd orientation is annotated."""
+    return write_raw(roots.raw)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakePropagator]:
+    """Every propagator's name makes a fake; the fakes made, by name, so that a test can ask what they did."""
+    made: dict[str, FakePropagator] = {}
+
+    def make(name: str, options: object) -> FakePropagator:
+        return made.setdefault(name, FakePropagator(name, whole_set=name == "fake_set"))
+
+    monkeypatch.setattr(propagate_module, "make_propagator", make)
+    return made
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Call a command's function with arguments as on a command line."""
+
+    def run(command: Command, *argv: object) -> Answer:
+        capsys.readouterr()
+        code = 0
+        try:
+            command([str(a) for a in argv])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out, err = capsys.readouterr()
+        return Answer(code, out, err)
+
+    return run
