@@ -37,6 +37,7 @@ def propagate(argv: Sequence[str] | None = None) -> None:
     )
     _add_source(parser)
     _add_propagation(parser)
+    _add_device(parser)
     _add_work(parser)
     parser.add_argument("-num_parts", type=int, default=1, metavar="N", help="deal the cases out to N shards")
     parser.add_argument("-part_id", type=int, default=0, metavar="N", help="this shard, from 0")
@@ -81,6 +82,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     _add_source(parser)
     _add_propagation(parser)
     _add_training(parser)
+    _add_device(parser)
     _add_work(parser)
     parser.add_argument("-ref", type=Path, metavar="DIR", help="folder of true labels, to score the final labels by")
     _main(parser, _do_run, argv)
@@ -285,7 +287,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
-    _add_device(parser)
     _add_processes(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output dataset if it exists")
     _add_json(parser)

@@ -14,8 +14,8 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.store import CaseRecord, Manifest, Store
-from nnunet_oneshot.training_data import ignore_value, write_training_files
+from nnunet_oneshot.store import CaseRecord, Manifest, Status, Store
+from nnunet_oneshot.training_data import LEFT_OUT, ignore_value, write_training_files
 from sam2_propagation.interface import LabelVolume
 
 HUMAN_WORD = ("annotated", "corrected", "accepted")
@@ -55,7 +55,8 @@ class Change:
 def relabel(dataset: RawDataset, store: Store, predictions: Path, number: int, processes: int) -> Change:
     """Make round `number`'s labels of the model's predictions and those of the round before.
 
-    Idempotent: it reads the predictions and `pseudoTr/rounds/<number - 1>` only, so an interrupted run is repeated.
+    Idempotent: it reads the predictions, `pseudoTr/rounds/<number - 1>` and the manifest of the round before, so an
+    interrupted run is repeated; where the manifest already tells of this round, it only says how far labels moved.
 
     Args:
         dataset: the raw dataset with the images.
@@ -68,6 +69,8 @@ def relabel(dataset: RawDataset, store: Store, predictions: Path, number: int, p
         OneShotError: a prediction is missing or does not fit its image.
     """
     manifest = store.read_manifest()
+    if manifest.round == number:
+        return _made(dataset, store, manifest)
     tasks = [
         Task(dataset, store, case, manifest.cases[case.name], predictions / f"{case.name}{dataset.file_ending}", number)
         for case in dataset.cases
@@ -78,6 +81,15 @@ def relabel(dataset: RawDataset, store: Store, predictions: Path, number: int, p
     write_training_files(dataset, store, manifest)
     store.write_manifest(manifest)
     return Change(number, {name: agreement for name, _, agreement in results if agreement is not None})
+
+
+def _made(dataset: RawDataset, store: Store, manifest: Manifest) -> Change:
+    """The change of the round in force, from its labels on disk."""
+    now, agreement = manifest.round, {}
+    for case in cases_to_predict(dataset, manifest):
+        new, old = (dataset.read_label(store.round_path(n, case.name)) for n in (now, now - 1))
+        agreement[case.name] = mean_dice(new, old)
+    return Change(now, agreement)
 
 
 def cases_to_predict(dataset: RawDataset, manifest: Manifest) -> list[Case]:
@@ -93,7 +105,7 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord, float | None]:
         store.write_label(dataset, before, store.round_path(task.number, case.name), case)
         return case.name, task.record, None
     predicted = _read_prediction(task, before.shape)
-    agreed = predicted == before if task.record.status != "failed" else np.ones(before.shape, bool)
+    agreed = _agreement(task.record.status, predicted, before)
     guess, target = predicted, np.where(agreed, predicted, ignore_value(dataset)).astype(np.int16)
     if case.label is not None:
         human = dataset.read_label(case.label)
@@ -106,6 +118,13 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord, float | None]:
     ):
         store.write_label(dataset, label, path, case)
     return case.name, _record(task, agreed), mean_dice(guess, before)
+
+
+def _agreement(status: Status, predicted: LabelVolume, before: LabelVolume) -> np.ndarray:
+    """Where the prediction may be trained on: nowhere in cases that are left out, everywhere without a label before."""
+    if status == "failed":
+        return np.ones(before.shape, bool)
+    return (predicted == before) & (status not in LEFT_OUT)
 
 
 def mean_dice(first: LabelVolume, second: LabelVolume) -> float:
