@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_oneshot.errors import USER_ERRORS, NnunetFailureError
+
 Summary = Mapping[str, Any]
 """What a command ends with: "lines" for people, all else for `-json`."""
 Execute = Callable[[argparse.Namespace], Summary]
@@ -310,14 +312,13 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
     arguments = parser.parse_args(argv)
     if getattr(arguments, "device", "cpu") is None:
         arguments.device = _best_device()
-    user_errors, failure = _function("errors", "USER_ERRORS"), _function("errors", "NnunetFailureError")
     try:
         # nnU-Net prints as it goes; with -json only the summary may reach standard output.
         with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
             summary = execute(arguments)
-    except user_errors as error:
+    except USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-    except failure as error:
+    except NnunetFailureError as error:
         parser.exit(1, f"{parser.prog}: failed: {error}\n")
     except KeyboardInterrupt:
         parser.exit(1, f"\n{parser.prog}: {INTERRUPTED}\n")
