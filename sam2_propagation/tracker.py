@@ -160,10 +160,11 @@ class Tracker:
             if outcome.memories is not None:
                 memory.tracked[frame] = outcome.memories
             if not keep:
-                self._forget(memory, frame)
+                self.forget(memory, frame)
             yield frame, replace(outcome, memories=None)
 
-    def _forget(self, memory: Memory, frame: int) -> None:
+    def forget(self, memory: Memory, frame: int) -> None:
+        """Drop what no step beyond `frame` can look at any more."""
         model = self.model
         reach = max(model.num_maskmem * model.memory_temporal_stride_for_eval, model.max_obj_ptrs_in_encoder)
         for old in [t for t in memory.tracked if abs(t - frame) > reach]:

@@ -143,10 +143,22 @@ def tiny_config(
 
 
 def tiny_model(seed: int = 0, **options: Any) -> SAM2Base:
-    """A tiny model with weights drawn from a seed, spread enough that masks differ from frame to frame."""
+    """A tiny model with weights drawn from a seed, lively enough that masks depend on frames and prompts."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_sam2(tiny_config(**options))
+        model = build_sam2(tiny_config(**options))
+    enliven(model)
+    return model
+
+
+@torch.no_grad()
+def enliven(model: SAM2Base) -> None:
+    """Fresh weights hardly let a prompt reach a mask, and deny every object; this mends both."""
+    for name, parameter in model.named_parameters():
+        if "sam_mask_decoder" in name or "memory" in name or "obj_ptr" in name:
+            parameter.mul_(1.5)
+    if model.pred_obj_scores:
+        model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.add_(3.0)
 
 
 def balls(shape: tuple[int, int, int], shift: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

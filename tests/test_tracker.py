@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam2.sam2_video_predictor import SAM2VideoPredictor
-from sam2_tiny import tiny_config
+from sam2_tiny import enliven, tiny_config
 from torch import Tensor
 
 from sam2_propagation.architecture import at_size, build_sam2, known_configurations
@@ -49,7 +49,7 @@ def stock_predictor(config: dict[str, Any], video_settings: bool) -> SAM2VideoPr
     """sam2's own predictor, with weights that our `build_sam2` draws from the same seed."""
     torch.manual_seed(0)
     ours = build_sam2(config, video_settings)
-    spread(ours)
+    enliven(ours)
     tree = dict(config["model"], _target_="sam2.sam2_video_predictor.SAM2VideoPredictor")
     if video_settings:
         tree["binarize_mask_from_pts_for_mem_enc"] = True
@@ -65,14 +65,6 @@ def stock_predictor(config: dict[str, Any], video_settings: bool) -> SAM2VideoPr
         lambda _m, args, kw: (args, {**kw, "memory": kw["memory"].float()}), with_kwargs=True
     )
     return stock
-
-
-def spread(model: torch.nn.Module) -> None:
-    """Fresh weights hardly let a prompt reach a mask; larger ones make parity mean something."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "sam_mask_decoder" in name or "memory" in name or "obj_ptr" in name:
-                parameter.mul_(1.5)
 
 
 def _stock_logits(stock: SAM2VideoPredictor, video: Tensor, monkeypatch: pytest.MonkeyPatch, reset: bool) -> Tensor:
@@ -139,7 +131,7 @@ def test_logits_equal_those_of_the_stock_predictor(name: str, reset: bool, monke
 def tiny() -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = build_sam2(tiny_config())
-    spread(model)
+    enliven(model)
     return model, Encoder(model).encode(_Tensors(_video(64)))
 
 

@@ -1,0 +1,215 @@
+"""The sam2 propagator at work: a loaded model, what it has encoded, and how each mode is put together."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sam2_propagation.checkpoints import LoadedCheckpoint
+from sam2_propagation.embeddings import Encoder, SplicedFrames
+from sam2_propagation.errors import PropagationError
+from sam2_propagation.intensities import ImageSlices, scale
+from sam2_propagation.interface import BoolVolume, ChannelVolume, Image, LabelVolume, Propagation, Propagator, Support
+from sam2_propagation.matching import similarity
+from sam2_propagation.sam2_labels import Finished, finish
+from sam2_propagation.sam2_memory import Bank, Tools, Viewed, ViewedSupport, Votes, remember
+from sam2_propagation.sam2_modes import insert, itself, retrieve, sequence, through_volume
+from sam2_propagation.sam2_settings import Sam2Settings
+from sam2_propagation.tracker import Tracker
+from sam2_propagation.views import Presentation, natural_plane, present
+
+
+class Prompts:
+    """Another propagator's label of one query, made when it is first asked for and then kept for every view."""
+
+    def __init__(self, prompter: Propagator | None, supports: Sequence[Support], query: Image) -> None:
+        self._prompter = prompter
+        self._supports = supports
+        self._query = query
+        self._label: LabelVolume | None = None
+        self._asked = False
+
+    def label(self) -> LabelVolume | None:
+        """Int16 (Z, Y, X), or None where there is no prompter or it failed."""
+        if not self._asked and self._prompter is not None:
+            view = self._prompter.default_views[:1]
+            self._label = next(iter(self._prompter.propagate(self._supports, [self._query], view))).label
+        self._asked = True
+        return self._label
+
+
+class Sam2Engine:
+    """A loaded model with what it has encoded of the supports."""
+
+    def __init__(
+        self, loaded: LoadedCheckpoint, settings: Sam2Settings, batch_size: int, budget: int, prompted: bool
+    ) -> None:
+        self.loaded = loaded
+        self.settings = settings
+        self._tools = Tools(Tracker(loaded.model, settings.fill_hole_area), settings, batch_size)
+        self._encoder = Encoder(loaded.model, batch_size, budget)
+        self._default_mode = "self" if prompted else "retrieve"
+        self._supports: dict[tuple[Any, ...], tuple[ViewedSupport, Bank]] = {}
+        if settings.max_conditioning is not None:
+            loaded.model.max_cond_frames_in_attn = settings.max_conditioning
+
+    def adapt(self, supports: Sequence[Support], steps: int, seed: int) -> None:
+        """Fine-tune on the annotated cases; nothing is encoded before that."""
+
+    def carry(
+        self,
+        supports: Sequence[Support],
+        query: Image,
+        scaled: ChannelVolume,
+        view: str,
+        natural: str,
+        prompts: Prompts,
+        seed: int,
+    ) -> Propagation:
+        """One view of one query."""
+        own = next((s for s in supports if s.image.case == query.case and _is_sparse(s)), None)
+        mode = self.settings.mode or ("slice" if own is not None else self._default_mode)
+        if mode == "slice":
+            return self._slice(own, query, view, natural)
+        seen = self._viewed(query, scaled, view, natural)
+        classes = sorted({c for support in supports for c in support.classes})
+        known = [self._support(support, view, natural) for support in supports]
+        if mode == "insert":
+            rng = np.random.default_rng([seed, zlib.crc32(query.case.encode())])
+            votes = insert(self._tools, [support for support, _ in known], seen, classes, rng)
+        else:
+            votes = self._from_memory(mode, known, seen, prompts, classes)
+        return self._finished(votes, seen, view)
+
+    def _from_memory(
+        self,
+        mode: str,
+        known: Sequence[tuple[ViewedSupport, Bank]],
+        seen: Viewed,
+        prompts: Prompts,
+        classes: Sequence[int],
+    ) -> Votes:
+        supports, banks = [support for support, _ in known], [bank for _, bank in known]
+        label = prompts.label() if mode == "self" else None
+        if label is None or not np.isin(label, classes).any():
+            return retrieve(self._tools, supports, banks, seen, classes)
+        shown = seen.shown.forward(label)
+        for again in range(self.settings.repeats):
+            votes = itself(self._tools, supports, banks, seen, shown, classes)
+            if again + 1 < self.settings.repeats:
+                shown = finish(votes, seen.size, self.settings).label
+        return votes
+
+    def _slice(self, own: Support | None, query: Image, view: str, natural: str) -> Propagation:
+        if own is None:
+            raise PropagationError(
+                f"expected a sparse label of {query.case} itself for mode slice, found none; annotate a slice of it, "
+                "or use mode retrieve"
+            )
+        seen = self._viewed_support(own, view, natural)
+        whole = seen.annotated[seen.slices].mean()
+        if whole < 0.5:
+            reason = f"the annotated slices lie across this view's plane (only {whole:.0%} of each is annotated)"
+            return Propagation(query.case, view, None, reason=reason)
+        result = self._finished(through_volume(self._tools, seen, own.classes), seen.image, view)
+        return _kept(result, own)
+
+    def sequence(
+        self, supports: Sequence[Support], queries: list[Image], views: Sequence[str]
+    ) -> Iterator[Propagation]:
+        """All views of a set of 2D images."""
+        for image in [*(s.image for s in supports), *queries]:
+            if image.shape[0] != 1:
+                raise PropagationError(
+                    f"expected 2D images for mode sequence, found {image.case} of shape {image.shape}; use mode insert "
+                    "or retrieve for volumes"
+                )
+        natural = natural_plane(supports[0].image)
+        annotated = {support.image.case: support for support in supports}
+        images = {image.case: image for image in [*queries, *(s.image for s in supports)]}
+        tracked = {view: self._track_set(images, annotated, view, natural) for view in views}
+        for query in queries:
+            for view in views:
+                votes, place, shown = tracked[view]
+                size = shown[query.case].forward(query.data).shape[-2:]
+                result = finish(votes, (int(size[0]), int(size[1])), self.settings, [place[query.case]])
+                yield _propagation(query.case, view, shown[query.case], result)
+
+    def _track_set(
+        self, images: Mapping[str, Image], annotated: Mapping[str, Support], view: str, natural: str
+    ) -> tuple[Votes, dict[str, int], dict[str, Presentation]]:
+        """Votes for the whole set in one view, each case's place in its sequence, and how each is shown."""
+        intensities = self.settings.intensities
+        viewed = {c: self._viewed(images[c], scale(images[c], intensities), view, natural) for c in sorted(images)}
+        order = self._order(viewed, annotated)
+        place = {case: at for at, case in enumerate(order)}
+        frames = SplicedFrames([viewed[case].frames for case in order], [(at, 0) for at in range(len(order))])
+        labels = {place[c]: viewed[c].shown.forward(_spoken(s)[0]) for c, s in annotated.items()}
+        classes = sorted({c for support in annotated.values() for c in support.classes})
+        # As an object among the others, the background can win a pixel; it is then 0 like anything unclaimed.
+        objects = [0, *classes] if self.settings.background else classes
+        return sequence(self._tools, frames, labels, objects), place, {c: v.shown for c, v in viewed.items()}
+
+    def _order(self, viewed: Mapping[str, Viewed], annotated: Mapping[str, Support]) -> list[str]:
+        if self.settings.order == "file":
+            return sorted(viewed)
+        cases = sorted(viewed)
+        described = np.concatenate([viewed[case].frames.descriptors().numpy() for case in cases])
+        known = [cases.index(case) for case in annotated]
+        alike = similarity(described, described)[:, known].max(axis=1)
+        return [cases[i] for i in np.argsort(-alike, kind="stable")]
+
+    def _viewed(self, image: Image, scaled: ChannelVolume, view: str, natural: str) -> Viewed:
+        shown = present(image, view, natural)
+        seen = shown.forward(scaled)
+        frames = self._encoder.encode(ImageSlices(seen, self.loaded.image_size))
+        return Viewed(image.case, frames, (seen.shape[-2], seen.shape[-1]), shown)
+
+    def _support(self, support: Support, view: str, natural: str) -> tuple[ViewedSupport, Bank]:
+        """A support in a view, with every annotated slice remembered; made once."""
+        key = (support.image.case, view, natural, _digest(support.image.data), _digest(support.label))
+        if key not in self._supports:
+            seen = self._viewed_support(support, view, natural)
+            bank = remember(self._tools, seen.image.frames, seen.label, support.classes, seen.slices)
+            self._supports[key] = seen, bank
+        return self._supports[key]
+
+    def _viewed_support(self, support: Support, view: str, natural: str) -> ViewedSupport:
+        image = self._viewed(support.image, scale(support.image, self.settings.intensities), view, natural)
+        label, annotated = _spoken(support)
+        return ViewedSupport(image, image.shown.forward(label), image.shown.forward(annotated))
+
+    def _finished(self, votes: Votes, seen: Viewed, view: str) -> Propagation:
+        return _propagation(seen.case, view, seen.shown, finish(votes, seen.size, self.settings))
+
+
+def _propagation(case: str, view: str, shown: Presentation, result: Finished) -> Propagation:
+    return Propagation(case, view, shown.inverse(result.label), shown.inverse(result.confidence), scores=result.scores)
+
+
+def _spoken(support: Support) -> tuple[LabelVolume, BoolVolume]:
+    """The label with zeros where it is silent, and where it speaks."""
+    annotated = np.ones(support.label.shape, bool) if support.ignore is None else support.label != support.ignore
+    return np.where(annotated, support.label, 0).astype(np.int16), annotated
+
+
+def _is_sparse(support: Support) -> bool:
+    return support.ignore is not None and bool((support.label == support.ignore).any())
+
+
+def _kept(result: Propagation, own: Support) -> Propagation:
+    """What a person has drawn stays as it is."""
+    assert result.label is not None
+    assert result.confidence is not None
+    label, annotated = _spoken(own)
+    kept = np.where(annotated, label, result.label).astype(np.int16)
+    return replace(result, label=kept, confidence=np.where(annotated, 1, result.confidence).astype(np.float32))
+
+
+def _digest(data: npt.NDArray[Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(data).tobytes())

@@ -1,0 +1,260 @@
+"""The modes of the sam2 propagator, each from encoded slices to votes for masks.
+
+`insert` is SSL-MedSAM2's procedure (CARE-LiSeg at MICCAI 2025) and `sequence` is YoloSeg's (Medical Image Analysis
+2026); both track frame by frame. `retrieve` and `self` give every query slice a memory of its own, so that all slices
+and classes go through the model in batches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from sam2_propagation.embeddings import Frames, SplicedFrames
+from sam2_propagation.interface import LabelVolume
+from sam2_propagation.matching import rank_slices
+from sam2_propagation.sam2_memory import Bank, Tools, Viewed, ViewedSupport, Votes, batches, remember
+from sam2_propagation.tracker import Memories, Memory
+
+Key = tuple[int, int, int]
+"""(support, class, slice); the support is -1 for the query itself."""
+
+_OWN = -1
+
+
+def empty_votes(tools: Tools, classes: Sequence[int], slices: int) -> Votes:
+    """Votes for the masks of `classes` on so many slices."""
+    return Votes(classes, slices, tools.tracker.model.image_size // 4, tools.settings.average)
+
+
+def insert(
+    tools: Tools,
+    supports: Sequence[ViewedSupport],
+    query: Viewed,
+    classes: Sequence[int],
+    rng: np.random.Generator,
+) -> Votes:
+    """Insert each support's annotated slices into the query's sequence, and track out of them both ways."""
+    votes = empty_votes(tools, classes, len(query.frames))
+    for support in supports:
+        chosen = _inserted_slices(tools, support, classes)
+        own = [c for c in classes if (support.label[chosen] == c).any()]
+        bank = remember(tools, support.image.frames, support.label, own, chosen, tools.settings.prompt_empty)
+        for position in _positions(tools, len(query.frames), rng):
+            before = [(0, i) for i in range(position)]
+            after = [(0, i) for i in range(position, len(query.frames))]
+            which = [*before, *((1, int(i)) for i in chosen), *after]
+            frames = SplicedFrames([query.frames, support.image.frames], which)
+            prompts = {c: {position + chosen.index(i): i for i in bank.slices(c)} for c in own}
+            _track_both_ways(tools, frames, bank, prompts, votes, {f: i for f, (s, i) in enumerate(which) if s == 0})
+    return votes
+
+
+def _inserted_slices(tools: Tools, support: ViewedSupport, classes: Sequence[int]) -> list[int]:
+    annotated = [int(i) for i in support.slices]
+    if tools.settings.whole_stack:
+        return annotated
+    return [i for i in annotated if np.isin(support.label[i], classes).any()]
+
+
+def _positions(tools: Tools, slices: int, rng: np.random.Generator) -> list[int]:
+    settings = tools.settings
+    if settings.positions is not None:
+        return [round(fraction * slices) for fraction in settings.positions]
+    return [int(p) for p in rng.integers(0, slices + 1, settings.insertions)]
+
+
+def sequence(
+    tools: Tools,
+    frames: Frames,
+    labels: Mapping[int, LabelVolume],
+    classes: Sequence[int],
+) -> Votes:
+    """Track a set of 2D images as one sequence, both ways from the annotated ones.
+
+    Args:
+        tools: the tracker and settings.
+        frames: every image, in the sequence's order.
+        labels: int16 (1, Y, X) of the annotated ones, by their place in the sequence.
+        classes: label values.
+    """
+    votes = empty_votes(tools, classes, len(frames))
+    banks = {at: remember(tools, SplicedFrames([frames], [(0, at)]), lab, classes, [0]) for at, lab in labels.items()}
+    others = {at: at for at in range(len(frames)) if at not in labels}
+    for where, values in _grouped({v: [at for at in banks if (v, 0) in banks[at]] for v in classes}).items():
+        prompted = {at: banks[at].take([(value, 0) for value in values]) for at in where}
+        _track_objects(tools, frames, values, prompted, votes, others)
+    return votes
+
+
+def through_volume(tools: Tools, own: ViewedSupport, classes: Sequence[int]) -> Votes:
+    """Carry the annotated slices of a volume through that volume."""
+    frames = own.image.frames
+    votes = empty_votes(tools, classes, len(frames))
+    bank = remember(tools, frames, own.label, classes, own.slices)
+    prompts = {c: {i: i for i in bank.slices(c)} for c in classes}
+    _track_both_ways(tools, frames, bank, prompts, votes, {i: i for i in range(len(frames))})
+    return votes
+
+
+def _track_both_ways(
+    tools: Tools,
+    frames: Frames,
+    bank: Bank,
+    prompts: Mapping[int, Mapping[int, int]],
+    votes: Votes,
+    counted: Mapping[int, int],
+) -> None:
+    """Track every class; those that are prompted on the same frames share a batch.
+
+    Args:
+        tools: the tracker.
+        frames: the sequence.
+        bank: memories by (class, slice).
+        prompts: for each class, the slice of the bank that each prompted frame is.
+        votes: is added to.
+        counted: the frames that are voted on, and their slice.
+    """
+    for where, values in _grouped(prompts).items():
+        prompted = {f: bank.take([(value, prompts[value][f]) for value in values]) for f in where}
+        _track_objects(tools, frames, values, prompted, votes, counted)
+
+
+def _grouped(prompts: Mapping[int, Iterable[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Classes by the frames that prompt them; those that nothing prompts are left out."""
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for value, frames in prompts.items():
+        alike[tuple(sorted(frames))].append(value)
+    alike.pop((), None)
+    return alike
+
+
+def _track_objects(
+    tools: Tools,
+    frames: Frames,
+    values: Sequence[int],
+    prompted: Mapping[int, Memories],
+    votes: Votes,
+    counted: Mapping[int, int],
+) -> None:
+    first, last = min(prompted), max(prompted)
+    for reverse, order in ((False, range(first, len(frames))), (True, range(last, -1, -1))):
+        # A fresh memory for each direction, as a reset between them.
+        for frame, outcome in tools.tracker.track(frames, Memory(prompted), order, reverse):
+            if frame in counted:
+                votes.add([(value, counted[frame]) for value in values], outcome)
+
+
+def retrieve(
+    tools: Tools, supports: Sequence[ViewedSupport], banks: Sequence[Bank], query: Viewed, classes: Sequence[int]
+) -> Votes:
+    """Segment each query slice from the support slices that match it."""
+    votes = empty_votes(tools, classes, len(query.frames))
+    ranked = _ranked(tools, supports, query)
+    memory = {
+        (value, i): [(s, value, j) for s, j in ranking[: tools.settings.memory_slices] if (value, j) in banks[s]]
+        for i, ranking in enumerate(ranked)
+        for value in classes
+    }
+    if tools.settings.track:
+        _track_from_own_memories(tools, dict(enumerate(banks)), query, classes, memory, votes)
+    else:
+        _segment_each(tools, dict(enumerate(banks)), query, memory, votes)
+    return votes
+
+
+def _ranked(tools: Tools, supports: Sequence[ViewedSupport], query: Viewed) -> list[list[tuple[int, int]]]:
+    described = [s.image.frames.descriptors().numpy() for s in supports]
+    slices = [s.slices for s in supports]
+    return rank_slices(query.frames.descriptors().numpy(), described, slices, tools.settings.matching)
+
+
+def itself(
+    tools: Tools,
+    supports: Sequence[ViewedSupport],
+    banks: Sequence[Bank],
+    query: Viewed,
+    prompts: LabelVolume,
+    classes: Sequence[int],
+) -> Votes:
+    """Segment each query slice from the query's own slices, which `prompts` (int16 (N, Y, X), as seen) label."""
+    settings, frames = tools.settings, query.frames
+    votes = empty_votes(tools, classes, len(frames))
+    own = remember(tools, frames, prompts, classes, range(len(frames)))
+    ranked = _ranked(tools, supports, query) if settings.support_slices else []
+    memory: dict[tuple[int, int], list[Key]] = {}
+    for value in classes:
+        prompted = own.slices(value)
+        for i in range(len(frames)):
+            near = _nearest(prompted, i, settings.memory_slices, settings.margin, settings.own_slice)
+            matching = ranked[i][: settings.support_slices] if near and ranked else []
+            support = [(s, value, j) for s, j in matching if (value, j) in banks[s]]
+            memory[value, i] = [(_OWN, value, j) for j in near] + support
+    _segment_each(tools, {_OWN: own, **dict(enumerate(banks))}, query, memory, votes)
+    return votes
+
+
+def _nearest(prompted: Sequence[int], at: int, count: int, margin: int, itself_too: bool) -> list[int]:
+    """The nearest prompted slices, nearest first; none where even the nearest is further than the margin."""
+    if not prompted or min(abs(j - at) for j in prompted) > margin:
+        return []
+    return sorted((j for j in prompted if itself_too or j != at), key=lambda j: (abs(j - at), j))[:count]
+
+
+def _segment_each(
+    tools: Tools,
+    banks: Mapping[int, Bank],
+    query: Viewed,
+    memory: Mapping[tuple[int, int], Sequence[Key]],
+    votes: Votes,
+) -> None:
+    """Segment (class, slice) pairs, each from its own memory; pairs that remember equally many slices share batches."""
+    alike: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for pair, keys in memory.items():
+        alike[len(keys)].append(pair)
+    for count, pairs in alike.items():
+        if count == 0:
+            continue
+        # Pairs of one slice stay together: they look at the same features.
+        for chunk in batches(sorted(pairs, key=lambda pair: pair[1]), tools.batch_size):
+            prompted = _gathered(banks, [memory[pair] for pair in chunk], count, count)
+            features = query.frames.features([i for _, i in chunk])
+            votes.add(chunk, tools.tracker.step(features, Memory(prompted), count, count + 1, remember=False))
+
+
+def _gathered(banks: Mapping[int, Bank], keys: Sequence[Sequence[Key]], at: int, side: int) -> dict[int, Memories]:
+    """Conditioning frames before `at` (or behind it, for a negative `side`); the best match is the nearest."""
+    step = 1 if side > 0 else -1
+    ranks = range(len(keys[0]))
+    return {at - step * (rank + 1): _taken(banks, [pair[rank] for pair in keys]) for rank in reversed(ranks)}
+
+
+def _taken(banks: Mapping[int, Bank], keys: Iterable[Key]) -> Memories:
+    return Memories.join([banks[s].take([(value, i)]) for s, value, i in keys])
+
+
+def _track_from_own_memories(
+    tools: Tools,
+    banks: Mapping[int, Bank],
+    query: Viewed,
+    classes: Sequence[int],
+    memory: Mapping[tuple[int, int], Sequence[Key]],
+    votes: Votes,
+) -> None:
+    """As `_segment_each`, but each slice also remembers what was found on the slices before it, in both directions."""
+    count = len(query.frames)
+    for value in classes:
+        for reverse in (False, True):
+            bank = Memory({})
+            for i in range(count - 1, -1, -1) if reverse else range(count):
+                keys = memory[value, i]
+                if not keys:
+                    continue
+                bank.prompted = _gathered(banks, [keys], i, -1 if reverse else 1)
+                outcome = tools.tracker.step(query.frames.features([i]), bank, i, count, reverse)
+                assert outcome.memories is not None
+                bank.tracked[i] = outcome.memories
+                tools.tracker.forget(bank, i)
+                votes.add([(value, i)], outcome)

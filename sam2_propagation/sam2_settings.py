@@ -1,0 +1,121 @@
+"""How the sam2 propagator works: one record of settings, and the published procedures as such records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sam2_propagation.errors import PropagationError
+from sam2_propagation.intensities import Intensities
+
+MODES = ("insert", "sequence", "slice", "retrieve", "self")
+"""Every mode; see `Sam2Settings.mode`."""
+
+MATCHINGS = ("position", "line", "similarity")
+"""How support slices are found for a query slice."""
+
+
+def _one_of(what: str, found: str | None, known: tuple[str | None, ...]) -> None:
+    if found not in known:
+        raise PropagationError(f"expected {what} out of {', '.join(str(k) for k in known)}, found {found!r}")
+
+
+@dataclass(frozen=True)
+class Sam2Settings:
+    """Settings of the sam2 propagator.
+
+    Attributes:
+        mode: `insert` (the support's stack is inserted into the query's sequence and tracked out of, both ways),
+            `sequence` (all 2D images of a set are one sequence), `slice` (annotated slices of a volume through that
+            volume), `retrieve` (matching support slices are each query slice's memory), `self` (the query's own
+            slices, prompted with another propagator's labels, are the memory), or None: `slice` for a query with a
+            sparse label of its own, `self` where there is a prompting propagator, else `retrieve`.
+        views: the default views.
+        checkpoint: the default checkpoint.
+        intensities: windows and channels.
+        memory_slices: slices that each query slice remembers in `retrieve` and `self`.
+        matching: `position` (relative position in the stack), `line` (the straight line of slice numbers along which
+            embeddings are most alike) or `similarity` (of embeddings, slice by slice).
+        track: in `retrieve`, also remember the query's neighbouring slices, tracked both ways.
+        own_slice: in `self`, whether a slice's own prompted label is among its memory.
+        support_slices: in `self`, matching support slices that are remembered as well.
+        margin: in `self`, how many slices beyond the prompted ones an object is looked for.
+        repeats: in `self`, how often; each time prompted with what the time before gave.
+        insertions: in `insert`, how often each support is inserted.
+        positions: where, as fractions of the query's stack; drawn from the seed when None.
+        whole_stack: in `insert`, insert every annotated slice, not only those with foreground.
+        prompt_empty: whether slices without an object prompt its absence (`insert`).
+        average: of the votes of insertions, supports and directions: of `logits` or of `probabilities`.
+        background: in `sequence`, the background is an object of its own.
+        order: in `sequence`, `file` (by case identifier) or `similarity` (to the support's embedding).
+        max_conditioning: nearest prompted frames that tracking attends to; None for the checkpoint's own (mostly all).
+        largest_component: keep only the largest component of each class.
+        fill_hole_area: see `tracker.Tracker`.
+    """
+
+    mode: str | None = None
+    views: tuple[str, ...] = ("identity", "rot90", "rot180")
+    checkpoint: str = "builtin"
+    intensities: Intensities = field(default_factory=Intensities)
+    memory_slices: int = 4
+    matching: str = "position"
+    track: bool = False
+    own_slice: bool = True
+    support_slices: int = 0
+    margin: int = 1
+    repeats: int = 1
+    insertions: int = 1
+    positions: tuple[float, ...] | None = None
+    whole_stack: bool = False
+    prompt_empty: bool = True
+    average: str = "logits"
+    background: bool = False
+    order: str = "file"
+    max_conditioning: int | None = None
+    largest_component: bool = False
+    fill_hole_area: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("a mode", self.mode, (None, *MODES))
+        _one_of("a matching", self.matching, MATCHINGS)
+        _one_of("an average", self.average, ("logits", "probabilities"))
+        _one_of("an order", self.order, ("file", "similarity"))
+        for name in ("memory_slices", "repeats", "insertions"):
+            if getattr(self, name) < 1:
+                raise PropagationError(f"expected {name} of at least 1, found {getattr(self, name)}")
+        if self.max_conditioning is not None and self.max_conditioning < 2:
+            raise PropagationError(f"expected max_conditioning of at least 2, found {self.max_conditioning}")
+
+
+_RECIPES = {
+    # YoloSeg (Medical Image Analysis 2026): the image set as a video in file order, background included, three views,
+    # 8-bit intensities as they are.
+    "yoloseg": Sam2Settings(
+        mode="sequence",
+        checkpoint="sam2.1_hiera_small",
+        views=("identity", "rot90", "rot180"),
+        intensities=Intensities(window=(0.0, 255.0)),
+        background=True,
+    ),
+    # SSL-MedSAM2 (CARE-LiSeg at MICCAI 2025): the whole annotated stack inserted at five random positions, every slice
+    # of it prompting, probabilities averaged, the largest component kept.
+    "ssl_medsam2": Sam2Settings(
+        mode="insert",
+        checkpoint="medsam2_latest",
+        views=("identity",),
+        insertions=5,
+        whole_stack=True,
+        prompt_empty=True,
+        average="probabilities",
+        largest_component=True,
+    ),
+}
+
+
+def recipe(name: str) -> Sam2Settings:
+    """A published procedure's settings, `yoloseg` or `ssl_medsam2`.
+
+    Raises:
+        PropagationError: another name.
+    """
+    _one_of("a recipe", name, tuple(_RECIPES))
+    return _RECIPES[name]

@@ -1,0 +1,317 @@
+"""The sam2 propagator: every mode, counted from outside, and the mistakes that users make."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sam2_tiny import balls, tiny_config, tiny_model
+
+from sam2_propagation.errors import PropagationError
+from sam2_propagation.interface import Image, Propagation, Propagator, Support
+from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.sam2_settings import Sam2Settings, recipe
+from sam2_propagation.views import VIEWS
+
+SHAPE = (6, 12, 14)
+IGNORE = 9
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights, its configuration beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.save({"model": tiny_model(seed=1).state_dict()}, folder / "tiny.pt")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_config()))
+    return folder / "tiny.pt"
+
+
+def _volume(case: str, shift: float = 0.0, shape: tuple[int, int, int] = SHAPE) -> tuple[Image, np.ndarray]:
+    data, label = balls(shape, shift, seed=len(case))
+    return Image(case, data[None], spacing=(3.0, 1.0, 1.0)), label
+
+
+def _support(case: str = "support", shape: tuple[int, int, int] = SHAPE) -> Support:
+    image, label = _volume(case, shape=shape)
+    return Support(image, label)
+
+
+def _sparse(case: str, slices: Sequence[int]) -> Support:
+    image, label = _volume(case)
+    sparse = np.full_like(label, IGNORE)
+    sparse[list(slices)] = label[list(slices)]
+    return Support(image, sparse, ignore=IGNORE)
+
+
+class _Prompter:
+    """A propagator that hands out the true label, or fails."""
+
+    name, views, default_views, whole_set = "prompter", ("identity",), ("identity",), False
+
+    def __init__(self, label: np.ndarray | None) -> None:
+        self.label = label
+        self.calls = 0
+
+    def fit(self, images: Iterable[Image]) -> None:
+        pass
+
+    def propagate(
+        self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
+    ) -> Iterator[Propagation]:
+        for query in queries:
+            self.calls += 1
+            reason = "it failed" if self.label is None else None
+            yield Propagation(query.case, views[0], self.label, reason=reason)
+
+
+def _count_passes(propagator: Sam2Propagator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    passes: list[int] = []
+    model = propagator.describe().model
+    forward = model.forward_image
+    monkeypatch.setattr(model, "forward_image", lambda batch: passes.append(len(batch)) or forward(batch))
+    return passes
+
+
+def test_it_is_a_propagator() -> None:
+    propagator = Sam2Propagator()
+    assert isinstance(propagator, Propagator)
+    assert set(propagator.views) == set(VIEWS)
+    assert propagator.views[:3] == propagator.default_views == ("identity", "rot90", "rot180")
+    assert not propagator.whole_set
+    assert Sam2Propagator(mode="sequence").whole_set
+
+
+VOLUME_MODES = {
+    "retrieve": Sam2Settings(mode="retrieve"),
+    "retrieve and track": Sam2Settings(mode="retrieve", track=True),
+    "retrieve by line": Sam2Settings(mode="retrieve", matching="line"),
+    "retrieve by similarity": Sam2Settings(mode="retrieve", matching="similarity"),
+    "self": Sam2Settings(mode="self", support_slices=2, repeats=2),
+    "insert": Sam2Settings(mode="insert"),
+    "insert twice": Sam2Settings(mode="insert", insertions=2, average="probabilities"),
+}
+
+
+@pytest.mark.parametrize("name", VOLUME_MODES)
+def test_each_slice_of_each_view_is_encoded_once(name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = [_volume(f"query{i}", shift) for i, shift in enumerate((0.1, -0.1))]
+    prompter = _Prompter(queries[0][1])
+    propagator = Sam2Propagator(checkpoint, prompter=prompter, settings=VOLUME_MODES[name])
+    passes = _count_passes(propagator, monkeypatch)
+    supports, views = [_support("a"), _support("bb")], ("identity", "rot180", "coronal")
+    results = list(propagator.propagate(supports, [image for image, _ in queries], views))
+    # Four images; identity and rot180 see 6 slices of each, coronal 12.
+    assert sum(passes) == 4 * (6 + 6 + 12)
+    assert [(r.case, r.view) for r in results] == [(q.case, v) for q, _ in queries for v in views]
+    for result in results:
+        assert result.label is not None
+        assert (result.label.shape, result.label.dtype) == (SHAPE, np.int16)
+        assert set(np.unique(result.label)) <= {0, 1, 2}
+        assert result.confidence is not None
+        assert 0 <= result.confidence.min() <= result.confidence.max() <= 1
+    assert prompter.calls == (2 if name == "self" else 0)
+
+
+def test_supports_are_encoded_once_over_calls(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    propagator = Sam2Propagator(checkpoint)
+    passes = _count_passes(propagator, monkeypatch)
+    for case in ("q1", "q2", "q3"):
+        list(propagator.propagate([_support()], [_volume(case)[0]], ("identity",)))
+    assert sum(passes) == 4 * SHAPE[0]
+
+
+def test_another_label_of_the_same_case_is_not_taken_from_the_cache(checkpoint: Path) -> None:
+    propagator, support, query = Sam2Propagator(checkpoint), _support(), _volume("query")[0]
+    swapped = Support(support.image, np.array([0, 2, 1], np.int16)[support.label])
+    first, second = (next(propagator.propagate([s], [query], ("identity",))).label for s in (support, swapped))
+    assert first is not None
+    assert second is not None
+    assert np.array_equal(first > 0, second > 0)
+    assert np.array_equal(np.array([0, 2, 1])[first], second)
+
+
+@pytest.mark.parametrize("mode", ["retrieve", "self", "insert"])
+def test_batches_do_not_change_the_label(mode: str, checkpoint: Path) -> None:
+    query, truth = _volume("query", 0.1)
+    labels = []
+    for size in (1, 7):
+        propagator = Sam2Propagator(checkpoint, mode=mode, prompter=_Prompter(truth), batch_size=size)
+        labels.append(next(propagator.propagate([_support()], [query], ("identity",))).label)
+    assert np.mean(labels[0] != labels[1]) < 0.002
+
+
+def test_results_repeat_and_do_not_depend_on_other_cases(checkpoint: Path) -> None:
+    queries = [_volume(f"query{i}", 0.1 * i)[0] for i in range(3)]
+    propagator = Sam2Propagator(checkpoint, mode="insert", seed=4)
+    together = list(propagator.propagate([_support()], queries, ("identity",)))
+    alone = list(Sam2Propagator(checkpoint, mode="insert", seed=4).propagate([_support()], queries[2:], ("identity",)))
+    assert np.array_equal(together[2].confidence, alone[0].confidence)
+    other = list(Sam2Propagator(checkpoint, mode="insert", seed=5).propagate([_support()], queries[2:], ("identity",)))
+    assert not np.array_equal(other[0].confidence, alone[0].confidence)
+
+
+def test_self_falls_back_to_retrieve_where_the_prompter_failed(checkpoint: Path) -> None:
+    query = _volume("query", 0.1)[0]
+    found, expected = (
+        next(Sam2Propagator(checkpoint, mode=mode, prompter=prompter).propagate([_support()], [query], ("identity",)))
+        for mode, prompter in (("self", _Prompter(None)), ("retrieve", None))
+    )
+    assert np.array_equal(found.confidence, expected.confidence)
+
+
+def test_the_prompter_decides_the_default_mode(checkpoint: Path) -> None:
+    query, truth = _volume("query", 0.1)
+    default, itself, retrieved = (
+        next(Sam2Propagator(checkpoint, mode=mode, prompter=p).propagate([_support()], [query], ("identity",)))
+        for mode, p in ((None, _Prompter(truth)), ("self", _Prompter(truth)), (None, None))
+    )
+    assert np.array_equal(default.confidence, itself.confidence)
+    assert not np.array_equal(default.confidence, retrieved.confidence)
+
+
+def test_annotated_slices_are_carried_through_their_volume(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = _sparse("query", (2, 3))
+    truth = _volume("query")[1]
+    propagator = Sam2Propagator(checkpoint)
+    passes = _count_passes(propagator, monkeypatch)
+    results = list(propagator.propagate([own, _sparse("other", (2,))], [own.image], ("identity", "rot90", "coronal")))
+    assert sum(passes) == 6 + 6 + 12
+    for result in results[:2]:
+        assert result.label is not None
+        assert np.array_equal(result.label[2:4], truth[2:4])
+        assert IGNORE not in result.label
+        assert result.confidence is not None
+        assert (result.confidence[2:4] == 1).all()
+    assert results[2].label is None
+    assert "across this view's plane" in str(results[2].reason)
+
+
+def test_sparse_supports_only_count_where_they_speak(checkpoint: Path) -> None:
+    query = _volume("query", 0.1)[0]
+    sparse = _sparse("support", (2, 3))
+    loud = Support(sparse.image, np.where(sparse.label == IGNORE, 1, sparse.label).astype(np.int16))
+    quiet, other = (next(Sam2Propagator(checkpoint).propagate([s], [query], ("identity",))) for s in (sparse, loud))
+    assert quiet.label is not None
+    assert IGNORE not in quiet.label
+    assert not np.array_equal(quiet.confidence, other.confidence)
+
+
+def _pictures(count: int) -> list[Image]:
+    sizes = [(1, 20, 24), (1, 33, 17), (1, 21, 21)]
+    return [Image(f"p{i}", balls(sizes[i % 3], 0.05 * i, seed=i)[0][None]) for i in range(count)]
+
+
+@pytest.mark.parametrize("order", ["file", "similarity"])
+def test_a_set_of_2d_images_is_one_sequence(order: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = _pictures(5)
+    support = Support(pictures[2], balls((1, 21, 21), 0.1)[1])
+    settings = replace(recipe("yoloseg"), order=order)
+    propagator = Sam2Propagator(checkpoint, settings=settings)
+    passes = _count_passes(propagator, monkeypatch)
+    queries = [p for p in pictures if p.case != "p2"]
+    results = list(propagator.propagate([support], queries, propagator.default_views))
+    assert sum(passes) == 5 * 3
+    views = ("identity", "rot90", "rot180")
+    assert [(r.case, r.view) for r in results] == [(q.case, v) for q in queries for v in views]
+    assert all(r.label is not None and r.label.shape == q.shape for r, q in zip(results[::3], queries, strict=True))
+
+
+def test_colour_and_single_2d_images_are_taken(checkpoint: Path) -> None:
+    shape = (1, 30, 20)
+    data, label = balls(shape)
+    support = Support(Image("rgb", np.stack([data, data / 2, data / 3])), label)
+    query = Image("other", np.stack([data / 3, data, data / 2]))
+    for mode in ("retrieve", "insert"):
+        result = next(Sam2Propagator(checkpoint, mode=mode).propagate([support], [query], ("rot90",)))
+        assert result.label is not None
+        assert result.label.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (3, 1, 40), (1, 200, 7)])
+def test_tiny_and_odd_slices(shape: tuple[int, int, int], checkpoint: Path) -> None:
+    query = Image("query", np.random.default_rng(0).uniform(1, 2, (1, *shape)).astype(np.float32))
+    result = next(Sam2Propagator(checkpoint).propagate([_support()], [query], ("identity",)))
+    assert result.label is not None
+    assert result.label.shape == shape
+
+
+def test_progress_counts_slices(checkpoint: Path) -> None:
+    done: list[int] = []
+    propagator = Sam2Propagator(checkpoint, progress=done.append)
+    list(propagator.propagate([_support()], [_volume("query")[0]], ("identity", "coronal")))
+    assert done == [6, 12]
+
+
+def test_it_can_be_sent_to_a_worker_before_and_after_its_model_is_loaded(checkpoint: Path) -> None:
+    propagator, query = Sam2Propagator(checkpoint), _volume("query")[0]
+    before = pickle.loads(pickle.dumps(propagator))
+    here = next(propagator.propagate([_support()], [query], ("identity",)))
+    after = pickle.loads(pickle.dumps(propagator))
+    for sent in (before, after):
+        there = next(sent.propagate([_support()], [query], ("identity",)))
+        assert np.array_equal(here.confidence, there.confidence)
+
+
+def test_scores_say_what_the_model_thinks_of_itself(checkpoint: Path) -> None:
+    result = next(Sam2Propagator(checkpoint).propagate([_support()], [_volume("query")[0]], ("identity",)))
+    assert set(result.scores) >= {"confidence"}
+    assert result.label is not None
+    if (result.label > 0).any():
+        assert 0 <= result.scores["predicted_iou"] <= 1
+        assert 0 <= result.scores["stability"] <= 1
+
+
+def _run(checkpoint: Path, supports: Sequence[Support], query: Image, view: str = "identity", **options: Any) -> None:
+    list(Sam2Propagator(checkpoint, **options).propagate(supports, [query], (view,)))
+
+
+def test_bad_input_is_answered_in_one_sentence(checkpoint: Path) -> None:
+    support, query = _support(), _volume("query")[0]
+    blank = Support(support.image, np.zeros_like(support.label))
+    with pytest.raises(PropagationError, match="at least one annotated case"):
+        _run(checkpoint, [], query)
+    with pytest.raises(PropagationError, match="foreground in the label of support"):
+        _run(checkpoint, [support, blank], query)
+    with pytest.raises(PropagationError, match="2D images for mode sequence"):
+        _run(checkpoint, [support], query, mode="sequence")
+    with pytest.raises(PropagationError, match="sparse label of query itself"):
+        _run(checkpoint, [support], query, mode="slice")
+    with pytest.raises(PropagationError, match="expected views out of"):
+        _run(checkpoint, [support], query, view="upside_down")
+    with pytest.raises(PropagationError, match="prompts mode self"):
+        Sam2Propagator(checkpoint, mode="self")
+    with pytest.raises(PropagationError, match="expected a mode out of"):
+        Sam2Propagator(checkpoint, mode="teleport")
+    with pytest.raises(PropagationError, match="expected a recipe out of"):
+        recipe("oneseg9")
+    with pytest.raises(PropagationError, match="memory_slices of at least 1"):
+        Sam2Settings(memory_slices=0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), torch.OutOfMemoryError()],
+)
+def test_too_little_memory_is_said(error: Exception, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    propagator = Sam2Propagator(checkpoint)
+
+    def fail(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(propagator.describe().model, "forward_image", fail)
+    with pytest.raises(PropagationError, match="lower the batch size"):
+        list(propagator.propagate([_support()], [_volume("query")[0]], ("identity",)))
+
+
+def test_recipes_are_as_published() -> None:
+    yoloseg, ssl = recipe("yoloseg"), recipe("ssl_medsam2")
+    assert (yoloseg.mode, yoloseg.background, yoloseg.order) == ("sequence", True, "file")
+    assert (ssl.mode, ssl.insertions, ssl.whole_stack, ssl.average) == ("insert", 5, True, "probabilities")
+    assert ssl.largest_component
