@@ -1,16 +1,22 @@
-"""Run at every start of Python by nnunet_oneshot.pth: lets nnU-Net find our trainers. Keep it to `os` alone."""
+"""Lets nnU-Net find our trainers: run at every start of Python by nnunet_oneshot.pth, so it imports os alone."""
 
 import os
 
 _VARIABLE = "nnUNet_extTrainer"
 
 
-def register(folder=None):
-    """Append the folder of the trainers to nnUNet_extTrainer, after what the user put there."""
-    folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "nnunet_oneshot_trainers")
+def trainers_folder():
+    """The trainers beside this file: in a folder of their own when installed, `trainers` in a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    installed = os.path.join(here, "nnunet_oneshot_trainers")
+    return installed if os.path.isdir(installed) else os.path.join(here, "trainers")
+
+
+def register():
+    """Append that folder to nnUNet_extTrainer, where nnU-Net looks for trainers, after what the user put there."""
     known = [path for path in os.environ.get(_VARIABLE, "").split(os.pathsep) if path]
-    if folder not in known:
-        os.environ[_VARIABLE] = os.pathsep.join([*known, folder])
+    if trainers_folder() not in known:
+        os.environ[_VARIABLE] = os.pathsep.join([*known, trainers_folder()])
 
 
 register()

@@ -16,25 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+import _nnunet_oneshot_path
 from nnunet_oneshot.errors import NnunetFailureError
 
 _POLL_SECONDS = 0.3
 _LOG_LINES = 15
-
-
-def trainers_folder() -> Path:
-    """The folder with our trainers: beside the package in a checkout, in a folder of its own when installed."""
-    base = Path(__file__).resolve().parent.parent
-    installed = base / "nnunet_oneshot_trainers"
-    return installed if installed.is_dir() else base / "trainers"
-
-
-def register_trainers() -> None:
-    """Let nnU-Net in this process and its children find our trainers, after those that the user registered."""
-    known = [path for path in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if path]
-    folder = str(trainers_folder())
-    if folder not in known:
-        os.environ["nnUNet_extTrainer"] = os.pathsep.join([*known, folder])
 
 
 def cores() -> int:
@@ -44,7 +30,7 @@ def cores() -> int:
 
 def _environment() -> dict[str, str]:
     """This process's environment, with as many nnU-Net workers as there are cores and our trainers registered."""
-    register_trainers()
+    _nnunet_oneshot_path.register()
     defaults = {"nnUNet_def_n_proc": str(min(8, cores()))}
     return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
 

@@ -1,0 +1,62 @@
+"""Which cases train and validate, and how often each is drawn: pure functions over names for the trainer's split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import gcd
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.settings import OneShotBlock
+
+FOLDS = 5
+"""nnU-Net's number of folds; it cannot split fewer cases than that."""
+_STEPS = 20
+"""Weights are rounded to this fraction of 1."""
+
+
+def few_case_split(cases: Sequence[str], fold: int, annotated: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Training and validation cases where there are too few for nnU-Net's five folds.
+
+    One case validates, not an annotated one if that can be helped, and the others train; a single case does both.
+    """
+    candidates = sorted(set(cases) - set(annotated)) or sorted(cases)
+    held_out = candidates[fold % len(candidates)]
+    return sorted(set(cases) - {held_out}) or [held_out], [held_out]
+
+
+def usable_split(train: Sequence[str], validation: Sequence[str], block: OneShotBlock) -> tuple[list[str], list[str]]:
+    """A split without the cases left out and with every annotated case in training.
+
+    Annotated cases do not validate unless nothing else is left to.
+
+    Raises:
+        OneShotError: nothing is left to train on.
+    """
+    left_out, annotated = set(block.left_out), set(block.annotated)
+    training = sorted((set(train) | annotated) - left_out)
+    if not training:
+        raise OneShotError(
+            f"expected at least one case to train on, found all {len(left_out)} in left_out; "
+            "annotate a case or accept labels in the review"
+        )
+    held_out = sorted(set(validation) - left_out - annotated) or sorted(annotated - left_out) or training
+    return training, held_out
+
+
+def drawn_by_weight(cases: Sequence[str], weights: Mapping[str, float]) -> list[str]:
+    """Each case as often as its weight says (1 where it has none), for a loader that draws names evenly.
+
+    Weights are rounded to steps of 1/20; a case of weight 0 is not drawn. Equal weights give the cases themselves.
+
+    Raises:
+        OneShotError: every weight is 0.
+    """
+    counts = {case: _count(weights.get(case, 1.0)) for case in cases}
+    divisor = gcd(*counts.values())
+    if divisor == 0:
+        raise OneShotError(f"expected a case_weight above 0 among {len(cases)} training cases, found none; raise one")
+    return [case for case, count in counts.items() for _ in range(count // divisor)]
+
+
+def _count(weight: float) -> int:
+    return max(1, round(weight * _STEPS)) if weight > 0 else 0

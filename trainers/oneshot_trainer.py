@@ -1,0 +1,166 @@
+"""OneShotTrainer: nnU-Net's trainer for labels that propagation made. Hooks only; what they call is in nnunet_oneshot.
+
+nnU-Net finds this file by name through nnUNet_extTrainer, so imports are absolute.
+"""
+
+from __future__ import annotations
+
+import os
+from os.path import isfile, join
+from random import Random
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+
+from nnunet_oneshot.case_selection import FOLDS, drawn_by_weight, few_case_split, usable_split
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.losses import DualComponentLoss, detached_view, divergence, ramp
+from nnunet_oneshot.settings import LossSettings, parse_block
+from nnunet_oneshot.training_views import ViewChoice, rotation_obstacle
+
+
+class WholeCheckpoints(nnUNetTrainer):
+    """nnUNetTrainer whose checkpoints are whole or not there, so that a run killed while writing one can resume."""
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        super().save_checkpoint(f"{filename}.part")
+        os.replace(f"{filename}.part", filename)
+
+
+class OneShotTrainer(WholeCheckpoints):
+    """Dual-component loss and trust in cases, as the "oneshot" block of dataset.json says.
+
+    Without that block, or without an ignore label, it trains exactly as nnUNetTrainer.
+    """
+
+    loss_settings = LossSettings()
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.block = parse_block(dataset_json)
+        self.dual_loss: DualComponentLoss | None = None
+        self.view_choice = ViewChoice(len(self.configuration_manager.patch_size), (), False)
+        self._random = Random(12345 + self.local_rank)
+        self._iteration = 0
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        ignore = self.label_manager.ignore_label
+        if self.block is None or ignore is None:
+            return loss
+        self.dual_loss = DualComponentLoss(loss, ignore, self.label_manager.has_regions)
+        return self.dual_loss
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        augmentation = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        rotation, _, _, mirror_axes = augmentation
+        obstacle = self._rotation_obstacle(rotation)
+        self.view_choice = ViewChoice(
+            len(self.configuration_manager.patch_size), tuple(mirror_axes or ()), obstacle is None
+        )
+        if self.dual_loss is not None:
+            turns = "with rotations by 90 degrees" if obstacle is None else f"without rotations: {obstacle}"
+            self.print_to_log_file(f"Consistency views: flips along axes {self.view_choice.mirror_axes}, {turns}")
+        return augmentation
+
+    def do_split(self):
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+        block = parse_block(self.dataset_json, cases)
+        splits_file = join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if self.fold != "all" and len(cases) < FOLDS and not isfile(splits_file):
+            self.print_to_log_file(f"{len(cases)} cases are too few for nnU-Net's {FOLDS} folds: one validates")
+            usable = set(cases) - set(block.left_out if block else ())
+            train, validation = few_case_split(sorted(usable), self.fold, block.annotated if block else ())
+        else:
+            train, validation = super().do_split()
+        return (train, validation) if block is None else usable_split(train, validation, block)
+
+    def get_tr_and_val_datasets(self):
+        training, validation = super().get_tr_and_val_datasets()
+        if self.block is not None:
+            training.identifiers = drawn_by_weight(training.identifiers, self.block.case_weight)
+            self._check_supervision(training.identifiers)
+        return training, validation
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.print_to_log_file(self._introduction())
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self._iteration = 0
+
+    def train_step(self, batch: dict) -> dict:
+        weight = self._consistency_weight()
+        self._iteration += 1
+        if self.dual_loss is None:
+            return super().train_step(batch)
+        # The target is still on the CPU here, so that looking at it does not wait for the GPU.
+        mask = self._divergence(batch["target"])
+        samples = mask.flatten(1).any(1).nonzero()[:, 0]
+        view = self.view_choice.draw(self._random) if weight > 0 and len(samples) else None
+        if view is not None:
+            batch = {**batch, "data": batch["data"].to(self.device, non_blocking=True)}
+            network = self.network.module if self.is_ddp else self.network
+            self.dual_loss.announce(detached_view(network, batch["data"], view, samples, weight))
+        result = super().train_step(batch)
+        term = self.dual_loss.last_consistency
+        return {**result, "consistency": 0.0 if term is None else term.item(), "divergence": mask.float().mean().item()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        super().on_train_epoch_end(train_outputs)
+        if self.dual_loss is None:
+            return
+        term, share = (
+            float(np.mean([output[key] for output in train_outputs])) for key in ("consistency", "divergence")
+        )
+        self.print_to_log_file(
+            f"consistency {term:.4f} (weight {self._consistency_weight():.3f}), divergence {share:.2%} of voxels"
+        )
+
+    def _divergence(self, target: Tensor | list[Tensor]) -> Tensor:
+        finest = target[0] if isinstance(target, list) else target
+        return divergence(finest, self.label_manager.ignore_label, self.label_manager.has_regions)
+
+    def _consistency_weight(self) -> float:
+        done = self.current_epoch + self._iteration / self.num_iterations_per_epoch
+        return ramp(done / self.num_epochs, self.loss_settings)
+
+    def _rotation_obstacle(self, augmentation: tuple[float, float]) -> str | None:
+        plan = self.configuration_manager
+        return rotation_obstacle(plan.patch_size, plan.spacing, plan.pool_op_kernel_sizes, augmentation)
+
+    def _check_supervision(self, cases: list[str]) -> None:
+        """nnU-Net lists the voxels of each class beside each case: one labelled voxel anywhere is enough to train."""
+        files = (join(self.preprocessed_dataset_folder, f"{case}.pkl") for case in dict.fromkeys(cases))
+        if not any(len(voxels) for file in files for voxels in load_pickle(file)["class_locations"].values()):
+            raise OneShotError(
+                f"expected a labelled voxel in at least one of {len(set(cases))} training cases, found only the ignore "
+                "label; propagate labels again or annotate a case"
+            )
+
+    def _introduction(self) -> str:
+        if self.block is None:
+            return 'dataset.json has no "oneshot" block: training exactly as nnUNetTrainer does'
+        if self.dual_loss is None:
+            return "dataset.json has no ignore label, so there is no divergence: training with nnU-Net's loss alone"
+        return (
+            f"Round {self.block.round}: {len(self.block.annotated)} annotated, {len(self.block.left_out)} left out; "
+            f"consistency of one view in divergence, weight rising to {self.loss_settings.end_weight}"
+        )

@@ -1,0 +1,63 @@
+"""The trainers of presets `small` and `tiny`: the same training, shorter."""
+
+from __future__ import annotations
+
+import torch
+from oneshot_trainer import OneShotTrainer, WholeCheckpoints
+
+from nnunet_oneshot.settings import PRESETS, Schedule
+
+
+class _Shortened(WholeCheckpoints):
+    """A schedule in place of nnU-Net's 1000 epochs; what nnU-Net sets in __init__ can only be changed there."""
+
+    schedule: Schedule
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net's own signature
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.schedule.epochs
+        self.num_iterations_per_epoch = self.schedule.iterations
+        self.num_val_iterations_per_epoch = self.schedule.validation_iterations
+        self.save_every = self.schedule.save_every
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """nnU-Net's; left out after training on `all`, where it would predict every training case for no new figure.
+
+        `nnUNetv2_train --val` still runs it, and so does a first stage, whose predictions the cascade needs.
+        """
+        just_trained = self.dataloader_train is not None
+        if self.fold == "all" and just_trained and self.configuration_manager.next_stage_names is None:
+            self.print_to_log_file("Fold all validates on its training cases: skipped, run again with --val if wanted")
+            return
+        super().perform_actual_validation(save_probabilities)
+
+
+class OneShotTrainer_small(_Shortened, OneShotTrainer):
+    """OneShotTrainer for two CPU cores: 30 epochs of 50 iterations."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class OneShotTrainer_tiny(_Shortened, OneShotTrainer):
+    """OneShotTrainer for demonstrations and tests: 10 epochs of 20 iterations."""
+
+    schedule = PRESETS["tiny"].schedule
+
+
+class nnUNetTrainer_small(_Shortened):
+    """nnUNetTrainer on the schedule of OneShotTrainer_small."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class nnUNetTrainer_tiny(_Shortened):
+    """nnUNetTrainer on the schedule of OneShotTrainer_tiny."""
+
+    schedule = PRESETS["tiny"].schedule
