@@ -46,7 +46,7 @@ class Source(_Record):
 class CaseRecord(_Record):
     """What is known of one case's label."""
 
-    status: Status
+    status: Status = Field(description="who made the label in force, and whether it is used")
     round: int = Field(0, description="the round that made the label in force; 0 is propagation")
     views: list[str] = Field(default_factory=list, description="source/view of every label that was fused")
     divergence: float | None = Field(None, description="share of voxels without consensus, in [0, 1]")
@@ -78,9 +78,9 @@ class ViewRecord(_Record):
 class WorkerRecord(_Record):
     """One case's result of one source, `.oneshot/cases/<source>/<case>.json`."""
 
-    case: str
-    source: str
-    views: dict[str, ViewRecord]
+    case: str = Field(description="name of the case")
+    source: str = Field(description="name of the source")
+    views: dict[str, ViewRecord] = Field(description="what each view said, by name")
     seconds: float = Field(description="wall-clock of all views")
 
 
@@ -212,11 +212,16 @@ def read_manifest(path: Path) -> Manifest:
                 "install a newer nnunet-oneshot"
             )
         return Manifest.model_validate(content)
-    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
-        detail = str(error).splitlines()[0]
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, AttributeError) as error:
+        detail = _first_mistake(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
         raise OneShotError(
             f"{path}: expected a manifest, found one that cannot be read ({detail}); restore it"
         ) from error
+
+
+def _first_mistake(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _alive(process: int) -> bool:

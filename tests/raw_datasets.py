@@ -41,7 +41,7 @@ def _digest(path: Path) -> str:
 def image_array(index: int, channel: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     """Intensities of case `index`: the labelled structures, brighter than a noisy background."""
     noise = np.random.default_rng([index, channel]).normal(100, 5, shape)
-    return np.round(noise + 40 * label_array(index, shape) * (channel + 1)).astype(np.int16)
+    return np.round(noise + 20 * label_array(index, shape) * (channel + 1)).astype(np.int16)
 
 
 def label_array(index: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
@@ -55,7 +55,7 @@ def label_array(index: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 def write_image(path: Path, data: np.ndarray, direction: Sequence[float] = FLIPPED_OBLIQUE) -> None:
     """Write (Z, Y, X), or (Y, X, 3) for natural images, by SimpleITK or scikit-image."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix in NATURAL:
+    if path.suffix in NATURAL or data.ndim == 2:
         io.imsave(path, data.astype(np.uint8), check_contrast=False)
         return
     image = sitk.GetImageFromArray(data)

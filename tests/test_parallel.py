@@ -1,0 +1,66 @@
+"""One function over many cases: here or in workers, errors as they are, nothing begun after a failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.parallel import default_processes, over_cases
+
+_STATE: dict[str, int] = {}
+
+
+def set_up(value: int) -> None:
+    _STATE.update(value=value, calls=_STATE.get("calls", 0) + 1)
+
+
+def add(item: int) -> tuple[int, int]:
+    return item + _STATE["value"], os.getpid()
+
+
+def refuse(item: int) -> int:
+    if item == 1:
+        raise OneShotError("expected another item, found 1; take it out")
+    return item
+
+
+def leave_a_trace(folder: Path) -> None:
+    (folder / f"{len(list(folder.iterdir()))}-{os.getpid()}").touch()
+    raise OneShotError("expected luck, found none; try again")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_item_once_and_set_up_before(processes: int) -> None:
+    _STATE.clear()
+    results = list(over_cases(add, [1, 2, 3, 4], processes=processes, title="", setup=set_up, setup_arguments=(10,)))
+    assert sorted(value for value, _ in results) == [11, 12, 13, 14]
+    assert (os.getpid() in {process for _, process in results}) == (processes == 1)
+    assert _STATE.get("calls", 0) == (processes == 1), "once, in this process only where it does the work"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_users_mistake_comes_out_as_one(processes: int) -> None:
+    with pytest.raises(OneShotError, match="expected another item, found 1"):
+        list(over_cases(refuse, [0, 1, 2], processes=processes, title=""))
+
+
+def test_after_a_failure_waiting_items_are_dropped(tmp_path: Path) -> None:
+    with pytest.raises(OneShotError):
+        list(over_cases(leave_a_trace, [tmp_path] * 50, processes=2, title=""))
+    assert len(list(tmp_path.iterdir())) < 10
+
+
+def test_nothing_to_do_needs_no_set_up() -> None:
+    assert list(over_cases(add, [], processes=4, title="", setup=refuse, setup_arguments=(1,))) == []
+
+
+def test_one_item_needs_no_worker() -> None:
+    _STATE["value"] = 0
+    assert list(over_cases(add, [5], processes=8, title="")) == [(5, os.getpid())]
+
+
+def test_default_processes_is_a_count() -> None:
+    assert default_processes() >= 1
