@@ -1,0 +1,95 @@
+"""`python -m sam2_propagation.pretraining -o DIR`: train the built-in SAM2 on synthetic anatomy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from sam2_propagation.pretraining.recipe import Recipe
+from sam2_propagation.pretraining.state import RecipeMismatch, has_state
+from sam2_propagation.pretraining.training import Run, Schedule, Worker, train
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 2 bad input."""
+    options = _parser().parse_args(arguments)
+    problem = _problem(options)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return BAD_INPUT
+    torch.set_num_threads(options.threads)
+    worker = _join_workers()
+    try:
+        run = train(options.o, _recipe(options), _schedule(options), worker, torch.device(options.device))
+    except RecipeMismatch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if worker.leads:
+        export(run, options.o / "checkpoint.safetensors")
+    return 0
+
+
+def export(run: Run, path: Path) -> None:
+    """Write the averaged weights as float16 safetensors."""
+    weights = {name: tensor.half().cpu().contiguous() for name, tensor in run.average.state_dict().items()}
+    save_file(weights, path, metadata={"steps": str(run.step)})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sam2_propagation.pretraining",
+        description="Train the built-in SAM2 on synthetic anatomy. Several workers: start it with torchrun.",
+    )
+    parser.add_argument("-o", type=Path, required=True, metavar="DIR", help="folder of the run: state, log, checkpoint")
+    parser.add_argument("--steps", type=int, default=3000, help="steps in all; may be changed when resuming")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in DIR")
+    parser.add_argument("--save-every", type=int, default=100, help="steps from state to state")
+    parser.add_argument("--validate-every", type=int, default=250, help="steps from validation to validation")
+    parser.add_argument("--validation-batches", type=int, default=4, help="of each kind of task; 0 for no validation")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
+    parser.add_argument("-device", default="cpu", help="cpu, cuda, ...")
+    for f in fields(Recipe):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
+    return parser
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    """What is wrong with the folder, or None; makes the folder of a new run."""
+    if has_state(options.o) and not options.resume and int(os.environ.get("RANK", "0")) == 0:
+        return f"{options.o} already holds a run; expected a new folder, or --resume to go on with it"
+    if options.resume and not has_state(options.o):
+        return f"--resume expects a run in {options.o}, found none; start without --resume"
+    options.o.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    return Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
+
+
+def _schedule(options: argparse.Namespace) -> Schedule:
+    return Schedule(
+        options.steps, options.save_every, options.validate_every, validation_batches=options.validation_batches
+    )
+
+
+def _join_workers() -> Worker:
+    """The place that torchrun's environment gives this process."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        dist.init_process_group("gloo")
+    return Worker(int(os.environ.get("RANK", "0")), world)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

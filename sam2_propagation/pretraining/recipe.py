@@ -1,0 +1,86 @@
+"""Every number that decides what is trained, and how hard the tasks are at each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is; a run may only be resumed with the recipe it began with.
+
+    Attributes:
+        seed: all random parameters follow from it and the step.
+        size: side of the images in pixels; must agree with the model configuration.
+        groups: anatomies a step, over all workers.
+        elements: object tasks for each anatomy.
+        frames: slices for each anatomy, the first half support, the second half query.
+        learning_rate, weight_decay, warmup: of AdamW.
+        decay_share: share of the steps, at the end, over which the learning rate falls to zero.
+        ema: decay of the averaged weights that are exported.
+        hop_share: share of the steps where a prediction becomes memory of the next slice.
+    """
+
+    seed: int = 1
+    size: int = 192
+    groups: int = 2
+    elements: int = 6
+    frames: int = 4
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.02
+    warmup: int = 150
+    decay_share: float = 0.25
+    ema: float = 0.998
+    hop_share: float = 0.2
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard the tasks are.
+
+    Attributes:
+        unlike: how much the query's subject differs from the support's, 0 to 1.
+        other_contrast: share of subject pairs whose contrasts are unrelated.
+        min_area: smallest object, as a share of the image.
+        damage: amount of corruption of registered masks, 0 to 1.
+        absent: share of elements whose object is not in the query.
+        one_volume: share of groups whose frames are all slices of one volume.
+        own_memory: share of elements whose query is its own, corrupted, memory.
+        gap: largest distance of neighbouring slices, in half stacks.
+    """
+
+    unlike: float
+    other_contrast: float
+    min_area: float
+    damage: float
+    absent: float
+    one_volume: float = 0.35
+    own_memory: float = 0.4
+    gap: float = 0.2
+
+
+def curriculum(step: int) -> Difficulty:
+    """The difficulty at a step: nearly equal frames and large objects first, other contrasts last.
+
+    It depends on the step alone and not on the length of the run, so that a run can be prolonged.
+    """
+    return Difficulty(
+        unlike=_ramp(step, 0, 700, 0.15, 1.0),
+        other_contrast=_ramp(step, 300, 900, 0.0, 0.25),
+        min_area=_ramp(step, 0, 700, 0.02, 0.0015),
+        damage=_ramp(step, 0, 700, 0.4, 1.0),
+        absent=_ramp(step, 800, 1100, 0.0, 0.05),
+        gap=_ramp(step, 0, 600, 0.06, 0.22),
+    )
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Warm-up, then constant, then a straight fall to zero over the last `decay_share` of the steps."""
+    rise = min(1.0, (step + 1) / max(1, recipe.warmup))
+    fall = min(1.0, (steps - step) / max(1.0, recipe.decay_share * steps))
+    return recipe.learning_rate * min(rise, fall)
+
+
+def _ramp(step: int, start: int, stop: int, first: float, last: float) -> float:
+    share = min(1.0, max(0.0, (step - start) / (stop - start)))
+    return first + (last - first) * share

@@ -1,0 +1,97 @@
+"""A run's state on disk: tensors in files of bounded size, the rest in one JSON file, swapped atomically."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sam2_propagation.pretraining.recipe import Recipe
+
+LARGEST_FILE = 15 * 2**20
+"""Bytes of tensors in one file, so that no file passes 16 MiB."""
+
+
+class RecipeMismatch(ValueError):
+    """The folder holds a run of another recipe or of another model."""
+
+
+def save_state(
+    folder: Path, step: int, recipe: Recipe, configuration: str, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write the state of a finished step and remove the one before."""
+    fresh = folder / "state.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for i, shard in enumerate(_shards(tensors)):
+        save_file(shard, fresh / f"{i:03d}.safetensors")
+    summary = {"step": step, "recipe": asdict(recipe), "configuration": configuration}
+    (fresh / "state.json").write_text(json.dumps(summary, indent=1))
+    _swap(folder, fresh)
+
+
+def load_state(folder: Path, recipe: Recipe, configuration: str) -> tuple[int, dict[str, torch.Tensor]]:
+    """The step and the tensors of a folder's state.
+
+    Raises:
+        FileNotFoundError: there is no state.
+        RecipeMismatch: it was made with another recipe or model configuration.
+    """
+    current = _current(folder)
+    summary = json.loads((current / "state.json").read_text())
+    _check(summary, recipe, configuration, folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(current.glob("*.safetensors")):
+        tensors.update(load_file(shard))
+    return summary["step"], tensors
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is a state to resume."""
+    return any((folder / name / "state.json").is_file() for name in ("state", "state.old"))
+
+
+def _current(folder: Path) -> Path:
+    """The state, or the one before if a swap was interrupted."""
+    for name in ("state", "state.old"):
+        if (folder / name / "state.json").is_file():
+            return folder / name
+    raise FileNotFoundError(f"expected a state to resume in {folder}, found none; start without --resume")
+
+
+def _swap(folder: Path, fresh: Path) -> None:
+    current, old = folder / "state", folder / "state.old"
+    if current.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        current.rename(old)
+    fresh.rename(current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _shards(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    room = LARGEST_FILE
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = LARGEST_FILE
+        shards[-1][name] = tensor.detach().cpu().contiguous().clone()
+        room -= size
+    return shards
+
+
+def _check(summary: Mapping[str, Any], recipe: Recipe, configuration: str, folder: Path) -> None:
+    wanted, found = asdict(recipe), summary["recipe"]
+    changed = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+    if changed:
+        pairs = ", ".join(f"{k} = {found.get(k)} there, {wanted.get(k)} here" for k in changed)
+        raise RecipeMismatch(f"{folder} was begun with another recipe ({pairs}); use that recipe or another folder")
+    if summary["configuration"] != configuration:
+        raise RecipeMismatch(f"{folder} was begun with another model configuration; use that one or another folder")

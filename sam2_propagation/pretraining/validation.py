@@ -1,0 +1,49 @@
+"""Held-out synthetic anatomy: the same tasks for every checkpoint of every run, from seeds that training never uses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from sam2.modeling.sam2_base import SAM2Base
+
+from sam2_propagation.pretraining.losses import dice_score
+from sam2_propagation.pretraining.model import follow
+from sam2_propagation.pretraining.pairing import draw_group, make_batch
+from sam2_propagation.pretraining.recipe import Difficulty, Recipe
+
+VALIDATION_SEED = 2**31
+HARD = Difficulty(unlike=1, other_contrast=0, min_area=0.003, damage=1, absent=0, one_volume=0, own_memory=0, gap=0.22)
+TASKS: dict[str, Difficulty] = {
+    "slice": replace(HARD, one_volume=1),
+    "subject": HARD,
+    "contrast": replace(HARD, other_contrast=1),
+    "self": replace(HARD, own_memory=1),
+}
+"""One kind of task each: another slice of the volume, another subject, another contrast, the query's own bad mask."""
+
+
+@torch.no_grad()
+def validate(model: SAM2Base, recipe: Recipe, device: torch.device, batches: int = 4) -> dict[str, float]:
+    """Mean Dice of each kind of task, and of using the first memory's mask as it is (`<task>_copied`)."""
+    was_training = model.training
+    model.eval()
+    scores: dict[str, float] = {}
+    for number, (name, difficulty) in enumerate(TASKS.items()):
+        pairs = [_score(model, recipe, difficulty, (VALIDATION_SEED, number, i), device) for i in range(batches)]
+        found, copied = (torch.cat(values) for values in zip(*pairs, strict=True))
+        scores[name] = float(found.mean())
+        scores[f"{name}_copied"] = float(copied.mean())
+    model.train(was_training)
+    return scores
+
+
+def _score(
+    model: SAM2Base, recipe: Recipe, difficulty: Difficulty, seed: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    groups = [draw_group(rng, difficulty, recipe.frames) for _ in range(4)]
+    batch = make_batch(groups, rng, difficulty, recipe, 2, device)
+    found = follow(model, batch)[0].logits > 0
+    return dice_score(found, batch.target), dice_score(batch.memory_mask[:, 0], batch.target)

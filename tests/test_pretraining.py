@@ -1,0 +1,287 @@
+"""Synthetic anatomy, its tasks, and the loop that trains the built-in SAM2 on them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from sam2_propagation.pretraining import templates
+from sam2_propagation.pretraining.__main__ import main
+from sam2_propagation.pretraining.appearance import draw_look, render, same_contrast
+from sam2_propagation.pretraining.corruption import corrupt, draw_corruption
+from sam2_propagation.pretraining.losses import dice_score, mask_loss
+from sam2_propagation.pretraining.model import Prediction, build_model, follow
+from sam2_propagation.pretraining.pairing import Batch, NoObject, draw_group, make_batch
+from sam2_propagation.pretraining.parts import Part, Subject, another_subject, first_subject
+from sam2_propagation.pretraining.recipe import Difficulty, Recipe, curriculum, learning_rate
+from sam2_propagation.pretraining.rendering import Slices, implicit_functions, paint, part_radius
+from sam2_propagation.pretraining.state import LARGEST_FILE, load_state, save_state
+from sam2_propagation.pretraining.training import Schedule, Worker, begin, step_batch, train
+from sam2_propagation.pretraining.validation import HARD
+
+CPU = torch.device("cpu")
+SMALL = Recipe(size=64, groups=1, elements=3)
+TINY_RUN = Recipe(groups=1, elements=1, warmup=1)
+
+
+def flat_subject(*parts: Part) -> Subject:
+    """Parts without lumps or elastic change, seen straight."""
+    blank = first_subject(np.random.default_rng(0), parts)
+    identity = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    return replace(blank, lumps=0 * blank.lumps, elastic=0 * blank.elastic, affine=identity)
+
+
+def disc(x: float, y: float, radius: float, tone: int = 0) -> Part:
+    return Part(x, y, 0, radius, radius, 1, tone=tone)
+
+
+def labels_of(subject: Subject, z: float = 0, size: int = 64) -> torch.Tensor:
+    return paint(implicit_functions(Slices([subject], [0], [z]), size, CPU))[0]
+
+
+def batch_of(seed: int, difficulty: Difficulty = HARD, groups: int = 2, memories: int = 2) -> Batch:
+    rng = np.random.default_rng(seed)
+    drawn = [draw_group(rng, difficulty, SMALL.frames) for _ in range(groups)]
+    return make_batch(drawn, rng, difficulty, SMALL, memories, CPU)
+
+
+def test_a_small_part_painted_over_a_large_one_leaves_a_ring() -> None:
+    labels = labels_of(flat_subject(disc(0, 0, 0.6), disc(0, 0, 0.3)))
+    assert labels[32, 32] == 2
+    assert labels[32, 32 + 14] == 1
+    assert labels[32, 63] == 0
+    ring_share = float((labels == 1).float().mean())
+    assert ring_share == pytest.approx(np.pi * (0.6**2 - 0.3**2) / 4, rel=0.05)
+
+
+def test_a_part_shrinks_and_ends_along_the_stack() -> None:
+    subject = flat_subject(disc(0, 0, 0.6))
+    areas = [int((labels_of(subject, z) > 0).sum()) for z in (0, 0.6, 1.1)]
+    assert areas[0] > areas[1] > areas[2] == 0
+
+
+def test_a_cut_leaves_one_side_of_a_part() -> None:
+    labels = labels_of(flat_subject(replace(disc(0, 0, 0.6), cut_offset=0)))
+    assert labels[:, :30].sum() > 500
+    assert labels[:, 34:].sum() == 0
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_every_kind_of_anatomy_shows_several_objects(name: str) -> None:
+    shown = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        parts = tuple(templates.TEMPLATES[name][0](rng))
+        shown.append(len(labels_of(first_subject(rng, parts)).unique()))
+    assert np.mean(shown) >= 3
+
+
+def test_another_subject_is_the_same_at_strength_0_and_less_alike_the_stronger() -> None:
+    alike: dict[float, list[float]] = {0.0: [], 0.3: [], 1.0: []}
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        subject = first_subject(rng, templates.draw_parts(rng))
+        reference = labels_of(subject)
+        for strength, scores in alike.items():
+            scores.append(float((labels_of(another_subject(rng, subject, strength)) == reference).float().mean()))
+    same, near, far = (np.mean(v) for v in alike.values())
+    assert same == 1
+    assert far < near < 1
+    assert far > 0.3
+
+
+def rendered(subject: Subject, look_seed: int, change: float | None = None) -> torch.Tensor:
+    rng = np.random.default_rng(look_seed)
+    look = draw_look(rng)
+    if change is not None:
+        look = same_contrast(rng, look, change)
+    slices = Slices([subject], [0], [0.0])
+    generator = torch.Generator().manual_seed(0)
+    return render(implicit_functions(slices, 64, CPU), part_radius(slices, CPU), [subject], [look], generator)[0]
+
+
+def test_parts_of_one_tone_look_alike_and_those_of_another_do_not() -> None:
+    subject = flat_subject(disc(-0.5, -0.5, 0.3, tone=3), disc(0.5, 0.5, 0.3, tone=3), disc(-0.5, 0.5, 0.3, tone=4))
+    rng = np.random.default_rng(0)
+    plain = replace(draw_look(rng), noise=0, grainy_noise=0, speckle=0, bias=0, streak=0, ghost=0, fan=(0, 2), blur=0)
+    plain.tones[[4, 5]] = 0.3, 0.8
+    plain.textures[:] = 0
+    slices = Slices([subject], [0], [0.0])
+    values = implicit_functions(slices, 64, CPU)
+    image = render(values, part_radius(slices, CPU), [subject], [plain], torch.Generator().manual_seed(0))[0]
+    assert image[16, 16] == pytest.approx(float(image[48, 48]), abs=1e-3)
+    assert abs(image[48, 16] - image[16, 16]) > 0.2
+
+
+def test_the_same_contrast_is_nearer_than_another_contrast() -> None:
+    rng = np.random.default_rng(5)
+    subject = first_subject(rng, templates.draw_parts(rng))
+    near = [float((rendered(subject, s) - rendered(subject, s, 0.4)).abs().mean()) for s in range(8)]
+    far = [float((rendered(subject, s) - rendered(subject, s + 100)).abs().mean()) for s in range(8)]
+    assert np.mean(near) < 0.6 * np.mean(far)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6), size=st.integers(3, 40), amount=st.floats(0, 1))
+def test_a_corrupted_mask_stays_a_mask_that_is_not_empty(seed: int, size: int, amount: float) -> None:
+    masks = torch.zeros(2, 2, 48, 48)
+    masks[..., 4 : 4 + size, 6 : 6 + size] = 1
+    corruption = draw_corruption(np.random.default_rng(seed), np.full((2, 2), amount, np.float32))
+    changed = corrupt(masks, corruption)
+    assert set(changed.unique().tolist()) <= {0.0, 1.0}
+    assert (changed.sum((2, 3)) > 0).all()
+    if amount == 0:
+        assert torch.equal(changed, masks)
+
+
+def test_corruption_grows_with_its_amount_and_is_shared_by_the_slices_of_one_element() -> None:
+    masks = torch.zeros(40, 2, 64, 64)
+    masks[..., 20:44, 16:48] = 1
+
+    def result(amount: float) -> torch.Tensor:
+        return corrupt(masks, draw_corruption(np.random.default_rng(3), np.full((40, 2), amount, np.float32)))
+
+    slight, strong = result(0.3), result(1.0)
+    truth = masks[:, 0]
+    assert dice_score(strong[:, 0], truth).mean() < dice_score(slight[:, 0], truth).mean() < 1
+    assert dice_score(strong[:, 0], truth).mean() < 0.85
+    neighbours = dice_score(strong[:, 0], strong[:, 1]).mean()
+    strangers = dice_score(strong[:-1, 0], strong[1:, 0]).mean()
+    assert neighbours > strangers
+
+
+def test_batches_follow_from_the_seed_alone() -> None:
+    one, two, other = batch_of(7), batch_of(7), batch_of(8)
+    for name, value in vars(one).items():
+        assert torch.equal(value, getattr(two, name)), name
+    assert not torch.equal(one.images, other.images)
+
+
+def test_groups_do_not_depend_on_how_many_workers_share_them() -> None:
+    recipe = replace(SMALL, groups=2)
+    alone, _ = step_batch(recipe, 5, Worker(), CPU)
+    first, _ = step_batch(recipe, 5, Worker(0, 2), CPU)
+    assert torch.allclose(alone.images[:4].mean(), first.images.mean(), atol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tasks_are_well_formed(seed: int) -> None:
+    batch = batch_of(seed)
+    assert batch.images.isfinite().all()
+    assert batch.images.min() >= 0
+    assert batch.images.max() <= 1
+    least = HARD.min_area * SMALL.size**2
+    assert (batch.target.sum((1, 2)) >= least).all()
+    assert (batch.memory_mask.sum((2, 3)) > 0).all()
+    assert (batch.query != batch.next_query).all()
+    query_group, memory_group = batch.query // SMALL.frames, batch.memory_frame // SMALL.frames
+    assert (memory_group == query_group[:, None]).all()
+
+
+def test_an_absent_object_is_in_the_support_and_not_in_the_query() -> None:
+    found = 0
+    for seed in range(12):
+        try:
+            batch = batch_of(seed, replace(HARD, absent=1), groups=4)
+        except NoObject:
+            continue  # no anatomy of this draw lost a part between the frames
+        found += len(batch.target)
+        assert (batch.target.sum((1, 2)) == 0).all()
+        assert (batch.memory_mask.sum((2, 3)) > 0).all()
+    assert found > 0
+
+
+def test_own_memory_is_the_query_frame_with_a_wrong_mask() -> None:
+    batch = batch_of(1, replace(HARD, own_memory=1), groups=4)
+    assert (batch.memory_frame[:, 0] == batch.query).all()
+    assert dice_score(batch.memory_mask[:, 0], batch.target).mean() < 0.95
+
+
+def test_tasks_get_harder_and_the_rate_rises_stays_and_falls() -> None:
+    easy, hard = curriculum(0), curriculum(5000)
+    assert easy.unlike < hard.unlike
+    assert easy.min_area > hard.min_area
+    assert easy.absent == easy.other_contrast == 0 < hard.absent
+    recipe = Recipe(warmup=10)
+    rates = [learning_rate(recipe, s, 100) for s in (0, 9, 50, 90, 99)]
+    assert rates[0] < rates[1] == rates[2] == recipe.learning_rate > rates[3] > rates[4] > 0
+
+
+def test_loss_is_low_for_the_truth_and_ignores_dice_of_absent_objects() -> None:
+    target = torch.zeros(2, 16, 16)
+    target[0, 4:12, 4:12] = 1
+    right = Prediction((target - 0.5) * 40, torch.ones(2))
+    wrong = Prediction((0.5 - target) * 40, torch.ones(2))
+    assert mask_loss(right, target) < 0.01
+    assert mask_loss(wrong, target) > 5
+    faint = Prediction(torch.full((1, 16, 16), -6.0), torch.ones(1))
+    assert mask_loss(faint, torch.zeros(1, 16, 16)) < 0.01
+
+
+def test_a_step_reaches_encoder_memory_and_decoder_and_hops() -> None:
+    model = build_model()
+    batch, _ = step_batch(replace(TINY_RUN, elements=2), 0, Worker(), CPU)
+    predictions = follow(model, batch, hop=2)
+    assert [p.logits.shape for p in predictions] == [batch.target.shape] * 2
+    mask_loss(predictions[1], batch.next_target).backward()
+    for name in ("image_encoder.trunk", "memory_attention", "memory_encoder", "sam_mask_decoder", "obj_ptr_proj"):
+        gradients = [p.grad for p in model.get_submodule(name).parameters() if p.grad is not None]
+        assert any(g.abs().sum() > 0 for g in gradients), name
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    recipe = TINY_RUN
+    quiet = {"report": lambda line: None}
+    for name, lengths in {"whole": [2], "halves": [1, 2]}.items():
+        (tmp_path / name).mkdir()
+        for steps in lengths:
+            schedule = Schedule(steps, save_every=1, validation_batches=0)
+            train(tmp_path / name, replace(recipe, decay_share=0), schedule, Worker(), CPU, **quiet)
+    configuration = json.loads((tmp_path / "whole/state/state.json").read_text())["configuration"]
+    states = [load_state(tmp_path / n, replace(recipe, decay_share=0), configuration) for n in ("whole", "halves")]
+    assert states[0][0] == states[1][0] == 2
+    assert states[0][1].keys() == states[1][1].keys()
+    for name, tensor in states[0][1].items():
+        assert torch.allclose(tensor, states[1][1][name], atol=1e-6), name
+
+
+def test_state_files_are_bounded_and_an_interrupted_swap_loses_nothing(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((2**20,), float(i)) for i in range(9)}
+    save_state(tmp_path, 3, SMALL, "model", tensors)
+    sizes = [f.stat().st_size for f in (tmp_path / "state").iterdir()]
+    assert max(sizes) <= LARGEST_FILE + 2**20 == 2**24
+    (tmp_path / "state").rename(tmp_path / "state.old")
+    step, loaded = load_state(tmp_path, SMALL, "model")
+    assert step == 3
+    assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+
+
+def test_command_refuses_another_recipe_another_folder_and_a_silent_restart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configuration = json.dumps("unused")
+    save_state(tmp_path, 3, SMALL, configuration, {"t": torch.zeros(1)})
+    assert main(["-o", str(tmp_path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["-o", str(tmp_path), "--resume", "--seed", "9"]) == 2
+    assert "seed = 1 there, 9 here" in capsys.readouterr().err
+    assert main(["-o", str(tmp_path / "none"), "--resume"]) == 2
+    assert "found none" in capsys.readouterr().err
+
+
+def test_command_trains_and_exports_half_precision_weights_that_fit(tmp_path: Path) -> None:
+    flags = ["--steps", "1", "--groups", "1", "--elements", "1", "--validation-batches", "0"]
+    assert main(["-o", str(tmp_path), *flags]) == 0
+    path = tmp_path / "checkpoint.safetensors"
+    assert path.stat().st_size <= 2**24
+    weights = load_file(path)
+    assert {t.dtype for t in weights.values()} == {torch.float16}
+    begin(TINY_RUN, CPU).model.load_state_dict(weights)
