@@ -92,6 +92,11 @@ class Sam2Propagator:
         """The checkpoint in use, loaded if need be: its name, sha256 and image size are for the record."""
         return self._ready().loaded
 
+    def forget_supports(self) -> None:
+        """Drop what is kept of supports; it is encoded anew when it is next needed."""
+        if self._engine is not None:
+            self._engine.forget_supports()
+
     def fit(self, images: Iterable[Image]) -> None:
         """Nothing is learnt from images without labels."""
 

@@ -58,6 +58,10 @@ class Sam2Engine:
         if settings.max_conditioning is not None:
             loaded.model.max_cond_frames_in_attn = settings.max_conditioning
 
+    def forget_supports(self) -> None:
+        """Drop every encoded support."""
+        self._supports.clear()
+
     def adapt(self, supports: Sequence[Support], steps: int, seed: int) -> None:
         """Fine-tune on the annotated cases; nothing is encoded before that."""
 

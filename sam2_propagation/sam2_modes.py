@@ -139,10 +139,10 @@ def _track_objects(
     votes: Votes,
     counted: Mapping[int, int],
 ) -> None:
-    first, last = min(prompted), max(prompted)
+    first, last, recent = min(prompted), max(prompted), tools.settings.recent
     for reverse, order in ((False, range(first, len(frames))), (True, range(last, -1, -1))):
         # A fresh memory for each direction, as a reset between them.
-        for frame, outcome in tools.tracker.track(frames, Memory(prompted), order, reverse):
+        for frame, outcome in tools.tracker.track(frames, Memory(prompted), order, reverse, recent=recent):
             if frame in counted:
                 votes.add([(value, counted[frame]) for value in values], outcome)
 
@@ -256,5 +256,5 @@ def _track_from_own_memories(
                 outcome = tools.tracker.step(query.frames.features([i]), bank, i, count, reverse)
                 assert outcome.memories is not None
                 bank.tracked[i] = outcome.memories
-                tools.tracker.forget(bank, i)
+                tools.tracker.forget(bank, i, tools.settings.recent)
                 votes.add([(value, i)], outcome)

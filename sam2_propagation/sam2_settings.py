@@ -43,10 +43,12 @@ class Sam2Settings:
         insertions: in `insert`, how often each support is inserted.
         positions: where, as fractions of the query's stack; drawn from the seed when None.
         whole_stack: in `insert`, insert every annotated slice, not only those with foreground.
-        prompt_empty: whether slices without an object prompt its absence (`insert`).
+        prompt_empty: in `insert`, whether slices without an object prompt its absence (the built-in checkpoint was
+            never trained with such memories).
         average: of the votes of insertions, supports and directions: of `logits` or of `probabilities`.
         background: in `sequence`, the background is an object of its own.
         order: in `sequence`, `file` (by case identifier) or `similarity` (to the support's embedding).
+        recent: how many of the frames before it a tracked frame remembers; None for the checkpoint's own number.
         max_conditioning: nearest prompted frames that tracking attends to; None for the checkpoint's own (mostly all).
         largest_component: keep only the largest component of each class.
         fill_hole_area: see `tracker.Tracker`.
@@ -66,10 +68,11 @@ class Sam2Settings:
     insertions: int = 1
     positions: tuple[float, ...] | None = None
     whole_stack: bool = False
-    prompt_empty: bool = True
+    prompt_empty: bool = False
     average: str = "logits"
     background: bool = False
     order: str = "file"
+    recent: int | None = None
     max_conditioning: int | None = None
     largest_component: bool = False
     fill_hole_area: int = 0

@@ -146,11 +146,18 @@ class Tracker:
         return Outcome(logits, iou, out["object_score_logits"][:, 0], memories)
 
     def track(
-        self, frames: Frames, memory: Memory, order: Iterable[int], reverse: bool = False, keep: bool = False
+        self,
+        frames: Frames,
+        memory: Memory,
+        order: Iterable[int],
+        reverse: bool = False,
+        keep: bool = False,
+        recent: int | None = None,
     ) -> Iterator[tuple[int, Outcome]]:
         """Track through the frames in `order`, passing over prompted ones, and yield each frame's outcome.
 
-        `memory.tracked` grows as it goes; unless `keep`, what no later frame of this direction can look at is dropped.
+        `memory.tracked` grows as it goes; unless `keep`, what no later frame of this direction can look at is dropped,
+        and with `recent` all but that many of the latest.
         """
         for frame in order:
             if frame in memory.prompted:
@@ -160,13 +167,15 @@ class Tracker:
             if outcome.memories is not None:
                 memory.tracked[frame] = outcome.memories
             if not keep:
-                self.forget(memory, frame)
+                self.forget(memory, frame, recent)
             yield frame, replace(outcome, memories=None)
 
-    def forget(self, memory: Memory, frame: int) -> None:
-        """Drop what no step beyond `frame` can look at any more."""
+    def forget(self, memory: Memory, frame: int, recent: int | None = None) -> None:
+        """Drop what no step beyond `frame` can look at any more, or all but the `recent` latest frames."""
         model = self.model
         reach = max(model.num_maskmem * model.memory_temporal_stride_for_eval, model.max_obj_ptrs_in_encoder)
+        if recent is not None:
+            reach = recent - 1
         for old in [t for t in memory.tracked if abs(t - frame) > reach]:
             del memory.tracked[old]
 
