@@ -112,3 +112,25 @@ def edit_json(folder: Path, **changes: object) -> None:
     path = folder / "dataset.json"
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def geometry(path: Path) -> tuple[object, ...]:
+    """Size, spacing, origin and direction as SimpleITK reads them, rounded to what formats keep."""
+    image = sitk.ReadImage(str(path))
+    floats = (*image.GetSpacing(), *image.GetOrigin(), *image.GetDirection())
+    return (*image.GetSize(), *(round(value, 4) + 0.0 for value in floats))
+
+
+def read(path: Path) -> np.ndarray:
+    """Voxels (Z, Y, X) of a file."""
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def make_sparse(folder: Path, case: str = "case_0", ignore: int = 3) -> np.ndarray:
+    """Leave one annotated slice of a case's label, declare the ignore label; returns the label."""
+    edit_json(folder, labels={**LABELS, "ignore": ignore})
+    path = folder / "labelsTr" / f"{case}.nii.gz"
+    label = read(path)
+    label[np.arange(len(label)) != 2] = ignore
+    write_image(path, label)
+    return label
