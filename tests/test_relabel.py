@@ -1,0 +1,201 @@
+"""New labels from predictions: agreement, a person's voxels, failed cases, and being run twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_propagator import FakePropagator
+from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_image, write_raw
+
+from nnunet_oneshot.dataset import RawDataset, open_dataset
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.relabel import Change, cases_to_predict, mean_dice, relabel
+from nnunet_oneshot.store import Status, Store
+
+IGNORE = 3
+CASES = ("case_0", "bad_1", "case_2")
+Made = tuple[RawDataset, Store]
+
+
+def prepare(annotated: tuple[str, ...] = ("case_0",)) -> Made:
+    store = propagate(501, 601, propagators=("fake",), views=("still",), num_processes=1).store
+    return open_dataset(501), store
+
+
+def predict(tmp_path: Path, number: int, **labels: np.ndarray) -> Path:
+    folder = tmp_path / f"predictions_{number}"
+    for name, label in labels.items():
+        write_image(folder / f"{name}.nii.gz", label)
+    return folder
+
+
+@pytest.fixture
+def made(roots: Roots, fakes: dict[str, FakePropagator]) -> Made:
+    """An annotated, a failed and a pseudo-labelled case."""
+    write_raw(roots.raw, cases=CASES)
+    return prepare()
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Path:
+    """What a model says: all but the propagated label, which lies a voxel beside it."""
+    return predict(tmp_path, 1, bad_1=label_array(1), case_2=np.roll(label_array(2), 1, axis=1))
+
+
+def files(store: Store) -> dict[str, bytes]:
+    below = {str(p.relative_to(store.folder)): p for p in store.folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in below.items() if not name.startswith(".oneshot")}
+
+
+def test_agreement_is_trained_on_and_disagreement_ignored(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    before, said = read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz")
+    relabel(dataset, store, predictions, 1, 1)
+    np.testing.assert_array_equal(read(store.label_path("case_2")), np.where(before == said, said, IGNORE))
+    for path in (store.fused_path("case_2"), store.round_path(1, "case_2")):
+        np.testing.assert_array_equal(read(path), said)
+    np.testing.assert_array_equal(read(store.round_path(0, "case_2")), before)
+    record = store.read_manifest().cases["case_2"]
+    assert (record.status, record.round) == ("pseudo", 1)
+    assert record.divergence == pytest.approx((before != said).mean(), abs=1e-6)
+    assert record.views == ["fake/still"]
+
+
+def test_annotated_case_is_neither_predicted_nor_changed(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    assert [c.name for c in cases_to_predict(dataset, store.read_manifest())] == ["bad_1", "case_2"]
+    whole = store.label_path("case_0").read_bytes()
+    relabel(dataset, store, predictions, 1, 1)
+    assert store.label_path("case_0").read_bytes() == whole
+    np.testing.assert_array_equal(read(store.round_path(1, "case_0")), label_array(0))
+    assert store.read_manifest().cases["case_0"].status == "annotated"
+
+
+def test_a_failed_case_takes_the_models_word(made: Made, predictions: Path, roots: Roots) -> None:
+    dataset, store = made
+    relabel(dataset, store, predictions, 1, 1)
+    np.testing.assert_array_equal(read(store.label_path("bad_1")), label_array(1))
+    record = store.read_manifest().cases["bad_1"]
+    assert (record.status, record.divergence) == ("pseudo", 0)
+    assert "model alone" in str(record.reason)
+    assert json.loads((store.folder / "dataset.json").read_text())["oneshot"]["left_out"] == []
+    splits = json.loads((roots.preprocessed / store.folder.name / "splits_final.json").read_text())
+    assert all("bad_1" in (*fold["train"], *fold["val"]) for fold in splits)
+
+
+def test_round_and_geometry(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    relabel(dataset, store, predictions, 1, 1)
+    assert store.read_manifest().round == 1
+    assert json.loads((store.folder / "dataset.json").read_text())["oneshot"]["round"] == 1
+    for case in dataset.cases:
+        for path in (store.label_path(case.name), store.fused_path(case.name), store.round_path(1, case.name)):
+            assert geometry(path) == geometry(case.images[0])
+
+
+def test_twice_is_once(made: Made, predictions: Path) -> None:
+    """A run killed after the labels, but before it was noted that they are made, makes them again."""
+    dataset, store = made
+    first = relabel(dataset, store, predictions, 1, 1)
+    whole = files(store)
+    assert relabel(dataset, store, predictions, 1, 1) == first
+    assert files(store) == whole
+
+
+def test_a_run_killed_before_the_manifest_is_repeated(
+    made: Made, predictions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, store = made
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            relabel(dataset, store, predictions, 1, 1)
+    half = files(store)
+    change = relabel(dataset, store, predictions, 1, 1)
+    assert change.number == 1
+    assert {n for n, content in files(store).items() if half.get(n) != content} == {"oneshot.json"}
+
+
+def test_rounds_build_on_each_other(made: Made, predictions: Path, tmp_path: Path) -> None:
+    dataset, store = made
+    relabel(dataset, store, predictions, 1, 1)
+    said = read(predictions / "case_2.nii.gz")
+    change = relabel(dataset, store, predict(tmp_path, 2, bad_1=label_array(1), case_2=said), 2, 1)
+    assert change.agreement == {"bad_1": 1, "case_2": 1}
+    assert change.mean == 1
+    np.testing.assert_array_equal(read(store.label_path("case_2")), said)
+
+
+def test_change_is_the_dice_to_the_round_before(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    before, said = read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz")
+    change = relabel(dataset, store, predictions, 1, 1)
+    assert change.agreement == {"bad_1": 0, "case_2": pytest.approx(mean_dice(said, before))}
+    assert change.mean == pytest.approx(mean_dice(said, before) / 2)
+
+
+def test_drawn_voxels_of_a_sparse_label_never_change(
+    roots: Roots, fakes: dict[str, FakePropagator], tmp_path: Path
+) -> None:
+    drawn = make_sparse(write_raw(roots.raw))
+    dataset, store = prepare()
+    assert "case_0" in [c.name for c in cases_to_predict(dataset, store.read_manifest())]
+    said = np.full_like(drawn, 2)
+    relabel(dataset, store, predict(tmp_path, 1, case_0=said, case_1=said, case_2=said), 1, 1)
+    by_hand = drawn != IGNORE
+    for path in (store.label_path("case_0"), store.fused_path("case_0"), store.round_path(1, "case_0")):
+        np.testing.assert_array_equal(read(path)[by_hand], drawn[by_hand])
+    assert (read(store.fused_path("case_0"))[~by_hand] == 2).all()
+    assert store.read_manifest().cases["case_0"].status == "sparse"
+
+
+@pytest.mark.parametrize("status", ["gated", "rejected"])
+def test_cases_that_are_left_out_stay_all_ignore(made: Made, predictions: Path, status: Status) -> None:
+    dataset, store = made
+    manifest = store.read_manifest()
+    manifest.cases["case_2"].status = status
+    store.write_manifest(manifest)
+    relabel(dataset, store, predictions, 1, 1)
+    assert (read(store.label_path("case_2")) == IGNORE).all()
+    np.testing.assert_array_equal(read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz"))
+    assert json.loads((store.folder / "dataset.json").read_text())["oneshot"]["left_out"] == ["case_2"]
+
+
+@pytest.mark.parametrize("status", ["accepted", "corrected"])
+def test_a_persons_word_outranks_the_models(made: Made, predictions: Path, status: Status) -> None:
+    dataset, store = made
+    manifest = store.read_manifest()
+    manifest.cases["case_2"].status = status
+    store.write_manifest(manifest)
+    whole = store.label_path("case_2").read_bytes()
+    relabel(dataset, store, predictions, 1, 1)
+    assert store.label_path("case_2").read_bytes() == whole
+
+
+def test_a_missing_prediction_is_said(made: Made, predictions: Path) -> None:
+    (predictions / "case_2.nii.gz").unlink()
+    with pytest.raises(OneShotError, match=r"case_2\.nii\.gz, found none"):
+        relabel(*made, predictions, 1, 1)
+    assert made[1].read_manifest().round == 0
+
+
+def test_a_prediction_of_another_shape_is_said(made: Made, predictions: Path) -> None:
+    write_image(predictions / "case_2.nii.gz", label_array(0, (4, 9, 8)))
+    with pytest.raises(OneShotError, match="shape"):
+        relabel(*made, predictions, 1, 1)
+
+
+def test_mean_dice() -> None:
+    first, second = np.array([[[0, 1, 1, 2]]], np.int16), np.array([[[0, 1, 2, 2]]], np.int16)
+    assert mean_dice(first, second) == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert mean_dice(first, 0 * first) == 0
+    assert mean_dice(0 * first, 0 * first) == 1
+    assert Change(1, {}).mean == 1
