@@ -1,0 +1,186 @@
+"""The commands as a user meets them: help at once, summaries, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Answer
+from fake_propagator import FakePropagator
+from raw_datasets import Roots, label_array, write_image, write_raw
+
+from nnunet_oneshot import cli
+from nnunet_oneshot import propagate as propagate_module
+from nnunet_oneshot.errors import NnunetFailureError
+from sam2_propagation.errors import PropagationError
+
+Call = Callable[..., Answer]
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = r'^(nnUNetv2_oneshot_\w+) = "nnunet_oneshot\.cli:(\w+)"$'
+SCRIPTS = dict(re.findall(SCRIPT, (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+COMMANDS = ["suggest", "propagate", "consensus", "refine", "run", "evaluate"]
+COMMANDS += ["report", "review", "export", "demo", "info"]
+CONVERTERS = ["convert_care_liseg", "convert_yoloseg", "convert_dicom"]
+NOT_YET = [name for name in SCRIPTS.values() if getattr(cli, name).__doc__ == "Not in this version."]
+PROPAGATE = ("-d", 501, "-o", 601, "-np", 1, "-device", "cpu", "-propagator", "fake")
+
+HELP = """
+import contextlib, io, json, sys
+from nnunet_oneshot import cli
+said = {}
+for name in sys.argv[1:]:
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            getattr(cli, name)(["-h"])
+    except SystemExit as end:
+        said[name] = [end.code, out.getvalue()]
+print(json.dumps({"said": said, "heavy": sorted({"torch", "nnunetv2", "SimpleITK", "numpy"} & set(sys.modules))}))
+"""
+
+
+def test_every_command_of_the_contract_is_installed() -> None:
+    assert {f"nnUNetv2_oneshot_{name}": name for name in (*COMMANDS, *CONVERTERS)} == SCRIPTS
+
+
+def test_help_of_every_command_answers_at_once() -> None:
+    begin = time.process_time(), time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HELP, *SCRIPTS.values()], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["heavy"] == [], "what takes seconds to import"
+    assert time.monotonic() - begin[1] < 10, "all commands together, on a busy machine"
+    for name in SCRIPTS.values():
+        code, text = answer["said"][name]
+        assert code == 0
+        assert text.startswith(f"usage: nnUNetv2_oneshot_{name}")
+
+
+def test_help_shows_an_example_that_parses(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_best_device", lambda: "cpu")
+    for name in set(SCRIPTS.values()) - set(NOT_YET):
+        shown = re.search(r"example: (nnUNetv2_oneshot_\w+.*)", call(getattr(cli, name), "-h").out)
+        assert shown, name
+        words = shown.group(1).split()
+        assert SCRIPTS[words[0]] == name
+        seen: list[object] = []
+        monkeypatch.setattr(cli, f"_do_{name}", lambda arguments, seen=seen: seen.append(arguments) or {"lines": []})
+        assert call(getattr(cli, name), *words[1:]).code == 0, name
+        assert seen, name
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_a_command_that_is_not_there_yet_says_so(roots: Roots, toy: Path, call: Call, name: str) -> None:
+    before = roots.snapshot()
+    answer = call(getattr(cli, name), "-d", 501)
+    assert (answer.code, answer.out) == (2, "")
+    assert "not there yet" in answer.error
+    assert roots.snapshot() == before
+
+
+def test_propagate_ends_with_a_table_and_what_comes_next(
+    toy: Path, call: Call, fakes: dict[str, FakePropagator]
+) -> None:
+    answer = call(cli.propagate, *PROPAGATE)
+    assert answer.code == 0
+    assert re.search(r"annotated +1\npseudo +2", answer.out)
+    assert "nnUNetv2_oneshot_refine -d 601" in answer.out
+    assert "propagate by fake" in answer.err, "a progress bar"
+
+
+def test_failed_cases_are_told(roots: Roots, call: Call, fakes: dict[str, FakePropagator]) -> None:
+    write_raw(roots.raw, cases=("case_0", "bad_1", "case_2"))
+    assert "no label for bad_1: fake: similarity no better than identity" in call(cli.propagate, *PROPAGATE).out
+
+
+class Chatty(FakePropagator):
+    def fit(self, images: object) -> None:
+        """Prints, as third parties do."""
+        print("hello from a library")
+
+
+def strict(text: str) -> dict:
+    """JSON as the standard has it, without NaN."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_alone_on_standard_output(roots: Roots, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_raw(roots.raw, cases=("case_0", "bad_1", "case_2"))
+    monkeypatch.setattr(propagate_module, "make_propagator", lambda name, options: Chatty(name))
+    answer = call(cli.propagate, *PROPAGATE, "-json")
+    summary = strict(answer.out)
+    assert "hello from a library" in answer.err
+    assert summary["cases"] == {"annotated": 1, "pseudo": 1, "failed": 1}
+    assert summary["failed"] == {"bad_1": "fake: similarity no better than identity"}
+    assert summary["complete"] is True
+    assert 0 < summary["mean_divergence"] < 1
+    assert "lines" not in summary
+
+
+def test_json_of_a_shard_says_it_is_not_complete(toy: Path, call: Call, fakes: dict[str, FakePropagator]) -> None:
+    summary = strict(call(cli.propagate, *PROPAGATE, "-json", "-num_parts", 2).out)
+    assert summary["complete"] is False
+
+
+def test_json_of_consensus(toy: Path, tmp_path: Path, call: Call) -> None:
+    for index in (1, 2):
+        write_image(tmp_path / "tool" / f"case_{index}.nii.gz", label_array(index))
+    summary = strict(call(cli.consensus, "-d", 501, "-o", 601, "-np", 1, "-i", tmp_path / "tool", "-json").out)
+    assert summary["cases"] == {"annotated": 1, "pseudo": 2}
+    assert summary["mean_divergence"] == 0
+
+
+def test_json_of_a_mistake_is_nothing(roots: Roots, call: Call) -> None:
+    answer = call(cli.propagate, *PROPAGATE, "-json")
+    assert (answer.code, answer.out) == (2, "")
+
+
+def test_json_of_evaluate_with_an_empty_class(toy: Path, tmp_path: Path, call: Call) -> None:
+    for folder in ("ref", "pred"):
+        write_image(tmp_path / folder / "a.nii.gz", 0 * label_array(0))
+    strict(
+        call(
+            cli.evaluate,
+            *("-ref", tmp_path / "ref", "-pred", tmp_path / "pred", "-djfile", toy / "dataset.json", "-json"),
+        ).out
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (PropagationError("expected a,\nfound b; do c"), 2, "error: expected a, found b; do c\n"),
+        (NnunetFailureError("nnU-Net stopped"), 1, "failed: nnU-Net stopped\n"),
+        (KeyboardInterrupt(), 1, "run the same command again"),
+    ],
+)
+def test_exit_codes(
+    toy: Path, call: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    def fail(name: str, options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(propagate_module, "make_propagator", fail)
+    answer = call(cli.propagate, *PROPAGATE)
+    assert (answer.code, answer.out) == (code, "")
+    assert said in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_programming_error_is_not_hidden(toy: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(propagate_module, "make_propagator", fail)
+    with pytest.raises(ZeroDivisionError):
+        call(cli.propagate, *PROPAGATE)
