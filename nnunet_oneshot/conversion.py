@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunet_oneshot.dataset import raw_root
+from nnunet_oneshot.dataset import READ_ERRORS, raw_root
 from nnunet_oneshot.errors import OneShotError
 
 Writer = Callable[[Path, Path], None]
@@ -117,10 +118,13 @@ def copy(source: Path, target: Path) -> None:
 
 
 def read_volume(path: Path) -> sitk.Image:
-    """Read a volume; OneShotError where it cannot be read."""
+    """Read a volume; OneShotError where it cannot be read whole."""
     try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            # ITK fills up a file that was cut short and says nothing; nibabel refuses it.
+            np.asanyarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
         return sitk.ReadImage(str(path))
-    except RuntimeError as error:
+    except READ_ERRORS as error:
         raise OneShotError(f"expected a readable image, found {path} damaged or unknown; export it again") from error
 
 

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -23,6 +24,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from tqdm import tqdm
 
+from nnunet_oneshot.dataset import READ_ERRORS
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.metrics import METRICS, UNITS, Interval, Scores, bootstrap, nan_mean, score
 
@@ -265,7 +267,10 @@ def _read_label(reader: BaseReaderWriter, path: Path) -> tuple[npt.NDArray[np.in
     """(label (Z, Y, X), nnU-Net's properties)."""
     try:
         array, properties = reader.read_seg(str(path))
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        if path.name.endswith((".nii", ".nii.gz")):
+            # ITK fills up a file that was cut short and says nothing; nibabel refuses it.
+            np.asanyarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+    except READ_ERRORS as error:
         raise OneShotError(f"cannot read {path}; it may be damaged: write it again") from error
     if array.shape[0] != 1:
         raise OneShotError(f"{path}: expected one label channel, found {array.shape[0]}; save it as a single channel")

@@ -175,8 +175,11 @@ def test_bad_label_files(folders: tuple[Path, Path, Path], tmp_path: Path) -> No
     fails("case_1: .* different directions", reference, prediction, file)
     write(bad, random_label(1) + 5)
     fails(r"expected label values \[0, 1, 2\], found 5, 6, 7", reference, prediction, file)
-    bad.write_bytes(bad.read_bytes()[:60])
-    fails("case_1.nii.gz; it may be damaged", reference, prediction, file)
+    write(bad, random_label(1))
+    whole = bad.read_bytes()
+    for share in (0.9, 0.5, 0.1):
+        bad.write_bytes(whole[: int(len(whole) * share)])
+        fails("case_1.nii.gz; it may be damaged", reference, prediction, file)
     assert not (tmp_path / "scores.json").exists()
 
 
