@@ -103,7 +103,7 @@ def first_subject(rng: np.random.Generator, parts: tuple[Part, ...]) -> Subject:
 
 
 def another_subject(rng: np.random.Generator, subject: Subject, strength: float) -> Subject:
-    """Another individual of the same anatomy; `strength` in [0, 1] says how unlike, 0 is the same individual."""
+    """Another individual of the same anatomy; `strength` says how unlike: 0 is the same individual, 1 much."""
     lumps, elastic = draw_fields(rng, len(subject.parts))
     keep = 1 - 0.6 * strength
     step = _compose(subject.affine, draw_affine(rng, strength))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MANY_MEMORIES_FROM = 1200
+"""The step from which some elements have five memories."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,7 +42,7 @@ class Difficulty:
     """How hard the tasks are.
 
     Attributes:
-        unlike: how much the query's subject differs from the support's, 0 to 1.
+        unlike: how much the query's subject differs from the support's; 0 is not at all, 1 much.
         other_contrast: share of subject pairs whose contrasts are unrelated.
         min_area: smallest object, as a share of the image.
         damage: amount of corruption of registered masks, 0 to 1.
@@ -65,13 +68,20 @@ def curriculum(step: int) -> Difficulty:
     It depends on the step alone and not on the length of the run, so that a run can be prolonged.
     """
     return Difficulty(
-        unlike=_ramp(step, 0, 700, 0.15, 1.0),
+        unlike=_ramp(step, 0, 700, 0.15, 1.0) + _ramp(step, 1300, 2000, 0.0, 0.25),
         other_contrast=_ramp(step, 300, 900, 0.0, 0.25),
         min_area=_ramp(step, 0, 700, 0.02, 0.0015),
         damage=_ramp(step, 0, 700, 0.4, 1.0),
         absent=_ramp(step, 800, 1100, 0.0, 0.05),
         gap=_ramp(step, 0, 600, 0.06, 0.22),
     )
+
+
+def memory_shares(step: int) -> dict[int, float]:
+    """How often a step's elements have so many conditioning memories; more of them once one is understood."""
+    if step < MANY_MEMORIES_FROM:
+        return {1: 0.4, 2: 0.4, 3: 0.2}
+    return {1: 0.35, 2: 0.3, 3: 0.2, 5: 0.15}
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -18,12 +18,10 @@ from torch import nn
 from sam2_propagation.pretraining.losses import mask_loss
 from sam2_propagation.pretraining.model import CONFIGURATION, MOST_HOPS, build_model, follow
 from sam2_propagation.pretraining.pairing import Batch, NoObject, draw_group, make_batch
-from sam2_propagation.pretraining.recipe import Recipe, curriculum, learning_rate
+from sam2_propagation.pretraining.recipe import Recipe, curriculum, learning_rate, memory_shares
 from sam2_propagation.pretraining.state import has_state, load_state, save_state
 from sam2_propagation.pretraining.validation import validate
 
-MEMORY_COUNTS = (1, 2, 3)
-MEMORY_SHARES = (0.4, 0.4, 0.2)
 LONGEST_GRADIENT = 1.0
 
 
@@ -130,7 +128,8 @@ def step_batch(recipe: Recipe, step: int, worker: Worker, device: torch.device) 
     """
     difficulty = curriculum(step)
     common = np.random.default_rng((recipe.seed, step))
-    memories = int(common.choice(MEMORY_COUNTS, p=MEMORY_SHARES))
+    shares = memory_shares(step)
+    memories = int(common.choice(list(shares), p=list(shares.values())))
     hop = int(common.integers(1, MOST_HOPS + 1)) if common.random() < recipe.hop_share else 0
     mine = range(worker.rank, recipe.groups, worker.world)
     rngs = [np.random.default_rng((recipe.seed, step, g)) for g in mine]
