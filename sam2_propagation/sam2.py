@@ -77,6 +77,7 @@ class Sam2Propagator:
         self._cache = cache
         self._progress = progress
         self._engine: Sam2Engine | None = None
+        self._adapted: dict[str, torch.Tensor] | None = None
         if self.settings.mode == "self" and prompter is None:
             raise PropagationError("expected a propagator that prompts mode self, found none; give one or use retrieve")
 
@@ -87,6 +88,17 @@ class Sam2Propagator:
         """Check the device and fetch the checkpoint, before workers are started that would all do so at once."""
         check_device(self._device)
         prepare_checkpoint(self.checkpoint, self._cache)
+
+    def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+        """Adapt to the annotated cases now; workers that the propagator is sent to afterwards need not do it again.
+
+        Args:
+            supports: annotated images.
+            views: those that will be asked for.
+        """
+        engine = self._ready()
+        engine.adapt(supports, views, self._adapt, self._seed)
+        self._adapted = {key: value.detach().cpu() for key, value in engine.loaded.model.state_dict().items()}
 
     def describe(self) -> LoadedCheckpoint:
         """The checkpoint in use, loaded if need be: its name, sha256 and image size are for the record."""
@@ -123,7 +135,8 @@ class Sam2Propagator:
                 present(support.image, view, natural)
         with _memory_errors():
             engine = self._ready()
-            engine.adapt(supports, self._adapt, self._seed)
+            if self._adapt and self._adapted is None:
+                self.adapt(supports, views)
             if self.settings.mode == "sequence":
                 yield from engine.sequence(supports, list(queries), views)
                 return
@@ -142,6 +155,8 @@ class Sam2Propagator:
     def _ready(self) -> Sam2Engine:
         if self._engine is None:
             loaded = load_checkpoint(self.checkpoint, self._config, self._device, self._cache)
+            if self._adapted is not None:
+                loaded.model.load_state_dict(self._adapted)
             self._engine = Sam2Engine(loaded, self.settings, self._batch_size, self._budget, self._prompter is not None)
         return self._engine
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sam2_propagation.adaptation import Example, adapt, example
 from sam2_propagation.checkpoints import LoadedCheckpoint
 from sam2_propagation.embeddings import Encoder, SplicedFrames
 from sam2_propagation.errors import PropagationError
@@ -62,8 +63,19 @@ class Sam2Engine:
         """Drop every encoded support."""
         self._supports.clear()
 
-    def adapt(self, supports: Sequence[Support], steps: int, seed: int) -> None:
-        """Fine-tune on the annotated cases; nothing is encoded before that."""
+    def adapt(self, supports: Sequence[Support], views: Sequence[str], steps: int, seed: int) -> None:
+        """Fine-tune on the annotated cases, as the views show them; what was encoded before is dropped."""
+        self.forget_supports()
+        natural = natural_plane(supports[0].image)
+        shown = {(s.image.case, present(s.image, v, natural)): s for s in supports for v in views}
+        examples = [self._example(support, presentation) for (_, presentation), support in shown.items()]
+        adapt(self.loaded.model, examples, steps, seed)
+
+    def _example(self, support: Support, shown: Presentation) -> Example:
+        label, annotated = _spoken(support)
+        slices = np.flatnonzero(shown.forward(annotated).any(axis=(1, 2)))
+        seen = shown.forward(scale(support.image, self.settings.intensities))
+        return example(seen, shown.forward(label), [int(i) for i in slices], self.loaded.image_size)
 
     def carry(
         self,

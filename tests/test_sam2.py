@@ -259,6 +259,19 @@ def test_it_can_be_sent_to_a_worker_before_and_after_its_model_is_loaded(checkpo
         assert np.array_equal(here.confidence, there.confidence)
 
 
+def test_adaptation_is_done_once_and_goes_along_to_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"model": tiny_model(scores=False, multimask=False).state_dict()}, tmp_path / "tiny.pt")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config(scores=False, multimask=False)))
+    propagator, query = Sam2Propagator(tmp_path / "tiny.pt", adapt=2), _volume("query")[0]
+    first = next(propagator.propagate([_support()], [query], ("identity",)))
+    monkeypatch.setattr("sam2_propagation.sam2_engine.adapt", lambda *_: pytest.fail("adapted twice"))
+    for again in (propagator, pickle.loads(pickle.dumps(propagator))):
+        second = next(again.propagate([_support()], [query], ("identity",)))
+        assert np.array_equal(first.confidence, second.confidence)
+    plain = next(Sam2Propagator(tmp_path / "tiny.pt").propagate([_support()], [query], ("identity",)))
+    assert not np.array_equal(first.confidence, plain.confidence)
+
+
 def test_scores_say_what_the_model_thinks_of_itself(checkpoint: Path) -> None:
     result = next(Sam2Propagator(checkpoint).propagate([_support()], [_volume("query")[0]], ("identity",)))
     assert set(result.scores) >= {"confidence"}
