@@ -98,8 +98,8 @@ def convert_dicom(
         dry_run: write nothing.
 
     Raises:
-        OneShotError: no DICOM series, none that fits, several modalities, a bad expression, the dataset id is taken, or a
-            file is broken.
+        OneShotError: no DICOM series, none that fits, several modalities, a bad expression, the dataset id is taken,
+            or a file is broken.
     """
     source = Path(source)
     _check_expression(description)
