@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ class RawDataset:
     def write_label(self, label: LabelVolume, path: Path, like: Case) -> None:
         """Write a label with the geometry of a case's image, in the dataset's format (not atomic: see store.py)."""
         # The first channel's geometry is what nnU-Net's readers return for all of them.
-        _, properties = self._read(like.images[:1])
+        first = like.images[0]
+        properties = _properties(self.reader, str(first), first.stat().st_mtime_ns)  # type: ignore[arg-type]
         # Some of nnU-Net's writers expect integers that SimpleITK and scikit-image map to one byte or two.
         self.reader().write_seg(np.ascontiguousarray(label), str(path), properties)
 
@@ -370,6 +372,12 @@ def _label_files(folder: Path, ending: str, known: Mapping[str, object]) -> dict
                 "add the image or remove the label"
             )
     return labels
+
+
+@lru_cache(maxsize=2)
+def _properties(reader: type[BaseReaderWriter], name: str, modified: int) -> dict[str, Any]:
+    """What nnU-Net's writers want to know of an image; kept, since several labels of one case follow each other."""
+    return _read_files(reader, [name])[1]
 
 
 def _geometry(data: np.ndarray, properties: Mapping[str, Any]) -> Geometry:

@@ -12,7 +12,7 @@ FAILURE = "similarity no better than identity"
 
 
 class FakePropagator:
-    """Hands on the first support's label; the view `shifted` moves it by a voxel along x."""
+    """Hands on the first support's label; the view `shifted` moves it by a voxel along x, or fails for `half...`."""
 
     views: tuple[str, ...] = ("still", "shifted", "spare")
     default_views: tuple[str, ...] = ("still", "shifted")
@@ -34,7 +34,7 @@ class FakePropagator:
         for query in queries:
             self.asked.append(query.case)
             for view in views:
-                if query.case.startswith("bad"):
+                if query.case.startswith("bad") or (query.case.startswith("half") and view == "shifted"):
                     yield Propagation(query.case, view, None, reason=FAILURE)
                 else:
                     label = np.roll(without_ignore(supports[0]), view == "shifted", axis=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from raw_datasets import (
     SPACING,
     Roots,
     edit_json,
+    geometry,
     image_array,
     label_array,
     write_image,
@@ -196,6 +198,15 @@ def test_written_label_has_its_images_geometry(roots: Roots, ending: str) -> Non
         assert getattr(saved, read)() == pytest.approx(getattr(image, read)())
     np.testing.assert_array_equal(sitk.GetArrayFromImage(saved), label)
     np.testing.assert_array_equal(found.read_label(written), label)
+
+
+def test_written_label_follows_an_image_that_was_replaced(toy: Path, opened: RawDataset) -> None:
+    case, label = opened.case("case_1"), label_array(1).astype(np.int16)
+    opened.write_label(label, toy / "before.nii.gz", case)
+    write_image(case.images[0], image_array(1), direction=(1, 0, 0, 0, 1, 0, 0, 0, 1))
+    os.utime(case.images[0], ns=(0, case.images[0].stat().st_mtime_ns + 10**9))
+    opened.write_label(label, toy / "after.nii.gz", case)
+    assert geometry(toy / "before.nii.gz") != geometry(toy / "after.nii.gz") == geometry(case.images[0])
 
 
 def test_it_goes_to_workers_and_stays_as_it_is(opened: RawDataset) -> None:

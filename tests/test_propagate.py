@@ -111,6 +111,16 @@ def test_a_failed_case_is_said_and_left_out(roots: Roots, fakes: Fakes) -> None:
     assert not [fold for fold in splits if "bad_1" in (*fold["train"], *fold["val"])]
 
 
+def test_a_view_that_failed_is_said_and_not_fused(roots: Roots, fakes: Fakes) -> None:
+    write_raw(roots.raw, cases=("case_0", "half_1"))
+    outcome = run()
+    assert outcome.manifest is not None
+    record = outcome.manifest.cases["half_1"]
+    assert (record.status, record.views, record.reason) == ("pseudo", ["fake/still"], f"fake: {FAILURE}")
+    np.testing.assert_array_equal(read(outcome.store.fused_path("half_1")), label_array(0))
+    assert not outcome.store.view_path("fake", "shifted", "half_1").exists()
+
+
 def test_drawn_voxels_of_a_sparse_label_stay_and_the_others_are_filled(toy: Path, fakes: Fakes) -> None:
     drawn = make_sparse(toy)
     outcome = run()
