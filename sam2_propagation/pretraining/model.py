@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam2.modeling.sam2_base import SAM2Base
@@ -61,8 +62,14 @@ def encode(model: SAM2Base, images: torch.Tensor) -> Features:
     return Features(maps, positions, sizes)
 
 
-def remember(model: SAM2Base, features: Features, frames: torch.Tensor, masks: torch.Tensor) -> dict[int, Any]:
-    """Conditioning memories of frames (elements, memories) with masks (elements, memories, H, W)."""
+def remember(
+    model: SAM2Base, features: Features, frames: torch.Tensor, masks: torch.Tensor, soft: bool = False
+) -> dict[int, Any]:
+    """Conditioning memories of frames (elements, memories) with masks (elements, memories, H, W).
+
+    With `soft`, a mask goes through the decoder's resolution before it becomes memory, as in SAM2's video predictor;
+    otherwise it becomes memory as sharp as it is. The weights serve both.
+    """
     n, k = frames.shape
     output = model.track_step(
         frame_idx=0,
@@ -72,27 +79,44 @@ def remember(model: SAM2Base, features: Features, frames: torch.Tensor, masks: t
         mask_inputs=masks.flatten(0, 1)[:, None],
         output_dict={},
         num_frames=1,
+        run_mem_encoder=not soft,
     )
+    if soft:
+        _remember_softly(model, features.of(frames.flatten()), output)
     spatial = output["maskmem_features"].unflatten(0, (n, k))
     position = output["maskmem_pos_enc"][-1].unflatten(0, (n, k))
     pointer = output["obj_ptr"].unflatten(0, (n, k))
     return {i: _memory(spatial[:, i], position[:, i], pointer[:, i]) for i in range(k)}
 
 
+def _remember_softly(model: SAM2Base, seen: dict[str, Any], output: dict[str, Any]) -> None:
+    """Encode the memory of a prompted step from its masks at the decoder's resolution."""
+    size = (model.image_size, model.image_size)
+    masks = F.interpolate(output["pred_masks"], size=size, mode="bilinear", align_corners=False)
+    output["maskmem_features"], output["maskmem_pos_enc"] = model._encode_new_memory(
+        current_vision_feats=seen["current_vision_feats"],
+        feat_sizes=seen["feat_sizes"],
+        pred_masks_high_res=masks,
+        object_score_logits=torch.full((len(masks), 1), 10.0, device=masks.device),
+        is_mask_from_pts=False,
+    )
+
+
 def _memory(spatial: torch.Tensor, position: torch.Tensor, pointer: torch.Tensor) -> dict[str, Any]:
     return {"maskmem_features": spatial, "maskmem_pos_enc": [position], "obj_ptr": pointer}
 
 
-def follow(model: SAM2Base, batch: Batch, hop: int = 0) -> list[Prediction]:
+def follow(model: SAM2Base, batch: Batch, hop: int = 0, soft: bool = True) -> list[Prediction]:
     """Segment each element's query from its memories; with `hop`, then its next query with that prediction as memory.
 
     Args:
         model: in training or evaluation mode.
         batch: of `make_batch`.
         hop: 0 for none, else how many frames the next query lies after the first, 1 to MOST_HOPS.
+        soft: how masks become memory, see `remember`.
     """
     features = encode(model, batch.images)
-    memories = {"cond_frame_outputs": remember(model, features, batch.memory_frame, batch.memory_mask)}
+    memories = {"cond_frame_outputs": remember(model, features, batch.memory_frame, batch.memory_mask, soft)}
     first = batch.memory_frame.shape[1] + MOST_HOPS
     history: dict[int, Any] = {}
     predictions = []

@@ -25,6 +25,10 @@ class NoObject(ValueError):
     """No group of the batch shows an object that its tasks ask for; draw other groups."""
 
 
+BEYOND_LABEL = 0.25
+"""Share of self tasks where only the neighbouring slice, not the query, has a registered label."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One anatomy seen in `frames` slices: the first half support, the second half query."""
@@ -223,6 +227,8 @@ def _draw_memories(
         frames[0], amount[0] = query, difficulty.damage * rng.uniform(0.15, 1)
         if memories > 1 and areas[following] >= 4 and rng.random() < 0.7:
             frames[1], amount[1] = following, amount[0]
+        elif areas[following] >= 4 and rng.random() < BEYOND_LABEL:
+            frames[0] = following
     return frames, amount.astype(np.float32)
 
 

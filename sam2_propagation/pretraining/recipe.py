@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MANY_MEMORIES_FROM = 1200
+MANY_MEMORIES_FROM = 900
 """The step from which some elements have five memories."""
 
 
@@ -22,6 +22,7 @@ class Recipe:
         decay_share: share of the steps, at the end, over which the learning rate falls to zero.
         ema: decay of the averaged weights that are exported.
         hop_share: share of the steps where a prediction becomes memory of the next slice.
+        soft_share: share of the steps where prompts lose the decoder's resolution before they become memory.
     """
 
     seed: int = 1
@@ -35,6 +36,7 @@ class Recipe:
     decay_share: float = 0.25
     ema: float = 0.998
     hop_share: float = 0.2
+    soft_share: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def curriculum(step: int) -> Difficulty:
     It depends on the step alone and not on the length of the run, so that a run can be prolonged.
     """
     return Difficulty(
-        unlike=_ramp(step, 0, 700, 0.15, 1.0) + _ramp(step, 1300, 2000, 0.0, 0.25),
+        unlike=_ramp(step, 0, 700, 0.15, 1.0) + _ramp(step, 900, 1400, 0.0, 0.25),
         other_contrast=_ramp(step, 300, 900, 0.0, 0.25),
         min_area=_ramp(step, 0, 700, 0.02, 0.0015),
         damage=_ramp(step, 0, 700, 0.4, 1.0),

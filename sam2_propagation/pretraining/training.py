@@ -121,8 +121,8 @@ def train(
     return run
 
 
-def step_batch(recipe: Recipe, step: int, worker: Worker, device: torch.device) -> tuple[Batch, int]:
-    """This worker's share of a step, and by how many frames its hop goes (0 for none).
+def step_batch(recipe: Recipe, step: int, worker: Worker, device: torch.device) -> tuple[Batch, int, bool]:
+    """This worker's share of a step, by how many frames its hop goes (0 for none), and if its memories are soft.
 
     Groups are drawn from (seed, step, group), so that they do not depend on how many workers share them.
     """
@@ -131,17 +131,18 @@ def step_batch(recipe: Recipe, step: int, worker: Worker, device: torch.device) 
     shares = memory_shares(step)
     memories = int(common.choice(list(shares), p=list(shares.values())))
     hop = int(common.integers(1, MOST_HOPS + 1)) if common.random() < recipe.hop_share else 0
+    soft = bool(common.random() < recipe.soft_share)
     mine = range(worker.rank, recipe.groups, worker.world)
     rngs = [np.random.default_rng((recipe.seed, step, g)) for g in mine]
     while True:
         groups = [draw_group(rng, difficulty, recipe.frames) for rng in rngs]
         with suppress(NoObject):
-            return make_batch(groups, rngs[0], difficulty, recipe, memories, device), hop
+            return make_batch(groups, rngs[0], difficulty, recipe, memories, device), hop, soft
 
 
 def _step(run: Run, recipe: Recipe, steps: int, worker: Worker, device: torch.device) -> float:
-    batch, hop = step_batch(recipe, run.step, worker, device)
-    predictions = follow(run.model, batch, hop)
+    batch, hop, soft = step_batch(recipe, run.step, worker, device)
+    predictions = follow(run.model, batch, hop, soft)
     targets = (batch.target, batch.next_target)
     losses = [mask_loss(p, t) for p, t in zip(predictions, targets, strict=False)]
     loss = torch.stack(losses).mean()

@@ -1,15 +1,24 @@
-"""Held-out synthetic anatomy: the same tasks for every checkpoint of every run, from seeds that training never uses."""
+"""Held-out synthetic anatomy: the same tasks for every checkpoint of every run, from seeds that training never uses.
+
+`python -m sam2_propagation.pretraining.validation` scores the built-in checkpoint, or another of its configuration.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from sam2.modeling.sam2_base import SAM2Base
 
 from sam2_propagation.pretraining.losses import dice_score
-from sam2_propagation.pretraining.model import follow
+from sam2_propagation.pretraining.model import CONFIGURATION, build_model, follow
 from sam2_propagation.pretraining.pairing import draw_group, make_batch
 from sam2_propagation.pretraining.recipe import Difficulty, Recipe
 
@@ -47,3 +56,25 @@ def _score(
     batch = make_batch(groups, rng, difficulty, recipe, 2, device)
     found = follow(model, batch)[0].logits > 0
     return dice_score(found, batch.target), dice_score(batch.memory_mask[:, 0], batch.target)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a checkpoint's scores as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m sam2_propagation.pretraining.validation", description=main.__doc__)
+    built_in = CONFIGURATION.with_suffix(".safetensors")
+    parser.add_argument("--checkpoint", type=Path, default=built_in, metavar="SAFETENSORS")
+    parser.add_argument("--batches", type=int, default=4, help="of four anatomies, for each kind of task")
+    parser.add_argument("-device", default="cpu")
+    options = parser.parse_args(arguments)
+    if not options.checkpoint.is_file():
+        print(f"error: expected a checkpoint at {options.checkpoint}, found none", file=sys.stderr)
+        return 2
+    model = build_model().to(options.device)
+    model.load_state_dict(load_file(options.checkpoint, device=options.device))
+    scores = validate(model, Recipe(), torch.device(options.device), options.batches)
+    print(json.dumps({name: round(score, 4) for name, score in scores.items()}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
