@@ -9,38 +9,42 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.settings import OneShotBlock
 
 FOLDS = 5
-"""nnU-Net's number of folds; it cannot split fewer cases than that."""
+"""nnU-Net's number of folds; it cannot split fewer cases than that by itself."""
 _STEPS = 20
 """Weights are rounded to this fraction of 1."""
 
 
-def few_case_split(cases: Sequence[str], fold: int, annotated: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Training and validation cases where there are too few for nnU-Net's five folds.
+def dealt_split(cases: Sequence[str], fold: int, annotated: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Training and validation cases of a fold where there is no splits_final.json.
 
-    One case validates, not an annotated one if that can be helped, and the others train; a single case does both.
+    Cases without a person's label are dealt out over the folds; where they are fewer than folds, or none, one case
+    validates. A single case trains and validates.
     """
     candidates = sorted(set(cases) - set(annotated)) or sorted(cases)
-    held_out = candidates[fold % len(candidates)]
-    return sorted(set(cases) - {held_out}) or [held_out], [held_out]
+    held_out = candidates[fold::FOLDS] or [candidates[fold % len(candidates)]]
+    return sorted(set(cases) - set(held_out)) or held_out, held_out
 
 
 def usable_split(train: Sequence[str], validation: Sequence[str], block: OneShotBlock) -> tuple[list[str], list[str]]:
     """A split without the cases left out and with every annotated case in training.
 
-    Annotated cases do not validate unless nothing else is left to.
+    Annotated cases do not validate unless nothing else is left to. Where a person labelled every usable case, there is
+    no pseudo label to keep apart, and the split stays as it is.
 
     Raises:
         OneShotError: nothing is left to train on.
     """
-    left_out, annotated = set(block.left_out), set(block.annotated)
-    training = sorted((set(train) | annotated) - left_out)
-    if not training:
+    usable = (set(train) | set(validation) | set(block.annotated)) - set(block.left_out)
+    if not usable:
         raise OneShotError(
-            f"expected at least one case to train on, found all {len(left_out)} in left_out; "
+            f"expected at least one case to train on, found all {len(block.left_out)} in left_out; "
             "annotate a case or accept labels in the review"
         )
-    held_out = sorted(set(validation) - left_out - annotated) or sorted(annotated - left_out) or training
-    return training, held_out
+    annotated = usable & set(block.annotated)
+    always = annotated if annotated != usable else set()
+    training = sorted((set(train) & usable) | always)
+    held_out = sorted((set(validation) & usable) - always)
+    return training or held_out, held_out or sorted(annotated) or training
 
 
 def drawn_by_weight(cases: Sequence[str], weights: Mapping[str, float]) -> list[str]:

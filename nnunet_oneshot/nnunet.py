@@ -160,7 +160,8 @@ def _prepare(
     if missing:
         done = partial(_count, root("nnUNet_preprocessed") / name, f"{plans}_*/*.pkl")
         with Progress("plan and preprocess", len(_raw_cases(name)) * len(missing), done) as bar:
-            run_job(job, _log(name), bar.update, {"OMP_NUM_THREADS": "1"})
+            # nnU-Net's planner takes its threads from nnUNet_n_proc_DA and fails where that is 0.
+            run_job(job, _log(name), bar.update, {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "1"})
     for configuration in configurations:
         check_configuration(name, plans, configuration)
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_oneshot.planner import OneShotSmallPlanner
 
 LABELS = {"background": 0, "ball": 1, "core": 2, "ignore": 3}
 SHAPE = (16, 24, 24)
@@ -72,3 +79,34 @@ def _write(array: np.ndarray, path: Path, spacing: tuple[float, float, float]) -
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing)
     sitk.WriteImage(image, str(path))
+
+
+def preprocess_in_process(name: str, configurations: Sequence[str]) -> None:
+    """Plan and preprocess without the worker processes that nnU-Net starts, which cost more than the work here."""
+    dataset = load_json(f"{nnUNet_raw}/{name}/dataset.json")
+    files = get_filenames_of_train_images_and_targets(f"{nnUNet_raw}/{name}", dataset)
+    base = Path(str(nnUNet_preprocessed)) / name
+    (base / "gt_segmentations").mkdir(parents=True)
+    _write_fingerprint(files, dataset, base)
+    plans = PlansManager(OneShotSmallPlanner(name).plan_experiment())
+    for configuration in configurations:
+        manager = plans.get_configuration(configuration)
+        (base / manager.data_identifier).mkdir()
+        for case, paths in files.items():
+            out = str(base / manager.data_identifier / case)
+            preprocessor = manager.preprocessor_class(verbose=False)
+            preprocessor.run_case_save(out, paths["images"], paths["label"], plans, manager, dataset)
+            shutil.copy(paths["label"], base / "gt_segmentations")
+
+
+def _write_fingerprint(files: Mapping[str, Any], dataset: Mapping[str, Any], base: Path) -> None:
+    images = [sitk.ReadImage(paths["images"][0]) for paths in files.values()]
+    intensities = {"mean": 200.0, "median": 200.0, "std": 50.0, "min": 0.0, "max": 400.0}
+    channel = {**intensities, "percentile_99_5": 400.0, "percentile_00_5": 0.0}
+    fingerprint = {
+        "spacings": [image.GetSpacing()[::-1] for image in images],
+        "shapes_after_crop": [image.GetSize()[::-1] for image in images],
+        "foreground_intensity_properties_per_channel": dict.fromkeys(dataset["channel_names"], channel),
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (base / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))

@@ -16,7 +16,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
-from nnunet_oneshot.case_selection import FOLDS, drawn_by_weight, few_case_split, usable_split
+from nnunet_oneshot.case_selection import FOLDS, dealt_split, drawn_by_weight, usable_split
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.losses import DualComponentLoss, detached_view, divergence, ramp
 from nnunet_oneshot.settings import LossSettings, parse_block
@@ -82,13 +82,14 @@ class OneShotTrainer(WholeCheckpoints):
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
         block = parse_block(self.dataset_json, cases)
-        splits_file = join(self.preprocessed_dataset_folder_base, "splits_final.json")
-        if self.fold != "all" and len(cases) < FOLDS and not isfile(splits_file):
-            self.print_to_log_file(f"{len(cases)} cases are too few for nnU-Net's {FOLDS} folds: one validates")
-            usable = set(cases) - set(block.left_out if block else ())
-            train, validation = few_case_split(sorted(usable), self.fold, block.annotated if block else ())
-        else:
+        annotated = block.annotated if block else ()
+        usable = sorted(set(cases) - set(block.left_out if block else ())) or cases
+        nnunets_own = len(cases) >= FOLDS and (block is None or set(usable) <= set(annotated))
+        if self.fold == "all" or nnunets_own or self._has_splits():
             train, validation = super().do_split()
+        else:
+            self.print_to_log_file("No splits_final.json: dealing the cases out over the folds")
+            train, validation = dealt_split(usable, self.fold, annotated)
         return (train, validation) if block is None else usable_split(train, validation, block)
 
     def get_tr_and_val_datasets(self):
@@ -133,6 +134,9 @@ class OneShotTrainer(WholeCheckpoints):
         self.print_to_log_file(
             f"consistency {term:.4f} (weight {self._consistency_weight():.3f}), divergence {share:.2%} of voxels"
         )
+
+    def _has_splits(self) -> bool:
+        return isfile(join(self.preprocessed_dataset_folder_base, "splits_final.json"))
 
     def _divergence(self, target: Tensor | list[Tensor]) -> Tensor:
         finest = target[0] if isinstance(target, list) else target

@@ -1,0 +1,170 @@
+"""Driving nnU-Net: bad input before anything starts, and whole runs that are resumed rather than repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from tiny_dataset import write_dataset
+
+from nnunet_oneshot import nnunet
+from nnunet_oneshot.errors import NnunetFailureError, OneShotError
+from nnunet_oneshot.settings import PRESETS, SMALL_PLANS
+
+NAME = "Dataset901_Tiny"
+TINY = PRESETS["tiny"]
+QUICK = """
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+class Quick(recursive_find_trainer_class_by_name("OneShotTrainer")):
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch, self.save_every = 4, 2, 1, 1
+        super().initialize()
+
+    def plot_network_architecture(self):
+        pass
+
+    def perform_actual_validation(self, save_probabilities=False):
+        pass
+"""
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for root in nnunet.ROOTS:
+        (tmp_path / root).mkdir()
+        monkeypatch.setenv(root, str(tmp_path / root))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "quick.py").write_text(QUICK)
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "own"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def no_jobs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it to make any further job of nnU-Net a failure of the test."""
+
+    def forbid(*_: object) -> None:
+        raise AssertionError("nnU-Net was started again")
+
+    return lambda: monkeypatch.setattr(nnunet, "run_job", forbid)
+
+
+@pytest.mark.parametrize("variable", nnunet.ROOTS)
+def test_an_unset_folder_is_named_with_all_three(roots: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv(variable)
+    with pytest.raises(OneShotError, match=f"nnUNet_raw, nnUNet_preprocessed, nnUNet_results.*{variable} unset"):
+        nnunet.root(variable)
+
+
+@pytest.mark.parametrize("dataset", ["901", 901, "nine", "Set901"])
+def test_an_unknown_dataset_is_bad_input(roots: Path, dataset: int | str) -> None:
+    with pytest.raises(OneShotError, match="found"):
+        nnunet.dataset_name(dataset)
+
+
+def test_two_datasets_with_one_id_are_bad_input(roots: Path) -> None:
+    for name in ("Dataset901_Tiny", "Dataset901_Other"):
+        (roots / "nnUNet_raw" / name).mkdir()
+    with pytest.raises(OneShotError, match="Dataset901_Other"):
+        nnunet.dataset_name("901")
+
+
+def test_plans_configurations_and_folds_that_do_not_exist_are_named(roots: Path) -> None:
+    write_dataset(roots / "nnUNet_raw", NAME, cases=1)
+    folder = roots / "nnUNet_preprocessed" / NAME
+    folder.mkdir()
+    (folder / "nnUNetPlans.json").write_text(json.dumps({"configurations": {"2d": {"data_identifier": "x"}}}))
+    with pytest.raises(OneShotError, match="found nnUNetPlans"):
+        nnunet.train(901, "2d", 0, "OneShotTrainer", SMALL_PLANS, "cpu")
+    with pytest.raises(OneShotError, match="found 2d"):
+        nnunet.train(901, "3d_fullres", 0, "OneShotTrainer", "nnUNetPlans", "cpu")
+    with pytest.raises(OneShotError, match="fold 0, 1"):
+        nnunet.predict(901, "2d", [0, 1], "OneShotTrainer", "nnUNetPlans", {}, roots / "out", "cpu")
+    assert not nnunet.is_trained(901, "2d", 0, "OneShotTrainer", "nnUNetPlans")
+    assert not (roots / "nnUNet_results" / NAME).exists()
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_not_repeated(roots: Path, no_jobs: Callable[[], None]) -> None:
+    write_dataset(roots / "nnUNet_raw", NAME, cases=2)
+    configurations = ["2d", "3d_fullres"]
+    nnunet.plan_and_preprocess(901, TINY, configurations, 1)
+    for configuration in configurations:
+        folder = nnunet.train(901, configuration, 0, "Quick", SMALL_PLANS, "cpu")
+        assert (folder / nnunet.FINAL).is_file()
+    out = roots / "out"
+    images = {
+        f"case_{n:03d}": [roots / "nnUNet_raw" / NAME / "imagesTr" / f"case_{n:03d}_0000.nii.gz"] for n in range(2)
+    }
+    arguments = (901, "3d_fullres", [0], "Quick", SMALL_PLANS, images, out, "cpu")
+    nnunet.predict(*arguments, save_probabilities=True)
+    label = sitk.ReadImage(str(out / "case_001.nii.gz"))
+    assert label.GetSize() == sitk.ReadImage(str(images["case_001"][0])).GetSize()
+    assert np.load(out / "case_001.npz")["probabilities"].shape[0] == 3
+    kept = (out / "case_000.nii.gz").stat().st_mtime_ns
+    (out / "case_001.npz").unlink()
+    nnunet.predict(*arguments, save_probabilities=True)
+    assert (out / "case_001.npz").is_file()
+    assert (out / "case_000.nii.gz").stat().st_mtime_ns == kept
+    assert not any(path.is_dir() for path in out.iterdir())
+    no_jobs()
+    nnunet.plan_and_preprocess(901, TINY, configurations)
+    nnunet.train(901, "2d", 0, "Quick", SMALL_PLANS, "cpu")
+    nnunet.predict(*arguments, save_probabilities=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_run_leaves_no_process_and_is_resumed(roots: Path) -> None:
+    write_dataset(roots / "nnUNet_raw", NAME, cases=2)
+    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    call = f"from nnunet_oneshot import nnunet; nnunet.train(901, '2d', 'all', 'Quick', '{SMALL_PLANS}', 'cpu')"
+    driver = subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.DEVNULL)
+    fold = nnunet.results_folder(901, "Quick", SMALL_PLANS, "2d") / "fold_all"
+    _wait(lambda: (fold / "checkpoint_latest.pth").is_file() or driver.poll() is not None)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _wait(lambda: not _processes_with(str(roots)))
+    assert not (fold / nnunet.FINAL).is_file()
+    nnunet.train(901, "2d", "all", "Quick", SMALL_PLANS, "cpu")
+    assert (fold / nnunet.FINAL).is_file()
+    assert "Epoch 0" not in (fold / "nnunet.log").read_text().split("Using device")[-1]
+
+
+@pytest.mark.slow
+def test_a_failure_of_nnunet_ends_with_its_log(roots: Path) -> None:
+    folder = write_dataset(roots / "nnUNet_raw", NAME, cases=1)
+    (folder / "imagesTr" / "case_000_0000.nii.gz").write_bytes(b"not an image")
+    with pytest.raises(NnunetFailureError, match=r"nnU-Net failed to prepare(.|\n)*case_000_0000.nii.gz"):
+        nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def _processes_with(text: str) -> list[int]:
+    """Living processes whose environment names `text`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                alive = b"\nState:\tZ" not in (folder / "status").read_bytes()
+                found += [int(folder.name)] if alive and text.encode() in (folder / "environ").read_bytes() else []
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+    return found

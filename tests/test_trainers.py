@@ -1,0 +1,232 @@
+"""OneShotTrainer inside nnU-Net, on tiny random data: what it trains on, and that it is nnU-Net where it should be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args
+from tiny_dataset import LABELS, preprocess_in_process, write_dataset
+
+import _nnunet_oneshot_path
+from nnunet_oneshot.case_selection import dealt_split, drawn_by_weight, usable_split
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.settings import PRESETS, SMALL_PLANS, OneShotBlock, parse_block, preset, schedule_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / root).mkdir()
+        monkeypatch.setenv(root, str(tmp_path / root))
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    _nnunet_oneshot_path.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make(roots: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes a trainer on a new tiny dataset; keyword arguments are those of write_dataset."""
+
+    def trainer(name: str = "OneShotTrainer_tiny", configuration: str = "2d", fold: Any = 0, **dataset: Any) -> Any:
+        write_dataset(roots / "nnUNet_raw", "Dataset901_Tiny", **dataset)
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+        preprocess_in_process("Dataset901_Tiny", [configuration])
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        return again(name, configuration, fold)
+
+    return trainer
+
+
+def again(name: str, configuration: str = "2d", fold: Any = 0) -> Any:
+    """A trainer on the dataset that is there."""
+    return get_trainer_from_args("901", configuration, fold, name, SMALL_PLANS, device=torch.device("cpu"))
+
+
+def start(trainer: Any) -> Any:
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def seeded_steps(trainer: Any, steps: int = 2) -> list[float]:
+    """Losses of a few steps from fixed seeds."""
+    np.random.seed(0)
+    torch.manual_seed(0)
+    trainer.initialize()
+    start(trainer)
+    return [float(trainer.train_step(next(trainer.dataloader_train))["loss"]) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_it_learns_from_consensus_and_compares_views_in_divergence(make: Make, configuration: str) -> None:
+    trainer = start(make(configuration=configuration))
+    trainer.current_epoch = 9
+    outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(4)]
+    assert all(np.isfinite(output["loss"]) for output in outputs)
+    assert max(output["consistency"] for output in outputs) > 0
+    assert max(output["divergence"] for output in outputs) > 0
+    trainer.on_train_epoch_end(outputs)
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        result = trainer.validation_step(next(trainer.dataloader_val))
+    assert np.isfinite(result["loss"])
+    log = Path(trainer.log_file).read_text()
+    assert "consistency" in log
+    assert "flips along axes" in log
+
+
+def test_consistency_is_off_during_the_first_tenth(make: Make) -> None:
+    trainer = start(make())
+    assert trainer.train_step(next(trainer.dataloader_train))["consistency"] == 0.0
+
+
+@pytest.mark.parametrize("change", [{"oneshot": None}, {"labels": {"background": 0, "ball": 1, "core": 2}}])
+def test_without_block_or_divergence_it_trains_exactly_as_nnunet(make: Make, change: dict[str, Any]) -> None:
+    plain = seeded_steps(make("nnUNetTrainer_tiny", cases=5, annotated=[f"case_{n:03d}" for n in range(5)], **change))
+    ours = again("OneShotTrainer_tiny")
+    assert seeded_steps(ours) == plain
+    assert "training" in ours._introduction()
+    assert ours._introduction() in Path(ours.log_file).read_text()
+
+
+@pytest.mark.parametrize("fold", [0, "all"])
+@pytest.mark.parametrize("cases", [1, 2, 3])
+def test_few_cases_train(make: Make, cases: int, fold: Any) -> None:
+    trainer = make(cases=cases, fold=fold)
+    train, validation = trainer.do_split()
+    assert "case_000" in train
+    assert set(train) | set(validation) <= {"case_000", "case_001", "case_002"}
+    assert fold == "all" or cases == 1 or not set(train) & set(validation)
+    trainer = start(trainer)
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+
+
+@pytest.mark.parametrize("fold", [0, 1, "all"])
+def test_left_out_cases_never_train_and_annotated_ones_always_do(make: Make, roots: Path, fold: Any) -> None:
+    trainer = make(cases=6, left_out=["case_004"], fold=fold)
+    train, validation = trainer.do_split()
+    assert "case_000" in train
+    assert "case_004" not in {*train, *validation}
+    assert validation
+    assert fold == "all" or "case_000" not in validation
+    splits = [{"train": ["case_001", "case_004"], "val": ["case_000", "case_002"]}] * 2
+    path = roots / "nnUNet_preprocessed" / "Dataset901_Tiny" / "splits_final.json"
+    path.write_text(json.dumps(splits))
+    train, validation = trainer.do_split()
+    if fold != "all":
+        assert (train, validation) == (["case_000", "case_001"], ["case_002"])
+
+
+def test_weights_of_cases_are_how_often_they_are_drawn(make: Make) -> None:
+    block = {"schema": 1, "annotated": ["case_000"], "left_out": [], "case_weight": {"case_001": 0.5, "case_002": 0}}
+    training, _ = make(fold="all", oneshot=block).get_tr_and_val_datasets()
+    counts = {case: training.identifiers.count(case) for case in ("case_000", "case_001", "case_002", "case_003")}
+    assert counts == {"case_000": 2, "case_001": 1, "case_002": 0, "case_003": 2}
+
+
+def test_a_set_without_a_labelled_voxel_is_refused(make: Make) -> None:
+    trainer = make(cases=2, annotated=[], left_out=["case_000", "case_001"], oneshot={"schema": 1})
+    with pytest.raises(OneShotError, match="labelled voxel"):
+        trainer.get_tr_and_val_datasets()
+
+
+def test_a_checkpoint_cut_short_never_takes_the_place_of_a_whole_one(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make()
+    trainer.initialize()
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    whole = path.read_bytes()
+
+    def cut_short(_: object, file: str) -> None:
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == whole
+
+
+def test_presets_shorten_both_trainers_alike(make: Make) -> None:
+    make()
+    for name in ("small", "tiny"):
+        schedule = PRESETS[name].schedule
+        assert schedule is not None
+        for base in ("OneShotTrainer", "nnUNetTrainer"):
+            trainer = again(preset(name).trainer(base))
+            assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (schedule.epochs, schedule.iterations)
+            assert trainer.save_every == schedule.save_every < trainer.num_epochs
+        assert schedule_of(f"OneShotTrainer_{name}") == schedule
+    assert schedule_of("OneShotTrainer") is None
+
+
+def test_the_trainers_network_is_nnunets_own(make: Make) -> None:
+    trainer = make()
+    assert "build_network_architecture" not in vars(type(trainer))
+    assert type(trainer).build_network_architecture is again("nnUNetTrainer_tiny").build_network_architecture
+
+
+def test_a_wholly_annotated_set_keeps_its_split() -> None:
+    block = OneShotBlock(annotated=("a", "b", "c"), left_out=("d",))
+    assert usable_split(["a", "b", "d"], ["c"], block) == (["a", "b"], ["c"])
+
+
+def test_splits_of_a_few_cases_hold_out_pseudo_labels_first() -> None:
+    assert dealt_split(["a", "b"], 3, annotated=["a"]) == (["a"], ["b"])
+    assert dealt_split(["a"], 0, annotated=["a"]) == (["a"], ["a"])
+    assert {dealt_split(["a", "b", "c"], fold)[1][0] for fold in range(3)} == {"a", "b", "c"}
+
+
+def test_a_split_with_nothing_left_to_train_on_is_refused() -> None:
+    with pytest.raises(OneShotError, match="left_out"):
+        usable_split(["a"], ["a"], OneShotBlock(left_out=("a",)))
+    with pytest.raises(OneShotError, match="case_weight"):
+        drawn_by_weight(["a"], {"a": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"schema": 2}, "schema 2"),
+        ({}, "schema"),
+        ([], "object"),
+        ({"schema": 1, "annotated": "case_000"}, "annotated"),
+        ({"schema": 1, "annotated": ["ghost"]}, "ghost"),
+        ({"schema": 1, "left_out": ["a"], "annotated": ["a"]}, "left_out"),
+        ({"schema": 1, "case_weight": {"a": -1}}, "case_weight"),
+        ({"schema": 1, "case_weight": {"a": float("nan")}}, "case_weight"),
+        ({"schema": 1, "case_weight": 3}, "case_weight"),
+        ({"schema": 1, "round": True}, "round"),
+    ],
+)
+def test_a_broken_block_is_refused_with_what_is_wrong(block: Any, message: str) -> None:
+    with pytest.raises(OneShotError, match=message):
+        parse_block({"labels": LABELS, "oneshot": block}, ["a", "b"])
+
+
+def test_a_block_survives_writing_and_reading() -> None:
+    block = OneShotBlock(2, ("a",), ("b",), {"c": 0.5})
+    assert parse_block({"oneshot": block.to_json()}, ["a", "b", "c"]) == block
+    assert parse_block({}) is None
+    with pytest.raises(OneShotError, match="preset"):
+        preset("huge")
