@@ -57,7 +57,7 @@ class Loop:
 
     def annotated_alone(self) -> Path:
         """Predictions of the stock trainer that saw the annotated case alone."""
-        self._pool()
+        self._lay_out_pool()
         plan = train_annotated_only(
             POOL, ALONE, self.configuration, preset=self.preset, device=self.device, num_processes=default_processes()
         )
@@ -82,8 +82,7 @@ class Loop:
 
     def score(self, predictions: Path) -> Evaluation:
         """Scores on the test cases."""
-        djfile = Path(os.environ["nnUNet_raw"]) / f"Dataset{POOL}_{self.data.name}" / "dataset.json"
-        self._pool()
+        djfile = self._lay_out_pool() / "dataset.json"
         return evaluate(self.data.labels, predictions, djfile, cases=self.test)
 
     def _refined(self, row: str, rounds: int) -> Path:
@@ -91,8 +90,11 @@ class Loop:
         result = refine(LABELLED, self.configuration, rounds=rounds, preset=self.preset, device=self.device)
         return self._predict(row, LABELLED, result.plan)
 
+    def _lay_out_pool(self) -> Path:
+        return lay_out(self.data, POOL, self.pool, [self.annotated])
+
     def _pool(self) -> None:
-        lay_out(self.data, POOL, self.pool, [self.annotated])
+        self._lay_out_pool()
         self._propagate(POOL, LABELLED)
 
     def _propagate(self, source: int, output: int) -> None:

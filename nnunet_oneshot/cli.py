@@ -10,8 +10,9 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def _do_propagate(arguments: argparse.Namespace) -> Summary:
     outcome = _function("propagate")(
         arguments.d,
         arguments.o,
-        propagators=arguments.propagator,
+        propagators=_propagators(arguments),
         views=arguments.views,
         options=_propagator_options(arguments),
         num_processes=arguments.np,
@@ -196,7 +197,7 @@ def _do_run(arguments: argparse.Namespace) -> Summary:
         arguments.d,
         arguments.o,
         arguments.c,
-        propagators=arguments.propagator,
+        propagators=_propagators(arguments),
         views=arguments.views,
         options=_propagator_options(arguments),
         training=_training_options(arguments),
@@ -233,7 +234,18 @@ def _function(module: str, name: str | None = None) -> Callable[..., Any]:
 
 
 def _propagator_options(arguments: argparse.Namespace) -> Any:
-    return _function("propagators", "PropagatorOptions")(device=arguments.device)
+    return _function("propagators", "PropagatorOptions")(
+        device=arguments.device,
+        checkpoint=arguments.sam2_chk,
+        config=arguments.sam2_cfg,
+        mode=arguments.mode,
+        adapt=arguments.adapt,
+        recipe=arguments.recipe,
+    )
+
+
+def _propagators(arguments: argparse.Namespace) -> list[str]:
+    return arguments.propagator or ["registration" if arguments.recipe is None else "sam2"]
 
 
 def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -266,10 +278,25 @@ def _add_propagation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-propagator",
         nargs="+",
-        default=["registration"],
         metavar="NAME",
-        help="what carries the labels; several are fused (default: registration)",
+        help="what carries the labels, registration or sam2; several are fused (default: registration; with a "
+        "-recipe sam2)",
     )
+    parser.add_argument("-sam2_chk", metavar="NAME", help="SAM2 weights: builtin, sam2.1_hiera_tiny, ..., or a file")
+    parser.add_argument("-sam2_cfg", metavar="YAML", help="configuration of a weights file that nothing identifies")
+    parser.add_argument(
+        "-mode",
+        choices=("insert", "sequence", "slice", "retrieve", "self"),
+        help="how sam2 works (default: slice where a label is sparse, else self)",
+    )
+    parser.add_argument(
+        "-adapt",
+        type=int,
+        default=0,
+        metavar="N",
+        help="fine-tune SAM2 for N steps on warps of the annotated case first (default: 0)",
+    )
+    parser.add_argument("-recipe", metavar="NAME", help="set sam2 up as a publication did: yoloseg or ssl_medsam2")
     parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
 
 
@@ -313,8 +340,7 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
     if getattr(arguments, "device", "cpu") is None:
         arguments.device = _best_device()
     try:
-        # nnU-Net prints as it goes; with -json only the summary may reach standard output.
-        with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        with _only_errors_printed() if arguments.json else contextlib.nullcontext():
             summary = execute(arguments)
     except USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
@@ -326,6 +352,20 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
         print(json.dumps({key: value for key, value in summary.items() if key != "lines"}, indent=2))
     else:
         print("\n".join(summary["lines"]))
+
+
+@contextlib.contextmanager
+def _only_errors_printed() -> Iterator[None]:
+    """Standard output goes to standard error, that of workers and libraries too: with -json it is JSON alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _best_device() -> str:

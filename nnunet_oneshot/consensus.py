@@ -101,7 +101,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
     if human is not None and not _is_sparse(dataset, human):
         _publish(task, human, human)
         return case.name, CaseRecord(status="annotated")
-    views, labels, reasons = _collect(task)
+    views, labels, reasons = _trusted(*_collect(task))
     if labels:
         fused = fuse(labels)
         guess, agreed = fused.label, fused.agreed
@@ -138,21 +138,31 @@ def _publish(task: Task, target: LabelVolume, guess: LabelVolume) -> None:
         store.write_label(task.dataset, label, path, case)
 
 
-def _collect(task: Task) -> tuple[list[str], list[LabelVolume], list[str]]:
-    """Names and labels of the views that succeeded, and the distinct reasons of those that did not."""
-    views, labels, reasons = [], [], []
+def _collect(task: Task) -> tuple[list[str], list[LabelVolume], list[str], int]:
+    """Names and labels of the views that succeeded, distinct reasons of those that did not, number of all views."""
+    views, labels, reasons, attempted = [], [], [], 0
     for source in task.sources:
         record = task.store.read_worker(source, task.case.name)
         if record is None:
             reasons.append(f"{source}: no label was given")
             continue
+        attempted += len(record.views)
         for view, result in record.views.items():
             if result.label:
                 views.append(f"{source}/{view}")
                 labels.append(task.dataset.read_label(task.store.view_path(source, view, task.case.name)))
             elif (reason := f"{source}: {result.reason}") not in reasons:
                 reasons.append(reason)
-    return views, labels, reasons
+    return views, labels, reasons, attempted
+
+
+def _trusted(
+    views: list[str], labels: list[LabelVolume], reasons: list[str], attempted: int
+) -> tuple[list[str], list[LabelVolume], list[str]]:
+    """All as it is, or no label where most views failed: the rest would agree with itself and look like consensus."""
+    if not labels or 2 * len(labels) > attempted:
+        return views, labels, reasons
+    return [], [], [*reasons, f"only {len(labels)} of {attempted} views gave a label"]
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:

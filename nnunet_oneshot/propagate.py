@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -16,8 +16,14 @@ from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import create_output
 from nnunet_oneshot.parallel import default_processes, over_cases
-from nnunet_oneshot.propagators import PropagatorOptions, choose_views, make_propagator
-from nnunet_oneshot.store import Manifest, Source, Store, ViewRecord, WorkerRecord
+from nnunet_oneshot.propagators import (
+    NEEDS_WHOLE_LABEL,
+    PropagatorOptions,
+    choose_views,
+    describe,
+    make_propagator,
+)
+from nnunet_oneshot.store import Manifest, Store, ViewRecord, WorkerRecord
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 
 
@@ -80,14 +86,16 @@ def propagate(
     """
     begin = time.monotonic()
     _check_parts(num_parts, part_id, overwrite)
-    made = {name: make_propagator(name, options or PropagatorOptions()) for name in dict.fromkeys(propagators)}
-    _check_whole_sets(made, num_parts)
-    chosen = choose_views(made, views)
     raw = open_dataset(dataset)
     warnings = check_for_propagation(raw)
+    options = options or PropagatorOptions()
+    made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
+    _check_whole_sets(made, num_parts)
+    _check_supports(raw, made)
+    chosen = choose_views(made, views)
     processes = num_processes or default_processes()
     check_images(raw, processes)
-    settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}}
+    settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}, **options.settings()}
     store = create_output(raw, output, settings, overwrite)
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         for name, propagator in made.items():
@@ -97,7 +105,7 @@ def propagate(
             # Two shards may end at once: the second finds the labels fused.
             with store.lock("consensus", wait=True):
                 fused = store.manifest_path.is_file()
-                sources = {name: Source() for name in made}
+                sources = {name: describe(propagator, options) for name, propagator in made.items()}
                 outcome.manifest = store.read_manifest() if fused else build(raw, store, sources, settings, processes)
     outcome.seconds = time.monotonic() - begin
     return outcome
@@ -122,6 +130,15 @@ def _check_whole_sets(propagators: Mapping[str, Propagator], num_parts: int) -> 
                 f"expected -num_parts 1 with {name}, which must see all images at once, found {num_parts}; "
                 "leave -num_parts out"
             )
+
+
+def _check_supports(dataset: RawDataset, propagators: Collection[str]) -> None:
+    """OneShotError where no annotated case is whole and no chosen propagator starts from a sparse label."""
+    if set(propagators) <= set(NEEDS_WHOLE_LABEL) and all(_is_sparse(dataset, case) for case in dataset.annotated):
+        raise OneShotError(
+            f"expected an annotated case whose every voxel is labelled for {', '.join(propagators)}, found sparse "
+            "labels alone; add -propagator sam2, which starts from single slices, or complete one label"
+        )
 
 
 def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
@@ -192,13 +209,13 @@ def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
 
 def _queries(dataset: RawDataset) -> list[Case]:
     """Un-annotated cases, and annotated ones whose label is sparse."""
-    sparse = [c for c in dataset.annotated if dataset.ignore is not None and _is_sparse(dataset, c)]
+    sparse = [c for c in dataset.annotated if _is_sparse(dataset, c)]
     return sorted([*dataset.unannotated, *sparse], key=lambda case: case.name)
 
 
 def _is_sparse(dataset: RawDataset, case: Case) -> bool:
     assert case.label is not None
-    return bool((dataset.read_label(case.label) == dataset.ignore).any())
+    return dataset.ignore is not None and bool((dataset.read_label(case.label) == dataset.ignore).any())
 
 
 def _all_done(dataset: RawDataset, store: Store, sources: Sequence[str]) -> bool:

@@ -3,33 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.store import Source
 from sam2_propagation.interface import Propagator
 from sam2_propagation.registration import RegistrationPropagator
+from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.sam2_settings import recipe
 
-NAMES = ("registration",)
+NAMES = ("registration", "sam2")
 PLANNED = {"correspondence": "the self-learned slice correspondence of OneSeg"}
+NEEDS_WHOLE_LABEL = ("registration",)
+"""Propagators that can only start from a case whose every voxel is labelled."""
 
 
 @dataclass(frozen=True)
 class PropagatorOptions:
-    """Options of `propagate` that say how propagators are set up."""
+    """Options of `propagate` that say how propagators are set up.
+
+    Attributes:
+        device: cpu, cuda or mps.
+        checkpoint, config: SAM2 weights and, for a file that nothing else identifies, its configuration.
+        mode: of the sam2 propagator; the one that fits the data when None.
+        adapt: fine-tuning steps of SAM2 on warps of the annotated case before it is carried.
+        recipe: a published procedure, `yoloseg` or `ssl_medsam2`, which sets sam2 up as published.
+    """
 
     device: str = "cpu"
+    checkpoint: str | None = None
+    config: str | None = None
+    mode: str | None = None
+    adapt: int = 0
+    recipe: str | None = None
+
+    def settings(self) -> dict[str, str | int]:
+        """What decides the labels, for the manifest; the device does not."""
+        return {key: value for key, value in asdict(self).items() if value and key != "device"}
 
 
 def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
-    """The propagator of that name; OneShotError for an unknown one."""
+    """The propagator of that name.
+
+    Raises:
+        OneShotError: an unknown name.
+        PropagationError: a checkpoint, mode, recipe or device that cannot be had.
+    """
     if name == "registration":
         return RegistrationPropagator()
+    if name == "sam2":
+        return _sam2(options)
     if name in PLANNED:
         raise OneShotError(
-            f"expected a propagator of {', '.join(NAMES)}, found {name}, which this version does not "
-            f"have yet ({PLANNED[name]}); choose one of those"
+            f"expected a propagator of {', '.join(NAMES)}, found {name}, which this version does not have yet "
+            f"({PLANNED[name]}); choose one of those"
         )
     raise OneShotError(f"expected a propagator of {', '.join(NAMES)}, found {name!r}; choose one of those")
+
+
+def describe(propagator: Propagator, options: PropagatorOptions) -> Source:
+    """The manifest's record of a propagator that has run."""
+    if not isinstance(propagator, Sam2Propagator):
+        return Source()
+    loaded = propagator.describe()
+    return Source(settings=options.settings(), checkpoint=loaded.name, sha256=loaded.sha256)
+
+
+def _sam2(options: PropagatorOptions) -> Sam2Propagator:
+    published = None if options.recipe is None else recipe(options.recipe)
+    propagator = Sam2Propagator(
+        options.checkpoint,
+        options.config,
+        mode=options.mode,
+        device=options.device,
+        adapt=options.adapt,
+        # A published procedure knows of no other propagator.
+        prompter=RegistrationPropagator() if published is None else None,
+        settings=published,
+    )
+    propagator.prepare()
+    return propagator
 
 
 def choose_views(propagators: Mapping[str, Propagator], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...]]:

@@ -79,8 +79,7 @@ def refine(
     """
     _check(configuration, rounds)
     store, raw = open_store(dataset)
-    settings = PRESETS[preset]
-    plan = Plan(configuration, trainer or settings.trainer(), plans or settings.plans, preset)
+    plan, settings = make_plan(configuration, trainer, plans, preset), PRESETS[preset]
     processes = num_processes or default_processes()
     with store.lock("refine"):
         store.remove_leftovers()
@@ -91,6 +90,29 @@ def refine(
             if number < rounds:
                 work.relabel(number + 1)
     return Refinement(plan, work.model_folder, changes=list(work.changes()))
+
+
+def make_plan(
+    configuration: str, trainer: str | None = None, plans: str | None = None, preset: str = "default"
+) -> Plan:
+    """What is trained: the trainer and plans given, else the preset's own."""
+    chosen = PRESETS[preset]
+    return Plan(configuration, trainer or chosen.trainer(), plans or chosen.plans, preset)
+
+
+def model_folder(dataset: str, plan: Plan) -> Path:
+    """nnU-Net's results folder of what is trained."""
+    return nnunet.results_folder(dataset, plan.trainer, plan.plans, plan.configuration)
+
+
+def check_no_results(dataset: str, plan: Plan) -> None:
+    """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
+    folder = model_folder(dataset, plan)
+    if any((folder / f"fold_{fold}").exists() for fold in FOLDS):
+        raise OneShotError(
+            f"expected no earlier results in {folder}, found some that this dataset's labels did not make; move or "
+            "remove them"
+        )
 
 
 def _check(configuration: str, rounds: int) -> None:
@@ -134,8 +156,7 @@ class _Work:
 
     @property
     def model_folder(self) -> Path:
-        plan = self.plan
-        return nnunet.results_folder(self.store.folder.name, plan.trainer, plan.plans, plan.configuration)
+        return model_folder(self.store.folder.name, self.plan)
 
     @property
     def _record(self) -> Path:
@@ -154,11 +175,7 @@ class _Work:
                     f"found {wanted}; repeat those settings or make another dataset"
                 )
             return
-        if any((self.model_folder / f"fold_{fold}").exists() for fold in FOLDS):
-            raise OneShotError(
-                f"expected no earlier results in {self.model_folder}, found some that this dataset's "
-                "labels did not make; move or remove them"
-            )
+        check_no_results(self.store.folder.name, self.plan)
         self.store.write_json({"plan": wanted, "done": {}}, self._record)
 
     def train(self, number: int) -> None:

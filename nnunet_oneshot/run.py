@@ -11,7 +11,7 @@ from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.evaluate import evaluate, format_table
 from nnunet_oneshot.output import find_output
 from nnunet_oneshot.propagate import PropagatorOptions, propagate
-from nnunet_oneshot.refine import Refinement, open_store, refine
+from nnunet_oneshot.refine import Refinement, check_no_results, make_plan, open_store, refine
 from nnunet_oneshot.store import Manifest, Store
 
 
@@ -54,7 +54,13 @@ def run(
     Raises:
         OneShotError: whatever `propagate`, `refine` and `evaluate` refuse.
     """
-    if overwrite or not find_output(dataset, output).manifest_path.is_file():
+    store, training = find_output(dataset, output), dict(training or {})
+    if overwrite or not store.manifest_path.is_file():
+        plan = make_plan(
+            configuration, training.get("trainer"), training.get("plans"), training.get("preset", "default")
+        )
+        # New labels make a new model; better to say so before hours of labelling than after.
+        check_no_results(store.folder.name, plan)
         propagate(
             dataset,
             output,
@@ -65,7 +71,7 @@ def run(
             overwrite=overwrite,
         )
     device = (options or PropagatorOptions()).device
-    refinement = refine(output, configuration, **(training or {}), device=device, num_processes=num_processes)
+    refinement = refine(output, configuration, **training, device=device, num_processes=num_processes)
     store, raw = open_store(output)
     result = RunResult(store.read_manifest(), refinement)
     if reference is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnunet_oneshot.demo import DemoResult
-from nnunet_oneshot.propagate import Outcome
-from nnunet_oneshot.refine import Refinement
-from nnunet_oneshot.run import RunResult
-from nnunet_oneshot.store import Manifest
+if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
+    from nnunet_oneshot.demo import DemoResult
+    from nnunet_oneshot.propagate import Outcome
+    from nnunet_oneshot.refine import Refinement
+    from nnunet_oneshot.run import RunResult
+    from nnunet_oneshot.store import Manifest
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -80,7 +81,8 @@ def run_summary(result: RunResult) -> dict[str, Any]:
     refined = refinement_summary(result.refinement)
     lines = [*manifest_summary(result.manifest, result.manifest.source_dataset)["lines"][:-2], *refined["lines"]]
     lines += result.score_lines
-    return {"labels": labels, "refinement": refined, "scores": result.scores, "lines": lines}
+    refinement = {key: value for key, value in refined.items() if key != "lines"}
+    return {"labels": labels, "refinement": refinement, "scores": result.scores, "lines": lines}
 
 
 def demo_summary(result: DemoResult) -> dict[str, Any]:

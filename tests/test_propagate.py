@@ -113,12 +113,23 @@ def test_a_failed_case_is_said_and_left_out(roots: Roots, fakes: Fakes) -> None:
 
 def test_a_view_that_failed_is_said_and_not_fused(roots: Roots, fakes: Fakes) -> None:
     write_raw(roots.raw, cases=("case_0", "half_1"))
+    outcome = run(views=("still", "shifted", "spare"))
+    assert outcome.manifest is not None
+    record = outcome.manifest.cases["half_1"]
+    assert (record.status, record.reason) == ("pseudo", f"fake: {FAILURE}")
+    assert record.views == ["fake/still", "fake/spare"]
+    np.testing.assert_array_equal(read(outcome.store.fused_path("half_1")), label_array(0))
+    assert not outcome.store.view_path("fake", "shifted", "half_1").exists()
+
+
+def test_a_view_left_alone_is_no_consensus(roots: Roots, fakes: Fakes) -> None:
+    write_raw(roots.raw, cases=("case_0", "half_1"))
     outcome = run()
     assert outcome.manifest is not None
     record = outcome.manifest.cases["half_1"]
-    assert (record.status, record.views, record.reason) == ("pseudo", ["fake/still"], f"fake: {FAILURE}")
-    np.testing.assert_array_equal(read(outcome.store.fused_path("half_1")), label_array(0))
-    assert not outcome.store.view_path("fake", "shifted", "half_1").exists()
+    assert (record.status, record.views) == ("failed", [])
+    assert record.reason == f"fake: {FAILURE}; only 1 of 2 views gave a label"
+    assert (read(outcome.store.label_path("half_1")) == IGNORE).all()
 
 
 def test_drawn_voxels_of_a_sparse_label_stay_and_the_others_are_filled(toy: Path, fakes: Fakes) -> None:
