@@ -20,7 +20,7 @@ from nnunet_oneshot.output import create_output
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.store import CaseRecord, Manifest, Source, Status, Store, ViewRecord, WorkerRecord
 from nnunet_oneshot.training_data import ignore_value, write_training_files
-from sam2_propagation.consensus import fuse
+from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import LabelVolume
 
 GIVEN_VIEW = "given"
@@ -160,7 +160,7 @@ def _trusted(
     views: list[str], labels: list[LabelVolume], reasons: list[str], attempted: int
 ) -> tuple[list[str], list[LabelVolume], list[str]]:
     """All as it is, or no label where most views failed: the rest would agree with itself and look like consensus."""
-    if not labels or 2 * len(labels) > attempted:
+    if not labels or enough_views(len(labels), attempted):
         return views, labels, reasons
     return [], [], [*reasons, f"only {len(labels)} of {attempted} views gave a label"]
 

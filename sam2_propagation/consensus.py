@@ -49,6 +49,11 @@ def fuse(labels: Sequence[LabelVolume], weights: Sequence[float] | None = None) 
     return Fused(fused, agreed)
 
 
+def enough_views(given: int, attempted: int) -> bool:
+    """Whether most of the views that were attempted gave a label; the few others would only agree with themselves."""
+    return 2 * given > attempted
+
+
 def _check(labels: Sequence[LabelVolume], weights: Sequence[float] | None) -> None:
     if not labels:
         raise ValueError("expected at least one label to fuse, found none")
