@@ -12,6 +12,7 @@ Descriptors = npt.NDArray[np.float32]
 
 _STRETCHES = np.linspace(0.6, 1.6, 21)
 _SHIFTS = np.linspace(-0.5, 0.5, 41)
+_OVERLAP = 0.5
 
 
 def rank_slices(
@@ -46,7 +47,8 @@ def similarity(query: Descriptors, support: Descriptors) -> npt.NDArray[np.float
 def matching_line(alike: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Positions (Q,) in the support's stack, on the rising straight line along which slices are most alike.
 
-    Slices that fall beyond the support count as unlike any (zero), so that a line cannot win by leaving it.
+    At least half of the query must fall on the support. Dividing by the root of the overlap is a middle way: the plain
+    sum holds lines inside the support, the plain mean lets them win by a few good slices.
 
     Args:
         alike: (Q, M), centred similarity.
@@ -59,7 +61,9 @@ def matching_line(alike: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         index = np.floor(lines * slices).astype(int)
         inside = (index >= 0) & (index < slices)
         values = alike[np.arange(queries)[None], index.clip(0, slices - 1)]
-        scores = np.where(inside, values, 0).mean(axis=1)
+        overlap = inside.mean(axis=1)
+        total = np.where(inside, values, 0).mean(axis=1)
+        scores = np.where(overlap >= _OVERLAP, total / np.sqrt(overlap.clip(min=_OVERLAP)), -np.inf)
         if scores.max() > best:
             best, best_line = scores.max(), lines[scores.argmax()]
     return best_line * slices - 0.5
