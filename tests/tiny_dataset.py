@@ -52,6 +52,8 @@ def write_dataset(
         "labels": dict(labels),
         "numTraining": cases,
         "file_ending": ".nii.gz",
+        # Named here, nnU-Net need not start twelve processes to list them.
+        "dataset": {f"case_{number:03d}": _files(f"case_{number:03d}") for number in range(cases)},
         "oneshot": {
             "schema": 1,
             "round": 0,
@@ -63,6 +65,10 @@ def write_dataset(
     }
     (folder / "dataset.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
     return folder
+
+
+def _files(case: str) -> dict[str, Any]:
+    return {"images": [f"imagesTr/{case}_0000.nii.gz"], "label": f"labelsTr/{case}.nii.gz"}
 
 
 def _ball(seed: int, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
