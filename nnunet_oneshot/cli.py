@@ -16,13 +16,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_oneshot.arguments import (
+    add_device,
+    add_json,
+    add_processes,
+    add_propagation,
+    add_source,
+    add_training,
+    add_work,
+    new_parser,
+)
 from nnunet_oneshot.errors import USER_ERRORS, NnunetFailureError
 
 Summary = Mapping[str, Any]
 """What a command ends with: "lines" for people, all else for `-json`."""
 Execute = Callable[[argparse.Namespace], Summary]
 
-CONFIGURATIONS = "2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres"
 INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
 
 
@@ -33,15 +42,15 @@ def suggest(argv: Sequence[str] | None = None) -> None:
 
 def propagate(argv: Sequence[str] | None = None) -> None:
     """Carry the label of the annotated case(s) to every other image."""
-    parser = _parser(
+    parser = new_parser(
         "nnUNetv2_oneshot_propagate",
         "Carry the labels of the annotated cases to all other images and make a pseudo-label dataset of them.",
         "nnUNetv2_oneshot_propagate -d 501 -o 601 -propagator registration",
     )
-    _add_source(parser)
-    _add_propagation(parser)
-    _add_device(parser)
-    _add_work(parser)
+    add_source(parser)
+    add_propagation(parser)
+    add_device(parser)
+    add_work(parser)
     parser.add_argument("-num_parts", type=int, default=1, metavar="N", help="deal the cases out to N shards")
     parser.add_argument("-part_id", type=int, default=0, metavar="N", help="this shard, from 0")
     _main(parser, _do_propagate, argv)
@@ -49,51 +58,51 @@ def propagate(argv: Sequence[str] | None = None) -> None:
 
 def consensus(argv: Sequence[str] | None = None) -> None:
     """Make a pseudo-label dataset of label folders made elsewhere."""
-    parser = _parser(
+    parser = new_parser(
         "nnUNetv2_oneshot_consensus",
         "Fuse label folders made by any other tool into a pseudo-label dataset; where they differ becomes ignore.",
         "nnUNetv2_oneshot_consensus -d 501 -o 601 -i labels_of_tool_a labels_of_tool_b",
     )
-    _add_source(parser)
+    add_source(parser)
     parser.add_argument("-i", type=Path, nargs="+", required=True, metavar="FOLDER", help="folders of CASE.EXT labels")
-    _add_work(parser)
+    add_work(parser)
     _main(parser, _do_consensus, argv)
 
 
 def refine(argv: Sequence[str] | None = None) -> None:
     """Train, predict, relabel; repeat."""
-    parser = _parser(
+    parser = new_parser(
         "nnUNetv2_oneshot_refine",
         "Train nnU-Net on the pseudo labels, refresh them by its predictions, and train on the new ones; resumable.",
         "nnUNetv2_oneshot_refine -d 601 -c 3d_fullres -rounds 1",
     )
     parser.add_argument("-d", required=True, metavar="B", help="id or name of the pseudo-label dataset")
-    _add_training(parser)
-    _add_device(parser)
-    _add_processes(parser)
-    _add_json(parser)
+    add_training(parser)
+    add_device(parser)
+    add_processes(parser)
+    add_json(parser)
     _main(parser, _do_refine, argv)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Propagate and refine in one command."""
-    parser = _parser(
+    parser = new_parser(
         "nnUNetv2_oneshot_run",
         "From one annotated image to a trained nnU-Net: propagate, then refine. Run it again to go on after a stop.",
         "nnUNetv2_oneshot_run -d 501 -o 601 -c 3d_fullres",
     )
-    _add_source(parser)
-    _add_propagation(parser)
-    _add_training(parser)
-    _add_device(parser)
-    _add_work(parser)
+    add_source(parser)
+    add_propagation(parser)
+    add_training(parser)
+    add_device(parser)
+    add_work(parser)
     parser.add_argument("-ref", type=Path, metavar="DIR", help="folder of true labels, to score the final labels by")
     _main(parser, _do_run, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """Score predictions against true labels."""
-    parser = _parser(
+    parser = new_parser(
         "nnUNetv2_oneshot_evaluate",
         "Dice, Hausdorff distance, its 95th percentile and average surface distance, with 95 % intervals over cases.",
         "nnUNetv2_oneshot_evaluate -ref labelsTs -pred predictions -djfile dataset.json -o scores.json",
@@ -102,13 +111,23 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-pred", type=Path, required=True, metavar="DIR", help="folder of labels to score")
     parser.add_argument("-djfile", type=Path, required=True, metavar="F", help="dataset.json")
     parser.add_argument("-o", type=Path, metavar="JSON", help="write all scores there")
-    _add_json(parser)
+    add_json(parser)
     _main(parser, _do_evaluate, argv)
 
 
 def report(argv: Sequence[str] | None = None) -> None:
-    """Not in this version."""
-    _not_yet("report", "writes a static page about a pseudo-label dataset", argv)
+    """Write a static page about a pseudo-label dataset."""
+    parser = new_parser(
+        "nnUNetv2_oneshot_report",
+        "Write one self-contained HTML page about a pseudo-label dataset: rounds, every case, outliers and pictures.",
+        "nnUNetv2_oneshot_report -d 601",
+    )
+    parser.add_argument("-d", required=True, metavar="B", help="id or name of the pseudo-label dataset")
+    parser.add_argument("-o", type=Path, metavar="HTML", help="file (default: report.html in the dataset's folder)")
+    parser.add_argument("-ref", type=Path, metavar="DIR", help="folder of true labels, to show true Dice as well")
+    add_processes(parser)
+    add_json(parser)
+    _main(parser, _do_report, argv)
 
 
 def review(argv: Sequence[str] | None = None) -> None:
@@ -117,28 +136,57 @@ def review(argv: Sequence[str] | None = None) -> None:
 
 
 def export(argv: Sequence[str] | None = None) -> None:
-    """Not in this version."""
-    _not_yet("export", "packs the trained model for a stock nnU-Net", argv)
+    """Pack a trained model for a stock nnU-Net."""
+    parser = new_parser(
+        "nnUNetv2_oneshot_export",
+        "Pack the trained model as a zip that a stock nnU-Net installs and predicts with, and as a container.",
+        "nnUNetv2_oneshot_export -d 601 -c 3d_fullres -o model.zip --container submission",
+    )
+    parser.add_argument("-d", required=True, metavar="B", help="id or name of the dataset the model was trained on")
+    parser.add_argument("-c", required=True, metavar="CONFIG", help="its nnU-Net configuration")
+    parser.add_argument("-o", type=Path, required=True, metavar="ZIP", help="file to write; must not exist")
+    parser.add_argument("-tr", metavar="TRAINER", help="trainer, where several models fit")
+    parser.add_argument("-p", metavar="PLANS", help="plans, where several models fit")
+    parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds (default: all, else the numbered ones trained)")
+    parser.add_argument("--container", type=Path, metavar="DIR", help="also write a challenge container's folder")
+    add_json(parser)
+    _main(parser, _do_export, argv)
 
 
 def convert_care_liseg(argv: Sequence[str] | None = None) -> None:
-    """Not in this version."""
-    _not_yet("convert_care_liseg", "converts the CARE-LiSeg layout", argv)
+    """Convert the CARE-LiSeg layout."""
+    parser = _converter(
+        "care_liseg", "Make one raw dataset a modality of CARE-LiSeg's training data.", "-i CARE -d 510"
+    )
+    parser.add_argument("-modalities", nargs="+", metavar="M", help="which ones (default: all that are there)")
+    parser.add_argument("-support", metavar="M", help="add this modality's annotated cases to datasets without a label")
+    parser.add_argument("-test", type=Path, metavar="DIR", help="validation or test data, for imagesTs")
+    _main(parser, _do_convert_care_liseg, argv)
 
 
 def convert_yoloseg(argv: Sequence[str] | None = None) -> None:
-    """Not in this version."""
-    _not_yet("convert_yoloseg", "converts the YoloSeg layout", argv)
+    """Convert the YoloSeg layout."""
+    parser = _converter("yoloseg", "Make a raw dataset of YoloSeg's Train, Val and Test folders.", "-i REFUGE -d 520")
+    parser.add_argument("-name", metavar="NAME", help="name of the dataset (default: the folder's)")
+    parser.add_argument("-annotated", nargs="+", metavar="FILE", help="annotated pictures (default: the list's)")
+    parser.add_argument("-truth", type=Path, metavar="DIR", help="write the labels of all pictures there")
+    _main(parser, _do_convert_yoloseg, argv)
 
 
 def convert_dicom(argv: Sequence[str] | None = None) -> None:
-    """Not in this version."""
-    _not_yet("convert_dicom", "converts DICOM series", argv)
+    """Convert DICOM series."""
+    parser = _converter("dicom", "Make a raw dataset of un-annotated cases of DICOM series.", "-i EXPORT -d 530")
+    parser.add_argument("-name", metavar="NAME", default="dicom", help="name of the dataset (default: %(default)s)")
+    parser.add_argument("-modality", metavar="M", help="take only series of this modality, for example MR")
+    parser.add_argument("-description", metavar="RE", help="take only series whose description matches")
+    parser.add_argument("-labels", nargs="+", default=["structure"], metavar="NAME", help="classes that will be drawn")
+    parser.add_argument("-mapping", type=Path, metavar="JSON", help="write which case came from where (identifiers!)")
+    _main(parser, _do_convert_dicom, argv)
 
 
 def demo(argv: Sequence[str] | None = None) -> None:
     """The whole loop on phantoms."""
-    parser = _parser(
+    parser = new_parser(
         "nnUNetv2_oneshot_demo",
         "Make phantom volumes, annotate one, run the whole loop on them and print the scores (minutes on two cores).",
         "nnUNetv2_oneshot_demo -o demo_output",
@@ -148,18 +196,18 @@ def demo(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-preset", choices=("default", "small", "tiny"), default="tiny", help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="start again in a folder that holds a demo")
-    _add_device(parser)
-    _add_processes(parser)
-    _add_json(parser)
+    add_device(parser)
+    add_processes(parser)
+    add_json(parser)
     _main(parser, _do_demo, argv)
 
 
 def info(argv: Sequence[str] | None = None) -> None:
     """Versions, devices and folders."""
-    parser = _parser(
+    parser = new_parser(
         "nnUNetv2_oneshot_info", "Versions, devices and folders, for a bug report.", "nnUNetv2_oneshot_info"
     )
-    _add_json(parser)
+    add_json(parser)
     _main(parser, _do_info, argv)
 
 
@@ -214,6 +262,63 @@ def _do_evaluate(arguments: argparse.Namespace) -> Summary:
     return {"lines": [module.format_table(result)], **result.to_json()}
 
 
+def _do_report(arguments: argparse.Namespace) -> Summary:
+    page = _function("report")(arguments.d, arguments.o, truth=arguments.ref, num_processes=arguments.np)
+    return {"page": str(page), "lines": [f"written: {page}"]}
+
+
+def _do_export(arguments: argparse.Namespace) -> Summary:
+    packed = _function("export")(
+        arguments.d,
+        arguments.c,
+        arguments.o,
+        trainer=arguments.tr,
+        plans=arguments.p,
+        folds=arguments.f,
+        container=arguments.container,
+    )
+    figures = {"zip": str(packed.zip), "models": list(packed.models), "folds": list(packed.folds)}
+    return {**figures, "lines": [f"written: {packed.zip}", "", "next:", *packed.commands]}
+
+
+def _do_convert_care_liseg(arguments: argparse.Namespace) -> Summary:
+    return _convert(
+        "care_liseg", arguments, modalities=arguments.modalities, support=arguments.support, test=arguments.test
+    )
+
+
+def _do_convert_yoloseg(arguments: argparse.Namespace) -> Summary:
+    return _convert("yoloseg", arguments, name=arguments.name, annotated=arguments.annotated, truth=arguments.truth)
+
+
+def _do_convert_dicom(arguments: argparse.Namespace) -> Summary:
+    return _convert(
+        "dicom",
+        arguments,
+        name=arguments.name,
+        modality=arguments.modality,
+        description=arguments.description,
+        labels=arguments.labels,
+        mapping=arguments.mapping,
+    )
+
+
+def _convert(layout: str, arguments: argparse.Namespace, **options: Any) -> Summary:
+    done = _function(f"convert_{layout}")(arguments.i, arguments.d, dry_run=arguments.dry_run, **options)
+    figures = {"datasets": [str(folder) for folder in done.datasets], "notes": list(done.notes)}
+    return {**figures, "dry_run": done.dry_run, "lines": done.lines(verbose=arguments.dry_run)}
+
+
+def _converter(layout: str, description: str, example: str) -> argparse.ArgumentParser:
+    command = f"nnUNetv2_oneshot_convert_{layout}"
+    parser = new_parser(command, description, f"{command} {example}")
+    parser.add_argument("-i", type=Path, required=True, metavar="DIR", help="folder of the original layout")
+    parser.add_argument("-d", type=int, required=True, metavar="ID", help="id of the raw dataset to make")
+    parser.add_argument("--dry_run", action="store_true", help="tell what would be written, and write nothing")
+    add_json(parser)
+    return parser
+
+
 def _do_demo(arguments: argparse.Namespace) -> Summary:
     result = _function("demo")(
         arguments.o,
@@ -255,84 +360,6 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "preset": arguments.preset,
     }
-
-
-def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=name,
-        description=description,
-        epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-d", required=True, metavar="A", help="id or name of the raw dataset with the annotated case(s)"
-    )
-    parser.add_argument("-o", type=int, required=True, metavar="B", help="id of the dataset to write")
-
-
-def _add_propagation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-propagator",
-        nargs="+",
-        metavar="NAME",
-        help="what carries the labels, registration or sam2; several are fused (default: registration; with a "
-        "-recipe sam2)",
-    )
-    parser.add_argument("-sam2_chk", metavar="NAME", help="SAM2 weights: builtin, sam2.1_hiera_tiny, ..., or a file")
-    parser.add_argument("-sam2_cfg", metavar="YAML", help="configuration of a weights file that nothing identifies")
-    parser.add_argument(
-        "-mode",
-        choices=("insert", "sequence", "slice", "retrieve", "self"),
-        help="how sam2 works (default: slice where a label is sparse, else self)",
-    )
-    parser.add_argument(
-        "-adapt",
-        type=int,
-        default=0,
-        metavar="N",
-        help="fine-tune SAM2 for N steps on warps of the annotated case first (default: 0)",
-    )
-    parser.add_argument("-recipe", metavar="NAME", help="set sam2 up as a publication did: yoloseg or ssl_medsam2")
-    parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", required=True, metavar="CONFIG", help=f"nnU-Net configuration: {CONFIGURATIONS}")
-    parser.add_argument("-tr", default=None, metavar="TRAINER", help="trainer (default: the preset's OneShotTrainer)")
-    parser.add_argument("-p", default=None, metavar="PLANS", help="plans that exist (default: the preset's own)")
-    parser.add_argument(
-        "-rounds", type=int, default=1, metavar="N", help="rounds of relabelling (default: %(default)s)"
-    )
-    parser.add_argument(
-        "-preset",
-        choices=("default", "small", "tiny"),
-        default="default",
-        help="small: what two CPU cores can train; tiny: for a try (default: %(default)s)",
-    )
-
-
-def _add_work(parser: argparse.ArgumentParser) -> None:
-    _add_processes(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the output dataset if it exists")
-    _add_json(parser)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-device", choices=("cpu", "cuda", "mps"), default=None, help="default: cuda where there is one"
-    )
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-np", type=int, metavar="N", help="cases at once (default: the processor count)")
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-json", action="store_true", help="print the final summary as JSON on standard output")
 
 
 def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str] | None) -> None:

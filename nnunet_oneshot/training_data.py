@@ -27,8 +27,11 @@ def ignore_value(dataset: RawDataset) -> int:
 
 def write_training_files(dataset: RawDataset, store: Store, manifest: Manifest) -> None:
     """Write dataset.json and splits_final.json for the labels in force."""
-    store.write_json(dataset_json(dataset, store, manifest), store.folder / "dataset.json")
-    store.write_json(splits(manifest), preprocessed_folder(store) / "splits_final.json")
+    content, preprocessed = dataset_json(dataset, store, manifest), preprocessed_folder(store)
+    store.write_json(content, store.folder / "dataset.json")
+    # nnU-Net's planning copies dataset.json and its trainer reads that copy; a later round does not plan again.
+    store.write_json(content, preprocessed / "dataset.json")
+    store.write_json(splits(manifest), preprocessed / "splits_final.json")
 
 
 def dataset_json(dataset: RawDataset, store: Store, manifest: Manifest) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Arguments that several commands share, in nnU-Net's own spelling."""
+
+from __future__ import annotations
+
+import argparse
+
+CONFIGURATIONS = "2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres"
+
+
+def new_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-d", required=True, metavar="A", help="id or name of the raw dataset with the annotated case(s)"
+    )
+    parser.add_argument("-o", type=int, required=True, metavar="B", help="id of the dataset to write")
+
+
+def add_propagation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-propagator",
+        nargs="+",
+        metavar="NAME",
+        help="what carries the labels, registration or sam2; several are fused (default: registration; with a "
+        "-recipe sam2)",
+    )
+    parser.add_argument("-sam2_chk", metavar="NAME", help="SAM2 weights: builtin, sam2.1_hiera_tiny, ..., or a file")
+    parser.add_argument("-sam2_cfg", metavar="YAML", help="configuration of a weights file that nothing identifies")
+    parser.add_argument(
+        "-mode",
+        choices=("insert", "sequence", "slice", "retrieve", "self"),
+        help="how sam2 works (default: slice where a label is sparse, else self)",
+    )
+    parser.add_argument(
+        "-adapt",
+        type=int,
+        default=0,
+        metavar="N",
+        help="fine-tune SAM2 for N steps on warps of the annotated case first (default: 0)",
+    )
+    parser.add_argument("-recipe", metavar="NAME", help="set sam2 up as a publication did: yoloseg or ssl_medsam2")
+    parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", required=True, metavar="CONFIG", help=f"nnU-Net configuration: {CONFIGURATIONS}")
+    parser.add_argument("-tr", default=None, metavar="TRAINER", help="trainer (default: the preset's OneShotTrainer)")
+    parser.add_argument("-p", default=None, metavar="PLANS", help="plans that exist (default: the preset's own)")
+    parser.add_argument(
+        "-rounds", type=int, default=1, metavar="N", help="rounds of relabelling (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-preset",
+        choices=("default", "small", "tiny"),
+        default="default",
+        help="small: what two CPU cores can train; tiny: for a try (default: %(default)s)",
+    )
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    add_processes(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output dataset if it exists")
+    add_json(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-device", choices=("cpu", "cuda", "mps"), default=None, help="default: cuda where there is one"
+    )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-np", type=int, metavar="N", help="cases at once (default: the processor count)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-json", action="store_true", help="print the final summary as JSON on standard output")
