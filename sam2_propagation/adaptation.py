@@ -199,7 +199,7 @@ def _step(
 
 def _draw_batch(usable: Sequence[tuple[Example, int]], rng: np.random.Generator, device: torch.device) -> Batch:
     """Two subjects of a few neighbouring slices, and tasks over them."""
-    chosen, index = usable[rng.integers(len(usable))]
+    chosen, index = usable[int(rng.integers(len(usable)))]
     near = sorted((i for e, i in usable if e is chosen), key=lambda i: abs(i - index))[:_SLICES]
     pairs = [
         apply_warp(chosen.images[near], chosen.labels[near], draw_warp(rng, len(near), strength))
