@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= demo_output
+# Tests run side by side, each with one thread: several threads in several processes would wait for each other.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES)
 
 .PHONY: demo test test-fast lint install clean
 
@@ -11,10 +14,10 @@ demo: $(VENV)/.runtime
 	$(BIN)/nnUNetv2_oneshot_demo -o $(DEMO_OUTPUT) --overwrite
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

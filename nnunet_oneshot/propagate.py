@@ -151,6 +151,7 @@ def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
     if not todo:
         return
     job.propagator.fit(_images(job.dataset, job.dataset.cases))
+    job.propagator.adapt([job.dataset.support(case) for case in job.dataset.annotated], job.views)
     if job.propagator.whole_set:
         _carry_whole_set(job, cases)
         return

@@ -124,6 +124,9 @@ class Propagator(Protocol):
     def fit(self, images: Iterable[Image]) -> None:
         """Learn from images without labels; may do nothing."""
 
+    def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+        """Learn from the annotated images, once, before workers get a copy; may do nothing."""
+
     def propagate(
         self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
     ) -> Iterator[Propagation]:

@@ -72,6 +72,9 @@ class RegistrationPropagator:
     def fit(self, images: Iterable[Image]) -> None:
         """Nothing is learned from images: registration looks at pairs."""
 
+    def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+        """Nothing is learnt from the annotated images."""
+
     def propagate(
         self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
     ) -> Iterator[Propagation]:

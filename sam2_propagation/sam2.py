@@ -96,6 +96,8 @@ class Sam2Propagator:
             supports: annotated images.
             views: those that will be asked for.
         """
+        if self._adapt == 0:
+            return
         engine = self._ready()
         engine.adapt(supports, views, self._adapt, self._seed)
         self._adapted = {key: value.detach().cpu() for key, value in engine.loaded.model.state_dict().items()}

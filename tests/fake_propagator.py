@@ -22,10 +22,15 @@ class FakePropagator:
         self.whole_set = whole_set
         self.asked: list[str] = []
         self.fitted: list[str] = []
+        self.adapted: list[str] = []
 
     def fit(self, images: Iterable[Image]) -> None:
         """Remembers which images it saw."""
         self.fitted = [image.case for image in images]
+
+    def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+        """Remembers what it learnt from."""
+        self.adapted = [support.image.case for support in supports]
 
     def propagate(
         self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]

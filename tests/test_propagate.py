@@ -173,6 +173,7 @@ def test_rgb_images_go_all_the_way(roots: Roots, fakes: Fakes) -> None:
 def test_fit_sees_every_image_once_before(toy: Path, fakes: Fakes) -> None:
     run()
     assert fakes["fake"].fitted == ["case_0", "case_1", "case_2"]
+    assert fakes["fake"].adapted == ["case_0"], "once, before any case, not once a worker"
 
 
 class Interrupted(FakePropagator):
