@@ -1,9 +1,9 @@
 """The `registration` propagator: labels carried by deforming annotated images onto the others.
 
 For each support and query: a template search for the label's neighbourhood, several affine starts refined and the
-most plausible kept, then diffeomorphic demons; all without ground truth, all in mm. Views share the affine and
-differ in what drives the demons, so that they err in different places. Several supports are fused per view by votes
-weighted by image similarity after registration. Labels travel by linear interpolation of one-hot maps.
+most plausible kept, then diffeomorphic demons; all without ground truth, all in mm. Views differ in the metric of the
+affine and in what drives the demons, so that they err in different places. Several supports are fused per view by
+votes weighted by image similarity after registration. Labels travel by linear interpolation of one-hot maps.
 
 Several channels are joined into one by the first principal component of the support's. Un-annotated voxels cannot be
 carried, so sparse labels are refused.
@@ -36,19 +36,20 @@ class _View:
 
 _VIEWS = {
     "local": _View("correlation", Demons("local", smoothing=1.0)),
+    "information": _View("information", Demons("local", smoothing=1.0)),
     "edges": _View("correlation", Demons("edges", smoothing=1.25)),
     "inverse": _View("correlation", Demons("local", smoothing=1.25, forward=False)),
     "intensity": _View("correlation", Demons("intensity", smoothing=1.0)),
-    "information": _View("information", Demons("local", smoothing=1.0)),
 }
 
 
 class RegistrationPropagator:
     """Carries whole labels by affine and diffeomorphic registration; see the module for how.
 
-    Views, the default ones first: `local` (demons on locally normalised intensities), `edges` (on their gradient
-    magnitude), `inverse` (the support is the fixed image, the field is inverted), `intensity` (histogram-matched
-    intensities), `information` (as `local`, after an affine by mutual information).
+    Views, the default ones first: `local` (demons on locally normalised intensities), `information` (the same after an
+    affine by mutual information, so that a wrong place shows as divergence), `edges` (demons on locally normalised
+    gradient magnitude), `inverse` (as `local`, the support being the fixed image and the field inverted), `intensity`
+    (demons on histogram-matched intensities).
 
     Args:
         threads: how many threads SimpleITK may use; 1 where several processes work side by side.
@@ -56,12 +57,12 @@ class RegistrationPropagator:
     Example:
         >>> propagator = RegistrationPropagator(threads=1)
         >>> propagator.default_views
-        ('local', 'edges', 'inverse')
+        ('local', 'information', 'edges')
     """
 
     name = "registration"
     views: tuple[str, ...] = tuple(_VIEWS)
-    default_views: tuple[str, ...] = ("local", "edges", "inverse")
+    default_views: tuple[str, ...] = ("local", "information", "edges")
     whole_set = False
 
     def __init__(self, threads: int = 1) -> None:

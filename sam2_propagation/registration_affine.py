@@ -30,29 +30,46 @@ def label_box(label: sitk.Image, margin: float) -> tuple[Index, Index]:
     return np.maximum(low - pad, 0), np.minimum(high + pad, np.asarray(label.GetSize()) - 1)
 
 
-def best_affine(support: sitk.Image, label: sitk.Image, query: sitk.Image, metric: Metric) -> sitk.AffineTransform:
-    """The transform from points of the support to points of the query.
+class AffineSearch:
+    """The affine from one support to one query, by any metric; the starts are looked for once.
 
-    Starts compete by likeness in the label's neighbourhood, less a penalty for moving far and for stretching:
+    Refined starts compete by likeness in the label's neighbourhood, less a penalty for moving far and for stretching:
     without it a heart is found in a liver that happens to look alike.
+
+    Args:
+        support, query: float32, centred.
+        label: on the support's grid.
     """
-    low, high = label_box(label, _NEIGHBOURHOOD)
-    around = cropped(support, low, high)
-    size, spacing = np.asarray(around.GetSize()), np.asarray(around.GetSpacing())
-    middle = np.asarray(around.GetOrigin()) + (size - 1) / 2 * spacing
-    trial = coarser(around, working_spacing(around, _TRIAL_VOXELS))
-    field = coarser(query, trial.GetSpacing())
-    first = [start.transform for start in starts(support, middle, size * spacing / 2, query, _STARTS)]
-    refined = [_refined(trial, field, transform, metric, _TRIAL_STEPS) for transform in first]
 
-    def worth(transform: sitk.AffineTransform) -> float:
-        return _match(trial, field, transform) - _implausibility(support, query, middle, transform)
+    def __init__(self, support: sitk.Image, label: sitk.Image, query: sitk.Image) -> None:
+        self.support, self.query = support, query
+        self.around = cropped(support, *label_box(label, _NEIGHBOURHOOD))
+        size, spacing = np.asarray(self.around.GetSize()), np.asarray(self.around.GetSpacing())
+        self.half = size * spacing / 2
+        self.middle = np.asarray(self.around.GetOrigin()) + (size - 1) / 2 * spacing
+        self.trial = self._pair(_TRIAL_VOXELS)
+        self.starts = [start.transform for start in starts(support, self.middle, self.half, query, _STARTS)]
 
-    # Starts compete too: a refinement that slid out of the field of view is worse than where it began.
-    best = max([*first, *filter(None, refined)], key=worth)
-    final = coarser(around, working_spacing(around, _FINAL_VOXELS))
-    last = _refined(final, coarser(query, final.GetSpacing()), best, metric, _FINAL_STEPS)
-    return last if last is not None and worth(last) > worth(best) else best
+    def best(self, metric: Metric) -> sitk.AffineTransform:
+        """From points of the support to points of the query."""
+        refined = [_refined(*self.trial, start, metric, _TRIAL_STEPS) for start in self.starts]
+        # Starts compete too: a refinement that slid out of the field of view is worse than where it began.
+        best = max([*self.starts, *filter(None, refined)], key=self._worth)
+        last = _refined(*self._pair(_FINAL_VOXELS), best, metric, _FINAL_STEPS)
+        return last if last is not None and self._worth(last) > self._worth(best) else best
+
+    def _pair(self, voxels: int) -> tuple[sitk.Image, sitk.Image]:
+        """The label's neighbourhood at that budget, and the query at the same spacing."""
+        small = coarser(self.around, working_spacing(self.around, voxels))
+        return small, coarser(self.query, small.GetSpacing())
+
+    def _worth(self, transform: sitk.AffineTransform) -> float:
+        """Likeness times overlap (what is pushed out of the field of view matches nothing), less implausibility."""
+        similarity, overlap = likeness(*self.trial, transform)
+        stretches = np.log(np.linalg.svd(_matrix(transform), compute_uv=False))
+        moved = displacement(self.support, self.query, self.middle, transform)
+        implausible = (_DISTANCE_WEIGHT * moved + _STRETCH_WEIGHT * float((stretches**2).sum())) / 2
+        return min(similarity, similarity * overlap) - implausible
 
 
 def _refined(
@@ -76,12 +93,6 @@ def _refined(
     return transform if _invertible(transform) else None
 
 
-def _match(fixed: sitk.Image, moving: sitk.Image, transform: sitk.AffineTransform) -> float:
-    """Likeness times overlap: what is pushed out of the field of view matches nothing."""
-    similarity, overlap = likeness(fixed, moving, transform)
-    return similarity * overlap if similarity > 0 else similarity
-
-
 def _matrix(transform: sitk.AffineTransform) -> Array:
     dimension = transform.GetDimension()
     return np.asarray(transform.GetMatrix()).reshape(dimension, dimension)
@@ -89,10 +100,3 @@ def _matrix(transform: sitk.AffineTransform) -> Array:
 
 def _invertible(transform: sitk.AffineTransform) -> bool:
     return float(np.linalg.det(_matrix(transform))) > 1e-2
-
-
-def _implausibility(support: sitk.Image, query: sitk.Image, middle: Array, transform: sitk.AffineTransform) -> float:
-    """On the scale of `likeness`: squared relative move of the label's centre, squared log of each stretch."""
-    stretches = np.log(np.linalg.svd(_matrix(transform), compute_uv=False))
-    moved = displacement(support, query, middle, transform)
-    return (_DISTANCE_WEIGHT * moved + _STRETCH_WEIGHT * float((stretches**2).sum())) / 2

@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from sam2_propagation.interface import LabelVolume, Support
-from sam2_propagation.registration_affine import Metric, best_affine, label_box
+from sam2_propagation.registration_affine import AffineSearch, Metric, label_box
 from sam2_propagation.registration_demons import Demons, demons_field, folding_share
 from sam2_propagation.registration_similarity import likeness
 from sam2_propagation.registration_volume import (
@@ -119,8 +119,12 @@ class Pair:
 
     def _affine(self, metric: Metric) -> sitk.AffineTransform:
         if metric not in self._affines:
-            self._affines[metric] = best_affine(self.source.image, self.source.label, self.query, metric)
+            self._affines[metric] = self._search.best(metric)
         return self._affines[metric]
+
+    @cached_property
+    def _search(self) -> AffineSearch:
+        return AffineSearch(self.source.image, self.source.label, self.query)
 
     def _region(self, affine: sitk.AffineTransform) -> tuple[Index, Index]:
         """(x, y, z) voxel corners in the query of a generous box around the affinely carried label."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from scipy import fft, ndimage
 
-from sam2_propagation.registration_similarity import edges, finest
+from sam2_propagation.registration_similarity import edges, finest, locally_normalised
 from sam2_propagation.registration_volume import Array, Index, coarser, like, working_spacing
 
 SCALES = (0.85, 1.0, 1.18)
@@ -25,6 +25,7 @@ _SCALED_UP_TO = 20.0
 """Degrees; larger turns are tried at scale 1 only."""
 _VOXELS = 12_000
 _OVERLAP = 0.8
+_WINDOW = 6.0
 _PEAKS = 5
 _DISTANCE_WEIGHT = 1.0
 _SCALE_WEIGHT = 0.3
@@ -82,8 +83,12 @@ def _turn(spacing: Array, scale: float, angle: float) -> Array:
 
 
 def _features(image: sitk.Image) -> tuple[Array, Array]:
+    """Intensities and edges, compressed and locally normalised: a full stomach or a surface coil must not decide."""
     array, unit = sitk.GetArrayFromImage(image), finest(image)
-    return ndimage.gaussian_filter(array, 0.7 * unit), edges(array, unit)
+    mean = max(float(array.mean()), 1e-6)
+    compressed = array * (1 + mean) / (array + mean)
+    smooth, sharp = ndimage.gaussian_filter(compressed, 0.7 * unit), edges(compressed, unit)
+    return locally_normalised(smooth, unit, _WINDOW), locally_normalised(sharp, unit, _WINDOW)
 
 
 def _template(support: sitk.Image, middle: Array, half: Array, matrix: Array, spacing: Array) -> _Template:
