@@ -211,7 +211,7 @@ def problem_of(scores: dict[str, float]) -> str | None:
 
 
 def _array(image: sitk.Image) -> LabelVolume:
-    return sitk.GetArrayViewFromImage(image)
+    return sitk.GetArrayFromImage(image)
 
 
 def _volume(label: LabelVolume, grid: sitk.Image) -> float:

@@ -54,7 +54,8 @@ def folding_share(field: sitk.Image, where: BoolVolume) -> float:
 
     Elsewhere it does no harm: an inverted field has a torn rim.
     """
-    jacobian = sitk.GetArrayViewFromImage(sitk.DisplacementFieldJacobianDeterminant(field))
+    # A copy: a view would outlive the image that owns its memory.
+    jacobian = sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(field))
     return float((jacobian[where] <= 0).mean()) if where.any() else 0.0
 
 
