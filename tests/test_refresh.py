@@ -1,0 +1,320 @@
+"""New labels in nnU-Net's preprocessed data: equal to a full preprocessing, and no more work than needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from raw_datasets import Roots
+from tiny_dataset import LABELS, preprocess_in_process
+
+from nnunet_oneshot import refresh as refresh_module
+from nnunet_oneshot import refresh_case
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.refresh import Refreshed, note_preprocessed, preprocessed_targets, refresh, training_cases
+
+NAME = "Dataset901_Tiny"
+CASES = ("case_a", "case_b", "case_c")
+REGIONS = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+SPACINGS = ((1.0, 1.0, 1.0), (1.2, 0.9, 1.0), (0.8, 1.1, 1.3))
+THICK = tuple((x, y, 6 * z) for x, y, z in SPACINGS)
+
+
+def write(
+    roots: Roots,
+    shape: tuple[int, int, int] = (12, 26, 22),
+    spacings: tuple[tuple[float, ...], ...] = SPACINGS,
+    labels: Mapping[str, Any] = LABELS,
+    **content: Any,
+) -> Path:
+    """A raw dataset whose images are zero outside of an odd shape that touches no border."""
+    folder = roots.raw / NAME
+    for index, case in enumerate(CASES):
+        write_image(folder, case, image_of(index, shape), spacings[index])
+        write_label(folder, case, label_of(index, shape), spacings[index])
+    listed = {c: {"images": [f"imagesTr/{c}_0000.nii.gz"], "label": f"labelsTr/{c}.nii.gz"} for c in CASES}
+    json_content = {"channel_names": {"0": "MRI"}, "labels": dict(labels), "numTraining": 3, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps({**json_content, "dataset": listed, **content}))
+    return folder
+
+
+def image_of(index: int, shape: tuple[int, int, int]) -> np.ndarray:
+    rng = np.random.default_rng(index)
+    z, y, x = np.ogrid[tuple(slice(0, n) for n in shape)]
+    inside = ((y - shape[1] / 2) / (shape[1] / 2 - 3)) ** 2 + ((x - shape[2] / 2 - 1) / (shape[2] / 2 - 3)) ** 2 < 1
+    inside = inside & (z >= (1 if shape[0] > 1 else 0))
+    image = np.where(inside, rng.normal(300, 40, shape), 0).astype(np.float32)
+    image[:, shape[1] // 2, shape[2] // 2] = 0  # a hole, which nnU-Net fills
+    return image
+
+
+def label_of(index: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng([index, seed])
+    label = np.zeros(shape, np.int16)
+    y, x = rng.integers(2, 8, 2)
+    label[..., y : y + 11, x : x + 12] = 1
+    label[shape[0] // 3 :, y + 3 : y + 7, x + 2 : x + 8] = 2
+    label[..., y : y + 2, x : x + 12] = 3
+    return label
+
+
+def write_image(folder: Path, case: str, image: np.ndarray, spacing: tuple[float, ...]) -> None:
+    save(image, folder / "imagesTr" / f"{case}_0000.nii.gz", spacing)
+
+
+def write_label(folder: Path, case: str, label: np.ndarray, spacing: tuple[float, ...]) -> None:
+    save(label, folder / "labelsTr" / f"{case}.nii.gz", spacing)
+
+
+def save(array: np.ndarray, path: Path, spacing: tuple[float, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    sitk.WriteImage(image, str(path))
+
+
+def add_lowres(base: Path) -> None:
+    """A coarser configuration, as nnU-Net plans one for large images, and the cascade that uses both."""
+    path = next(base.glob("*Plans.json"))
+    plans = json.loads(path.read_text())
+    full = plans["configurations"]["3d_fullres"]
+    coarse = {**full, "spacing": [1.5 * s for s in full["spacing"]], "data_identifier": "lowres_data"}
+    plans["configurations"]["3d_lowres"] = {**coarse, "next_stage": "3d_cascade_fullres"}
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    path.write_text(json.dumps(plans))
+    (base / "lowres_data").mkdir()
+
+
+def preprocess_fully(base: Path) -> None:
+    """What `nnUNetv2_preprocess` does, case by case by nnU-Net's own preprocessor."""
+    dataset_json = json.loads((base / "dataset.json").read_text())
+    for target in preprocessed_targets(base):
+        plans = PlansManager(str(target.plans))
+        manager = plans.get_configuration(target.configuration)
+        shutil.rmtree(target.folder)
+        target.folder.mkdir()
+        for case in training_cases(NAME):
+            preprocessor = manager.preprocessor_class(verbose=False)
+            out, images = str(target.folder / case.name), [str(i) for i in case.images]
+            preprocessor.run_case_save(out, images, str(case.label), plans, manager, dataset_json)
+    for case in training_cases(NAME):
+        shutil.copy(case.label, base / "gt_segmentations")
+
+
+def prepare(roots: Roots, configurations: tuple[str, ...]) -> Path:
+    preprocess_in_process(NAME, configurations)
+    base = roots.preprocessed / NAME
+    shutil.copy(roots.raw / NAME / "dataset.json", base)
+    return base
+
+
+def content(base: Path) -> dict[str, Any]:
+    """Bytes of nnU-Net's arrays and true labels; what the pickled properties hold."""
+    files = [p for p in base.rglob("*") if p.is_file() and not p.name.startswith(("oneshot", ".oneshot"))]
+    files = [p for p in files if refresh_case.MASKS not in p.parts]
+    return {
+        str(p.relative_to(base)): plain(load_pickle(str(p))) if p.suffix == ".pkl" else p.read_bytes() for p in files
+    }
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.tolist())
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def relabel_all(folder: Path, shape: tuple[int, int, int], spacings: tuple[tuple[float, ...], ...], top: int) -> None:
+    for index, case in enumerate(CASES):
+        label = label_of(index + 5, shape, seed=1)
+        write_label(folder, case, np.where(label > top, 0, label).astype(np.int16), spacings[index])
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacings", "labels", "more", "configurations"),
+    [
+        ((12, 26, 22), SPACINGS, LABELS, {}, ("3d_fullres", "2d")),
+        ((9, 26, 22), THICK, LABELS, {}, ("3d_fullres",)),
+        ((12, 26, 22), SPACINGS, REGIONS, {"regions_class_order": [1, 2]}, ("3d_fullres",)),
+        ((12, 26, 22), SPACINGS, {"background": 0, "a": 1, "b": 2, "c": 3}, {}, ("3d_fullres",)),
+        ((1, 40, 36), ((1.0, 1.0, 1.0),) * 3, LABELS, {}, ("2d",)),
+    ],
+    ids=["cropped and resampled", "anisotropic", "regions with ignore", "no ignore", "2D"],
+)
+def test_equals_a_full_preprocessing(
+    roots: Roots,
+    shape: tuple[int, int, int],
+    spacings: tuple[tuple[float, ...], ...],
+    labels: Mapping[str, Any],
+    more: Mapping[str, Any],
+    configurations: tuple[str, ...],
+) -> None:
+    folder = write(roots, shape, spacings, labels, **more)
+    base = prepare(roots, configurations)
+    if configurations == ("3d_fullres",):
+        add_lowres(base)
+        preprocess_fully(base)
+    old = content(base)
+    relabel_all(folder, shape, spacings, top=3)
+    assert refresh(NAME, 1).labels == CASES
+    refreshed = content(base)
+    preprocess_fully(base)
+    full = content(base)
+    assert refreshed.keys() == full.keys()
+    assert [name for name in full if full[name] != refreshed[name]] == []
+    changed = {name for name in full if full[name] != old[name]}
+    assert len(changed) == len(CASES) * (1 + 2 * len(preprocessed_targets(base)))
+    assert not [name for name in changed if name.endswith(".b2nd") and not name.endswith("_seg.b2nd")]
+
+
+def test_a_label_that_lost_a_class_keeps_no_locations_of_it(roots: Roots) -> None:
+    folder = write(roots)
+    base = prepare(roots, ("3d_fullres",))
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=1)
+    refresh(NAME, 1)
+    target = preprocessed_targets(base)[0]
+    assert len(load_pickle(str(target.files("case_a")[2]))["class_locations"][2]) == 0
+
+
+@pytest.fixture
+def ready(roots: Roots) -> tuple[Path, Path]:
+    """A raw dataset, preprocessed for 3d_fullres and known to the ledger; its two folders."""
+    folder = write(roots)
+    base = prepare(roots, ("3d_fullres",))
+    note_preprocessed(NAME)
+    return folder, base
+
+
+def whole_files(base: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in base.rglob("*") if p.suffix in (".b2nd", ".pkl")}
+
+
+def test_only_changed_cases_are_touched(ready: tuple[Path, Path]) -> None:
+    folder, base = ready
+    before = whole_files(base)
+    assert refresh(NAME, 1) == Refreshed(kept=3)
+    assert whole_files(base) == before
+    write_label(folder, "case_b", label_of(9, (12, 26, 22)), SPACINGS[1])
+    assert refresh(NAME, 1) == Refreshed(labels=("case_b",), kept=2)
+    touched = {name for name, time in whole_files(base).items() if before[name] != time}
+    assert {Path(name).name for name in touched} == {"case_b_seg.b2nd", "case_b.pkl"}
+    assert refresh(NAME, 1) == Refreshed(kept=3)
+
+
+def test_the_image_is_read_once(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = ready
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=3)
+    refresh(NAME, 1)
+
+    def forbid(*_: object) -> None:
+        raise AssertionError("an image was read again")
+
+    monkeypatch.setattr(refresh_case, "_made", forbid)
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=2)
+    assert refresh(NAME, 1).labels == CASES
+
+
+def test_new_changed_and_removed_images(ready: tuple[Path, Path]) -> None:
+    folder, base = ready
+    target = preprocessed_targets(base)[0]
+    path, later = folder / "imagesTr" / "case_a_0000.nii.gz", 10**9
+    write_image(folder, "case_a", image_of(7, (12, 26, 22)), SPACINGS[0])
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + later))
+    write_image(folder, "case_d", image_of(3, (10, 26, 22)), SPACINGS[2])
+    write_label(folder, "case_d", label_of(3, (10, 26, 22)), SPACINGS[2])
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    listed = dataset_json["dataset"]
+    del listed["case_b"]
+    listed["case_d"] = {"images": ["imagesTr/case_d_0000.nii.gz"], "label": "labelsTr/case_d.nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(dataset_json))
+    assert refresh(NAME, 1) == Refreshed(whole=("case_a", "case_d"), kept=1, removed=("case_b",))
+    known = {p.name for p in target.folder.iterdir()}
+    assert known == {f"case_{c}{e}" for c in "acd" for e in refresh_case.DATA_FILES}
+    refreshed = content(base)
+    preprocess_fully(base)
+    assert content(base) == refreshed
+
+
+def test_other_plans_make_every_case_anew(ready: tuple[Path, Path]) -> None:
+    _, base = ready
+    path = next(base.glob("*Plans.json"))
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
+    path.write_text(json.dumps(plans))
+    assert refresh(NAME, 1).whole == CASES
+    refreshed = content(base)
+    preprocess_fully(base)
+    assert content(base) == refreshed
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6])
+def test_an_interrupted_refresh_is_repaired_by_the_next(
+    ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Stopped before each of its replacements in turn; what is in place is always whole."""
+    folder, base = ready
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=3)
+    calls = []
+
+    def counted(source: str, destination: str) -> None:
+        calls.append(destination)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        os.rename(source, destination)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(refresh_case.os, "replace", counted)
+        with pytest.raises(KeyboardInterrupt):
+            refresh(NAME, 1)
+    refresh(NAME, 1)
+    refreshed = content(base)
+    preprocess_fully(base)
+    assert content(base) == refreshed
+    assert not list(base.glob(f"{refresh_case.TEMPORARY}*"))
+
+
+def test_what_a_killed_run_left_is_removed(ready: tuple[Path, Path]) -> None:
+    _, base = ready
+    (base / f"{refresh_case.TEMPORARY}abc").mkdir()
+    refresh(NAME, 1)
+    assert not list(base.glob(f"{refresh_case.TEMPORARY}*"))
+
+
+def test_in_workers_the_same(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, base = ready
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=3)
+    monkeypatch.setattr(refresh_module, "WORTH_WORKERS", 0.0)
+    assert refresh(NAME, 2).labels == CASES
+    refreshed = content(base)
+    preprocess_fully(base)
+    assert content(base) == refreshed
+
+
+def test_a_preprocessor_of_its_own_gets_whole_cases(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = ready
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=3)
+    monkeypatch.setattr(refresh_case.Tools, "takes_labels_alone", False)
+    assert refresh(NAME, 1).whole == CASES
+
+
+def test_a_label_of_another_shape_is_bad_input(ready: tuple[Path, Path]) -> None:
+    folder, _ = ready
+    write_label(folder, "case_b", label_of(1, (11, 26, 22)), SPACINGS[1])
+    with pytest.raises(OneShotError, match=r"case_b: expected a label of its image's shape \(12, 26, 22\)"):
+        refresh(NAME, 1)
+
+
+def test_nothing_preprocessed_is_nothing_to_do(roots: Roots) -> None:
+    write(roots)
+    (roots.preprocessed / NAME).mkdir()
+    assert refresh(NAME, 1) == Refreshed()
