@@ -164,8 +164,10 @@ def _work(tasks: Sequence[Task], ledger: Ledger, processes: int) -> Iterator[tup
 
 def _spread(tasks: Sequence[Task], processes: int) -> Iterator[tuple[str, bool]]:
     """The first case here, and the others in processes where that one took long enough."""
+    if not tasks:
+        return
     begin = time.monotonic()
-    yield from over_cases(refresh_case, tasks[:1], processes=1, title="refresh labels")
+    yield refresh_case(tasks[0])
     expected = (time.monotonic() - begin) * (len(tasks) - 1)
     used = processes if expected > WORTH_WORKERS else 1
     yield from over_cases(refresh_case, tasks[1:], processes=used, title="refresh labels")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -118,12 +119,22 @@ def prepare(roots: Roots, configurations: tuple[str, ...]) -> Path:
 
 
 def content(base: Path) -> dict[str, Any]:
-    """Bytes of nnU-Net's arrays and true labels; what the pickled properties hold."""
+    """nnU-Net's arrays with their layout, bytes of true labels, what the pickled properties hold.
+
+    Not the bytes of the arrays' files: several threads write them, and blocks come in any order.
+    """
     files = [p for p in base.rglob("*") if p.is_file() and not p.name.startswith(("oneshot", ".oneshot"))]
     files = [p for p in files if refresh_case.MASKS not in p.parts]
-    return {
-        str(p.relative_to(base)): plain(load_pickle(str(p))) if p.suffix == ".pkl" else p.read_bytes() for p in files
-    }
+    return {str(p.relative_to(base)): loaded(p) for p in files}
+
+
+def loaded(path: Path) -> Any:
+    if path.suffix == ".pkl":
+        return plain(load_pickle(str(path)))
+    if path.suffix != ".b2nd":
+        return path.read_bytes()
+    array = blosc2.open(urlpath=str(path), mode="r")
+    return array.chunks, array.blocks, str(array.cparams.filters), str(array.cparams.codec), plain(array[:])
 
 
 def plain(value: Any) -> Any:
