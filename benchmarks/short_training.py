@@ -2,7 +2,7 @@
 
     python benchmarks/short_training.py -o WORK [--rows sgd:0.01 adamw:0.001 adamw:0.003 adamw:0.01 adamw:0.03]
 
-Twelve phantoms, one annotated, labels of round 0 by registration, nnU-Net's own trainer on `nnUNetOneShotSmallPlans` for
+Twelve phantoms, one annotated, registered labels of round 0, nnU-Net's own trainer on `nnUNetOneShotSmallPlans` for
 10 epochs of 20 iterations; Dice against truth on five of the un-annotated cases, predicted without mirroring. Phantoms
 alone decide here, so that no real set takes part in the choice. nnU-Net's augmentation is not seeded: repeat for the
 spread. Finished rows are small JSON files in benchmarks/results/.
