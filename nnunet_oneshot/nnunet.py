@@ -17,7 +17,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.nnunet_process import Epochs, Progress, cores, run_job, training_environment
-from nnunet_oneshot.settings import Preset, schedule_of
+from nnunet_oneshot.settings import Preset, mirrors, schedule_of
 
 ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FINAL = "checkpoint_final.pth"
@@ -285,6 +285,7 @@ def predict(
         "save_probabilities": save_probabilities,
         "previous_stage": str(previous_stage.resolve()) if previous_stage else None,
         "checkpoint": checkpoint,
+        "mirroring": mirrors(trainer),
     }
     with Progress("predict", len(images), partial(_count, output, f"*{ending}")) as bar:
         run_job(job, output / "nnunet.log", bar.update)

@@ -61,7 +61,7 @@ def predict(
     model: str, folds: list[str], images: Mapping[str, list[str]], output: str, device: str, **options: Any
 ) -> None:
     """Predict each case into a staging folder and move it to `output` when it is whole."""
-    predictor = nnUNetPredictor(device=torch.device(device), allow_tqdm=False)
+    predictor = nnUNetPredictor(use_mirroring=options["mirroring"], device=torch.device(device), allow_tqdm=False)
     chosen = tuple(fold if fold == "all" else int(fold) for fold in folds)
     predictor.initialize_from_trained_model_folder(model, chosen, options["checkpoint"])
     staging = Path(output) / STAGING

@@ -61,6 +61,7 @@ class Preset:
         trainer_suffix: what is appended to a trainer's name.
         schedule: training length, None for nnU-Net's own (1000 epochs of 250 iterations).
         planner: limits of the plans, None for nnU-Net's own planner.
+        mirroring: whether predictions of our commands average over mirrored images, as nnU-Net's do.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Preset:
     trainer_suffix: str = ""
     schedule: Schedule | None = None
     planner: PlannerLimits | None = None
+    mirroring: bool = True
 
     def trainer(self, base: str = DEFAULT_TRAINER) -> str:
         """The name of trainer `base` in this preset, for example `OneShotTrainer_small`."""
@@ -134,8 +136,17 @@ def preset(name: str) -> Preset:
 
 def schedule_of(trainer: str) -> Schedule | None:
     """The schedule that a trainer's name stands for, None where it is nnU-Net's own or unknown."""
-    fitting = (p.schedule for p in PRESETS.values() if p.trainer_suffix and trainer.endswith(p.trainer_suffix))
-    return next(fitting, None)
+    return _preset_of(trainer).schedule
+
+
+def mirrors(trainer: str) -> bool:
+    """Whether predictions by a trainer's model average over mirrored images."""
+    return _preset_of(trainer).mirroring
+
+
+def _preset_of(trainer: str) -> Preset:
+    fitting = (p for p in PRESETS.values() if p.trainer_suffix and trainer.endswith(p.trainer_suffix))
+    return next(fitting, PRESETS["default"])
 
 
 def parse_block(dataset_json: Mapping[str, Any], cases: Collection[str] | None = None) -> OneShotBlock | None:
