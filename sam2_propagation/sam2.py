@@ -70,7 +70,7 @@ class Sam2Propagator:
         self._config = config
         self._device = device
         self._adapt = adapt
-        self._prompter = prompter
+        self.prompter = prompter
         self._batch_size = batch_size
         self._seed = seed
         self._budget = budget
@@ -148,7 +148,7 @@ class Sam2Propagator:
     def _one(
         self, engine: Sam2Engine, supports: Sequence[Support], query: Image, views: Sequence[str], natural: str
     ) -> Iterator[Propagation]:
-        prompts, scaled = Prompts(self._prompter, supports, query), scale(query, self.settings.intensities)
+        prompts, scaled = Prompts(self.prompter, supports, query), scale(query, self.settings.intensities)
         for view in views:
             yield engine.carry(supports, query, scaled, view, natural, prompts, self._seed)
             if self._progress is not None:
@@ -159,7 +159,7 @@ class Sam2Propagator:
             loaded = load_checkpoint(self.checkpoint, self._config, self._device, self._cache)
             if self._adapted is not None:
                 loaded.model.load_state_dict(self._adapted)
-            self._engine = Sam2Engine(loaded, self.settings, self._batch_size, self._budget, self._prompter is not None)
+            self._engine = Sam2Engine(loaded, self.settings, self._batch_size, self._budget, self.prompter is not None)
         return self._engine
 
 
