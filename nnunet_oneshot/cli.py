@@ -36,8 +36,20 @@ INTERRUPTED = "interrupted; run the same command again to go on from where it st
 
 
 def suggest(argv: Sequence[str] | None = None) -> None:
-    """Not in this version."""
-    _not_yet("suggest", "ranks the cases or slices that are worth annotating", argv)
+    """Rank what is worth annotating."""
+    parser = new_parser(
+        "nnUNetv2_oneshot_suggest",
+        "Rank the cases, or one slice of every case, that stand best for the rest; of a dataset that propagate or "
+        "refine made, those whose annotation would help most next. Writes suggest.csv and suggest.png.",
+        "nnUNetv2_oneshot_suggest -d 501 -n 3",
+    )
+    parser.add_argument("-d", required=True, metavar="A", help="id or name of the dataset")
+    parser.add_argument("-n", type=int, metavar="N", help="how many to name (default: 5; with --slices every case)")
+    parser.add_argument("--slices", action="store_true", help="choose one slice of every case, not whole cases")
+    parser.add_argument("-o", type=Path, metavar="DIR", help="folder (default: suggest in the dataset's folder)")
+    add_processes(parser)
+    add_json(parser)
+    _main(parser, _do_suggest, argv)
 
 
 def propagate(argv: Sequence[str] | None = None) -> None:
@@ -131,8 +143,21 @@ def report(argv: Sequence[str] | None = None) -> None:
 
 
 def review(argv: Sequence[str] | None = None) -> None:
-    """Not in this version."""
-    _not_yet("review", "serves a local page to accept or reject labels", argv)
+    """Look at labels on a local page, accept, reject and correct them."""
+    parser = new_parser(
+        "nnUNetv2_oneshot_review",
+        "Serve a page to this machine alone: look at labels, accept, reject, flag or correct them; refine obeys.",
+        "nnUNetv2_oneshot_review -d 601",
+    )
+    parser.add_argument("-d", required=True, metavar="B", help="id or name of the pseudo-label dataset")
+    parser.add_argument("--port", type=int, default=8642, help="0 for any that is free (default: %(default)s)")
+    parser.add_argument("--no_browser", action="store_true", help="print the page's address alone")
+    parser.add_argument(
+        "-sam2_chk", default="builtin", metavar="NAME", help="SAM2 weights that carry corrected slices (%(default)s)"
+    )
+    add_device(parser)
+    add_json(parser)
+    _main(parser, _do_review, argv)
 
 
 def export(argv: Sequence[str] | None = None) -> None:
@@ -211,6 +236,22 @@ def info(argv: Sequence[str] | None = None) -> None:
     _main(parser, _do_info, argv)
 
 
+def _do_suggest(arguments: argparse.Namespace) -> Summary:
+    module = importlib.import_module("nnunet_oneshot.suggest")
+    found = module.suggest(
+        arguments.d, arguments.n, slices=arguments.slices, output=arguments.o, num_processes=arguments.np
+    )
+    rows = [module.as_row(row) for row in found.rows]
+    table = _function("summary", "table")(module.COLUMNS, [["" if v is None else v for v in r.values()] for r in rows])
+    lines = [
+        "",
+        *table,
+        "",
+        f"of {found.cases} cases; slices count from 0; written: {found.folder}/suggest.csv and .png",
+    ]
+    return {"suggestions": rows, "cases": found.cases, "folder": str(found.folder), "lines": lines}
+
+
 def _do_propagate(arguments: argparse.Namespace) -> Summary:
     outcome = _function("propagate")(
         arguments.d,
@@ -265,6 +306,19 @@ def _do_evaluate(arguments: argparse.Namespace) -> Summary:
 def _do_report(arguments: argparse.Namespace) -> Summary:
     page = _function("report")(arguments.d, arguments.o, truth=arguments.ref, num_processes=arguments.np)
     return {"page": str(page), "lines": [f"written: {page}"]}
+
+
+def _do_review(arguments: argparse.Namespace) -> Summary:
+    reviewed = _function("review.session", "review")(
+        arguments.d,
+        port=arguments.port,
+        open_browser=not arguments.no_browser,
+        checkpoint=arguments.sam2_chk,
+        device=arguments.device,
+        # At once, and to standard error: with -json standard output is for the summary.
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    return _function("summary", "review_summary")(reviewed, arguments.d)
 
 
 def _do_export(arguments: argparse.Namespace) -> Summary:

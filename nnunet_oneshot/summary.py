@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what is summed up is there already; loading torch to print 
     from nnunet_oneshot.demo import DemoResult
     from nnunet_oneshot.propagate import Outcome
     from nnunet_oneshot.refine import Refinement
+    from nnunet_oneshot.review.session import Reviewed
     from nnunet_oneshot.run import RunResult
     from nnunet_oneshot.store import Manifest
 
@@ -83,6 +84,13 @@ def run_summary(result: RunResult) -> dict[str, Any]:
     lines += result.score_lines
     refinement = {key: value for key, value in refined.items() if key != "lines"}
     return {"labels": labels, "refinement": refinement, "scores": result.scores, "lines": lines}
+
+
+def review_summary(result: Reviewed, dataset: int | str) -> dict[str, Any]:
+    """Summary of `review`."""
+    lines = ["", *table(("decision", "cases"), list(result.decisions.items()))]
+    lines += ["", f"next: nnUNetv2_oneshot_refine -d {dataset} -c CONFIG -rounds {result.round + 1}"]
+    return {"dataset": result.dataset, "round": result.round, "decisions": result.decisions, "lines": lines}
 
 
 def demo_summary(result: DemoResult) -> dict[str, Any]:

@@ -1,0 +1,216 @@
+"""A person's decisions on cases: what they do to labels, the manifest and the training files.
+
+Accepted: the label as shown is right; it is trained on everywhere, and no model changes it. Rejected: left out of
+training until a person decides otherwise. Corrected: the label that a person drew is the case's label; the case counts
+as annotated. Every decision is written at once, with its time; the state before the first one is kept for `undo`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nnunet_oneshot.dataset import Case, RawDataset
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.store import CaseRecord, Manifest, Status, Store
+from nnunet_oneshot.training_data import ignore_value, write_training_files
+from sam2_propagation.interface import LabelVolume
+
+Action = Literal["accept", "reject", "flag", "unflag", "comment", "undo"]
+ACTIONS: tuple[Action, ...] = ("accept", "reject", "flag", "unflag", "comment", "undo")
+
+
+class UnknownCaseError(OneShotError):
+    """There is no case of that name."""
+
+
+class ConflictError(OneShotError):
+    """Somebody decided on the case after the one who asks last looked at it."""
+
+
+def decide(
+    raw: RawDataset, store: Store, name: str, action: Action, comment: str | None = None, seen: str | None = None
+) -> CaseRecord:
+    """Carry out a decision on a case; returns its new record.
+
+    Args:
+        raw: the raw dataset with the images.
+        store: the pseudo-label dataset.
+        name: the case.
+        action: what was decided.
+        comment: replaces the case's comment; None keeps it.
+        seen: time of the decision that the person saw when deciding (None for none).
+
+    Raises:
+        ConflictError: there is a newer decision than `seen`.
+        OneShotError: an unknown case, a decision that its status does not allow, or a refinement at work.
+    """
+    with _manifest(raw, store) as manifest:
+        record, case = _record(manifest, name), raw.case(name)
+        _check_seen(name, record, seen)
+        _check_allowed(raw, name, record, action)
+        if action == "accept":
+            record = _accept(raw, store, case, record)
+        elif action == "reject":
+            record = _reject(raw, store, case, record)
+        elif action == "undo":
+            record = _restore(raw, store, case, record, manifest.round)
+        manifest.cases[name] = record
+        record.review = _review(record, action, comment)
+    return record
+
+
+def correct(
+    raw: RawDataset, store: Store, name: str, label: LabelVolume, comment: str | None = None, seen: str | None = None
+) -> CaseRecord:
+    """Make a label that a person drew the case's label; returns its new record.
+
+    Args:
+        label: int16 (Z, Y, X) without ignore, checked (see `corrections`).
+
+    Raises:
+        ConflictError, OneShotError: as `decide`; also for a label without any foreground.
+    """
+    if not label.any():
+        raise OneShotError(f"{name}: expected foreground in the corrected label, found none; reject the case instead")
+    with _manifest(raw, store) as manifest:
+        record, case = _record(manifest, name), raw.case(name)
+        _check_seen(name, record, seen)
+        _check_not_annotated(raw, name, record)
+        _keep(raw, store, case, record)
+        label = _with_drawn_voxels(raw, case, label)
+        paths = (store.round_path(manifest.round, name), store.fused_path(name), store.label_path(name))
+        for path in paths:
+            store.write_label(raw, label, path, case)
+        record = record.model_copy(update={"status": "corrected", "divergence": 0.0, "round": manifest.round})
+        manifest.cases[name] = record
+        record.review = _review(record, "correct", comment)
+    return record
+
+
+@contextmanager
+def _manifest(raw: RawDataset, store: Store) -> Iterator[Manifest]:
+    """The manifest to change; what nnU-Net reads and the manifest itself are written at the end, in that order."""
+    with store.lock("review", wait=True), _no_refinement(store):
+        manifest = store.read_manifest()
+        yield manifest
+        write_training_files(raw, store, manifest)
+        store.write_manifest(manifest)
+
+
+@contextmanager
+def _no_refinement(store: Store) -> Iterator[None]:
+    # A round rewrites all labels from the manifest it began with: a decision in between would be lost.
+    with store.lock("refine"):
+        yield
+
+
+def _record(manifest: Manifest, name: str) -> CaseRecord:
+    if name not in manifest.cases:
+        raise UnknownCaseError(f"expected a case of the dataset, found {name!r}; reload the page")
+    return manifest.cases[name].model_copy()
+
+
+def _check_seen(name: str, record: CaseRecord, seen: str | None) -> None:
+    last = (record.review or {}).get("time")
+    if last != seen:
+        raise ConflictError(
+            f"{name}: expected no decision since you looked at it, found one of {last}, made elsewhere; look at it "
+            "again"
+        )
+
+
+def _check_allowed(raw: RawDataset, name: str, record: CaseRecord, action: Action) -> None:
+    if action in ("flag", "unflag", "comment"):
+        return
+    _check_not_annotated(raw, name, record)
+    if action == "accept" and record.status == "failed":
+        raise OneShotError(
+            f"{name}: expected a label to accept, found none ({record.reason}); correct it or leave it out"
+        )
+    if action == "reject" and record.status == "sparse":
+        raise OneShotError(
+            f"{name}: expected a case without a person's annotation to reject, found annotated slices; correct it"
+        )
+
+
+def _check_not_annotated(raw: RawDataset, name: str, record: CaseRecord) -> None:
+    if record.status == "annotated":
+        raise OneShotError(
+            f"{name}: expected a label made by a program, found one drawn by a person; change it in "
+            f"{raw.name}/labelsTr and propagate again"
+        )
+
+
+def _accept(raw: RawDataset, store: Store, case: Case, record: CaseRecord) -> CaseRecord:
+    _keep(raw, store, case, record)
+    store.write_label(raw, raw.read_label(store.fused_path(case.name)), store.label_path(case.name), case)
+    # With slices that a person drew, and the rest approved, the case stays what it was for training: annotated.
+    status: Status = "corrected" if case.label is not None or record.status == "corrected" else "accepted"
+    return record.model_copy(update={"status": status})
+
+
+def _reject(raw: RawDataset, store: Store, case: Case, record: CaseRecord) -> CaseRecord:
+    _keep(raw, store, case, record)
+    guess = raw.read_label(store.fused_path(case.name))
+    nothing = np.full(guess.shape, ignore_value(raw), np.int16)
+    store.write_label(raw, nothing, store.label_path(case.name), case)
+    return record.model_copy(update={"status": "rejected"})
+
+
+def _keep(raw: RawDataset, store: Store, case: Case, record: CaseRecord) -> None:
+    """Put the machine's state aside, once; the record comes last, as a sign that all is there."""
+    folder = _kept_folder(store, case.name)
+    if (folder / "record.json").is_file():
+        return
+    for kind, path in _kept_labels(store, case.name).items():
+        store.write_label(raw, raw.read_label(path), folder / f"{kind}{store.file_ending}", case)
+    store.write_json(record.model_dump(), folder / "record.json")
+
+
+def _restore(raw: RawDataset, store: Store, case: Case, record: CaseRecord, number: int) -> CaseRecord:
+    folder = _kept_folder(store, case.name)
+    if not (folder / "record.json").is_file():
+        raise OneShotError(f"{case.name}: expected a decision to undo, found none; there is nothing to do")
+    for kind, path in _kept_labels(store, case.name).items():
+        label = raw.read_label(folder / f"{kind}{store.file_ending}")
+        store.write_label(raw, label, path, case)
+        if kind == "fused":
+            store.write_label(raw, label, store.round_path(number, case.name), case)
+    before = CaseRecord.model_validate_json((folder / "record.json").read_text())
+    shutil.rmtree(folder)
+    return before.model_copy(update={"review": record.review})
+
+
+def _kept_folder(store: Store, name: str) -> Path:
+    return store.state_folder / "review" / name
+
+
+def _kept_labels(store: Store, name: str) -> dict[str, Path]:
+    return {"target": store.label_path(name), "fused": store.fused_path(name)}
+
+
+def _with_drawn_voxels(raw: RawDataset, case: Case, label: LabelVolume) -> LabelVolume:
+    """Voxels of a sparse annotation never change."""
+    if case.label is None:
+        return label
+    drawn = raw.read_label(case.label)
+    return np.where(drawn != raw.ignore, drawn, label).astype(np.int16)
+
+
+def _review(record: CaseRecord, action: str, comment: str | None) -> dict[str, Any]:
+    """What the manifest tells of the decision: `decision`, `flag`, `comment` and `time` (UTC)."""
+    before = record.review or {}
+    decided = {"accept": "accepted", "reject": "rejected", "correct": "corrected", "undo": None}
+    return {
+        "decision": decided.get(action, before.get("decision")),
+        "flag": {"flag": True, "unflag": False}.get(action, before.get("flag", False)),
+        "comment": before.get("comment", "") if comment is None else comment,
+        "time": datetime.now(timezone.utc).isoformat(),
+    }
