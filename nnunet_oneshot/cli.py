@@ -242,7 +242,8 @@ def _do_suggest(arguments: argparse.Namespace) -> Summary:
         arguments.d, arguments.n, slices=arguments.slices, output=arguments.o, num_processes=arguments.np
     )
     rows = [module.as_row(row) for row in found.rows]
-    table = _function("summary", "table")(module.COLUMNS, [["" if v is None else v for v in r.values()] for r in rows])
+    cells = [["" if value is None else value for value in row.values()] for row in rows]
+    table = _function("summary", "table")(module.COLUMNS, cells)
     lines = [
         "",
         *table,

@@ -1,0 +1,211 @@
+"""`suggest`: the case that stands for most others comes first, then one of another kind; after a round the doubtful."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Answer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Picture
+from raw_datasets import Roots, edit_json, make_sparse, read, write_image, write_raw
+
+from nnunet_oneshot import cli
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.store import read_manifest
+from nnunet_oneshot.suggest import read_slices, suggest
+from nnunet_oneshot.suggest_features import FEATURES, alike, describe
+from nnunet_oneshot.suggest_ranking import best_slice, rank
+from sam2_propagation.interface import Image
+
+Call = Callable[..., Answer]
+PROPAGATE = ("-d", 501, "-o", 601, "-np", 1, "-device", "cpu", "-propagator", "fake")
+SHAPE = (6, 24, 20)
+
+
+def blobs(centre: tuple[float, float], seed: int, size: float = 4.0) -> np.ndarray:
+    """A bright ball in noise; its place is what tells kinds of image apart."""
+    z, y, x = np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij")
+    distance = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 + 4 * (z - 2.5) ** 2
+    noise = np.random.default_rng(seed).normal(100, 4, SHAPE)
+    return np.round(noise + 200 * (distance < size**2)).astype(np.int16)
+
+
+@pytest.fixture
+def kinds(roots: Roots) -> Path:
+    """Five images of one kind (b the middle of it), two of another; nothing annotated."""
+    places = {"a": (8, 8), "b": (9, 9), "c": (10, 10), "d": (9, 8), "e": (9, 10), "y": (18, 15), "z": (18, 16)}
+    folder = write_raw(roots.raw, cases=tuple(places), annotated=())
+    for seed, (name, centre) in enumerate(places.items()):
+        write_image(folder / f"imagesTr/{name}_0000.nii.gz", blobs(centre, seed))
+    return folder
+
+
+def test_the_middle_of_the_largest_group_comes_first_and_another_kind_second(kinds: Path) -> None:
+    found = suggest(501, 2, num_processes=1).rows
+    assert found[0].case == "b"
+    assert found[1].case in ("y", "z")
+    assert [row.rank for row in found] == [1, 2]
+    assert found[0].coverage < found[1].coverage <= 1
+
+
+def test_two_runs_say_the_same_whatever_runs_side_by_side(kinds: Path, tmp_path: Path) -> None:
+    one = suggest(501, 7, output=tmp_path / "one", num_processes=1)
+    two = suggest(501, 7, output=tmp_path / "two", num_processes=1)
+    assert one.rows == two.rows
+    assert (one.folder / "suggest.csv").read_bytes() == (two.folder / "suggest.csv").read_bytes()
+
+
+def test_what_is_annotated_needs_no_second_like_it(kinds: Path) -> None:
+    write_image(kinds / "labelsTr/b.nii.gz", np.ones(SHAPE, np.uint8))
+    found = suggest(501, num_processes=1).rows
+    assert found[0].case in ("y", "z")
+    assert "b" not in [row.case for row in found]
+
+
+def test_slices_name_one_slice_with_something_on_it_for_every_case(kinds: Path) -> None:
+    found = suggest(501, slices=True, num_processes=1)
+    assert sorted(row.case for row in found.rows) == ["a", "b", "c", "d", "e", "y", "z"]
+    assert {(row.axis, row.slice) for row in found.rows} <= {("z", 2), ("z", 3)}, "the ball is largest there"
+    assert read_slices(found.folder / "suggest.csv") == {r.case: [(r.axis, r.slice)] for r in found.rows}
+
+
+def test_a_sparse_case_is_offered_another_slice_than_the_one_it_has(toy: Path) -> None:
+    make_sparse(toy)
+    rows = {row.case: row for row in suggest(501, slices=True, num_processes=1).rows}
+    assert rows["case_0"].annotated
+    assert rows["case_0"].slice != 2
+    assert not rows["case_1"].annotated
+
+
+@pytest.mark.parametrize(("ending", "channels"), [(".png", 3), (".png", 1), (".nii.gz", 2)])
+def test_other_kinds_of_image_are_ranked_too(roots: Roots, ending: str, channels: int) -> None:
+    write_raw(roots.raw, ending=ending, channels=channels, annotated=())
+    found = suggest(501, num_processes=1)
+    assert len(found.rows) == 3
+    with Picture.open(found.folder / "suggest.png") as picture:
+        assert picture.width > 3 * 200
+
+
+def test_after_a_round_the_doubtful_case_comes_first(toy: Path, fakes: dict, call: Call) -> None:
+    """The manifest says that one case's views diverge most; labels are read from dataset B."""
+    assert call(cli.propagate, *PROPAGATE).code == 0
+    folder = toy.parent / "Dataset601_toy_oneshot"
+    manifest = json.loads((folder / "oneshot.json").read_text())
+    manifest["cases"]["case_1"]["divergence"] = 0.01
+    manifest["cases"]["case_2"].update(divergence=0.5)
+    (folder / "oneshot.json").write_text(json.dumps(manifest))
+    found = suggest(601, num_processes=1).rows
+    assert [row.case for row in found] == ["case_2", "case_1"]
+    assert found[0].doubt == 1
+    assert read_manifest(folder / "oneshot.json").cases["case_2"].divergence == 0.5, "nothing is written to it"
+
+
+def test_after_a_round_the_slice_with_most_divergence_is_offered(toy: Path, fakes: dict, call: Call) -> None:
+    assert call(cli.propagate, *PROPAGATE).code == 0
+    path = toy.parent / "Dataset601_toy_oneshot/labelsTr/case_1.nii.gz"
+    label = np.zeros_like(read(path))
+    label[4] = 3
+    write_image(path, label)
+    rows = {row.case: row for row in suggest(601, slices=True, num_processes=1).rows}
+    assert rows["case_1"].slice == 4
+    assert "case_0" not in rows, "annotated whole"
+
+
+def test_command_prints_the_table_or_json_and_leaves_the_images_alone(kinds: Path, call: Call) -> None:
+    before = {p: p.read_bytes() for p in (kinds / "imagesTr").iterdir()}
+    shown = call(cli.suggest, "-d", 501, "-n", 2, "-np", 1)
+    assert shown.code == 0
+    assert "1     b" in shown.out
+    figures = json.loads(call(cli.suggest, "-d", 501, "-n", 2, "-np", 1, "-json").out)
+    assert figures["suggestions"][0]["case"] == "b"
+    with (kinds / "suggest" / "suggest.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == [row["case"] for row in figures["suggestions"]]
+    assert {p: p.read_bytes() for p in (kinds / "imagesTr").iterdir()} == before
+
+
+def test_bad_input_is_one_sentence(roots: Roots, call: Call) -> None:
+    folder = write_raw(roots.raw, cases=("only",), annotated=())
+    assert "--slices" in call(cli.suggest, "-d", 501).error
+    assert call(cli.suggest, "-d", 501, "--slices", "-np", 1).code == 0
+    assert call(cli.suggest, "-d", 501, "--slices", "-n", 0).code == 2
+    edit_json(folder, channel_names={"0": "a", "1": "b"})
+    assert call(cli.suggest, "-d", 501, "--slices").code == 2
+    assert call(cli.suggest, "-d", 777).code == 2
+
+
+def test_nothing_left_to_annotate_is_said(roots: Roots, call: Call) -> None:
+    write_raw(roots.raw, annotated=("case_0", "case_1", "case_2"))
+    answer = call(cli.suggest, "-d", 501, "-np", 1)
+    assert answer.code == 2
+    assert "nothing to choose" in answer.error
+
+
+def test_a_folder_that_is_a_file_is_refused(kinds: Path, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    answer = call(cli.suggest, "-d", 501, "-o", tmp_path / "taken")
+    assert answer.code == 2
+    assert "-o" in answer.error
+
+
+@pytest.mark.parametrize("text", ["name\nx\n", "case,axis,slice\nx,w,1\n", "case,axis,slice\nx,z,-1\n"])
+def test_a_table_that_names_no_slices_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(OneShotError, match="line 2"):
+        read_slices(tmp_path / "t.csv")
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 1000), gain=st.floats(0.2, 5), lift=st.floats(-50, 50))
+def test_brightness_and_contrast_do_not_change_what_an_image_looks_like(seed: int, gain: float, lift: float) -> None:
+    data = blobs((9, 9), seed)[None].astype(np.float32) + 200
+    plain, bright = (describe(Image("a", d.astype(np.float32))) for d in (data, gain * data + lift))
+    assert float(plain.whole @ bright.whole) > 0.99
+    assert len(plain.slices) == SHAPE[0]
+
+
+@pytest.mark.parametrize("feature", sorted(FEATURES))
+def test_how_an_array_is_stored_does_not_change_what_is_seen(feature: str) -> None:
+    """The same body stored upside down, slices last to first: alike as a whole, slices in the array's order."""
+    data = blobs((7, 12), 3)[None].astype(np.float32)
+    data[:, 0] += 100
+    turned = Image("b", np.ascontiguousarray(data[:, ::-1]), direction=(1, 0, 0, 0, 1, 0, 0, 0, -1))
+    one, two = describe(Image("a", data), feature), describe(turned, feature)
+    np.testing.assert_allclose(one.whole, two.whole, atol=1e-5)
+    np.testing.assert_allclose(one.slices[::-1], two.slices, atol=1e-5)
+    np.testing.assert_allclose(one.content[::-1], two.content, atol=1e-5)
+
+
+def test_an_empty_image_is_like_nothing_and_stops_nothing() -> None:
+    empty = describe(Image("e", np.zeros((1, *SHAPE), np.float32)))
+    other = describe(Image("o", blobs((9, 9), 1)[None].astype(np.float32)))
+    assert float(alike(empty.whole[None], other.whole[None])[0, 0]) == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 1000), count=st.integers(2, 6))
+def test_coverage_grows_by_less_and_less(seed: int, count: int) -> None:
+    vectors = np.random.default_rng(seed).normal(size=(9, 4))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = rank(vectors @ vectors.T, range(9), count)
+    gains = np.diff([value for _, value in found])
+    assert len({at for at, _ in found}) == count
+    assert (gains >= -1e-9).all()
+    assert (np.diff(gains) <= 1e-9).all()
+
+
+def test_weights_move_the_choice_to_what_matters() -> None:
+    groups = np.kron(np.eye(2), np.ones((3, 3)))[:5, :5]
+    assert rank(groups, range(5), 1)[0][0] in (0, 1, 2)
+    assert rank(groups, range(5), 1, weights=np.array([0, 0, 0, 1, 1]))[0][0] in (3, 4)
+
+
+def test_a_slice_without_content_is_never_the_best() -> None:
+    same = np.ones((4, 4))
+    assert best_slice(same, np.array([0, 0, 0.5, 0])) == 2
+    assert best_slice(np.eye(4), np.array([1, 0.9, 0, 0]), chosen=[0]) == 1
