@@ -25,41 +25,32 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import time
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from common import RESULTS, data_set, markdown, read_row, write_row
 from tqdm import tqdm
 
 from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import Image, LabelVolume, Support
 from sam2_propagation.registration import RegistrationPropagator
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results"
 SETS = ("hippocampus", "chaos_mr_t2", "acdc_mr", "hc18_us")
 VIEWS = RegistrationPropagator.default_views
 
 
-def data_folder() -> Path:
-    """Where the data sets are."""
-    return Path(os.environ.get("ONESHOT_DATA", REPOSITORY.parent / "shared" / "data"))
-
-
 def split_of(name: str) -> dict[str, Any]:
     """split.json of a set."""
-    return json.loads((data_folder() / name / "split.json").read_text())
+    return data_set(name).split
 
 
 def _file(name: str, kind: str, case: str) -> Path:
-    return next((data_folder() / name / kind).glob(f"{case}.*"))
+    return next((data_set(name).folder / kind).glob(f"{case}.*"))
 
 
 def read_image(name: str, case: str) -> Image:
@@ -131,14 +122,16 @@ def fused_figures(labels: list[LabelVolume], truth: LabelVolume, classes: Sequen
 
 def run_row(name: str, annotated: str, limit: int | None, processes: int) -> dict[str, Any]:
     """One row of the table, from its file if it is there."""
-    path = RESULTS / f"registration_{name}_{annotated}{f'_first{limit}' if limit else ''}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    row = f"registration_{name}_{annotated}{f'_first{limit}' if limit else ''}"
+    done = read_row(row)
+    if done is not None:
+        return done
+    RESULTS.mkdir(exist_ok=True)
+    partial = RESULTS / f"{row}.partial"
     cases = [case for case in split_of(name)["pool"] if case != annotated][:limit]
-    row = summary(name, annotated, _scored(path.with_suffix(".partial"), name, annotated, cases, processes), processes)
-    path.write_text(json.dumps(row, indent=1) + "\n")
-    path.with_suffix(".partial").unlink()
-    return row
+    done = write_row(row, summary(name, annotated, _scored(partial, name, annotated, cases, processes), processes))
+    partial.unlink()
+    return done
 
 
 def _scored(partial: Path, name: str, annotated: str, cases: list[str], processes: int) -> list[dict[str, Any]]:
@@ -170,9 +163,7 @@ def summary(name: str, annotated: str, entries: list[dict[str, Any]], processes:
         "failed": {e["case"]: e["reasons"] for e in entries if e["reasons"]},
         "median_seconds": {kind: float(np.median([e["seconds"][kind] for e in entries])) for kind in ("wall", "cpu")},
         "processes": processes,
-        "hardware": hardware(),
         "seed": None,
-        "versions": {p: version(p) for p in ("SimpleITK", "numpy", "scipy")} | {"python": platform.python_version()},
         "fused_per_case": {e["case"]: round(e["fused"], 4) for e in entries},
     }
 
@@ -189,29 +180,20 @@ def voxel_shares(voxels: list[dict[str, int]]) -> dict[str, float]:
     }
 
 
-def hardware() -> str:
-    """Cores and CPU model."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores, {models[0] if models else platform.processor()}"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
+    shares = ("accuracy_in_consensus", "accuracy_in_divergence", "divergence")
     head = ["set", "annotated", "n", *VIEWS, "fused", "accuracy in consensus", "in divergence", "divergence"]
     head += ["views failed", "wholly missed", "median s a case (CPU / wall)"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = []
     for row in rows:
-        figures = [row["views"][view] for view in VIEWS] + [row["fused"]]
-        figures += [
-            row.get(key, float("nan")) for key in ("accuracy_in_consensus", "accuracy_in_divergence", "divergence")
-        ]
-        cells = [row["set"], row["annotated"], str(row["n"]), *(f"{figure:.3f}" for figure in figures)]
-        cells += [str(sum(map(len, row["failed"].values()))), str(row["wholly_missed"])]
-        cells.append(" / ".join(f"{row['median_seconds'][kind]:.1f}" for kind in ("cpu", "wall")))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        figures = [*(row["views"][view] for view in VIEWS), row["fused"]]
+        figures += [row.get(key, float("nan")) for key in shares]
+        seconds = " / ".join(f"{row['median_seconds'][kind]:.1f}" for kind in ("cpu", "wall"))
+        failed = sum(map(len, row["failed"].values()))
+        cells = [row["set"], row["annotated"], row["n"], *(f"{figure:.3f}" for figure in figures)]
+        lines.append([*cells, failed, row["wholly_missed"], seconds])
+    return markdown(head, lines)
 
 
 def main() -> None:
@@ -221,14 +203,13 @@ def main() -> None:
     parser.add_argument("--cases", type=int, help="only the first N pool cases of each set")
     parser.add_argument("-np", type=int, default=2, help="processes, each of one thread")
     arguments = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
     rows = []
     for name in arguments.sets:
         split = split_of(name)
         choices = [split["annotated_default"]] if arguments.annotated == "default" else split["annotated_choices"]
         rows += [run_row(name, annotated, arguments.cases, arguments.np) for annotated in choices]
     print(table(rows))
-    print("\n" + "; ".join(sorted({row["hardware"] for row in rows})), "; nothing random;", rows[0]["versions"])
+    print("\n" + "; ".join(sorted({row["hardware"] for row in rows})), "; nothing random;", rows[-1]["versions"])
 
 
 if __name__ == "__main__":

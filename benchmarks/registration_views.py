@@ -10,13 +10,13 @@ looking for each set at the mean over the OTHERS (column "without"). Nothing is 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from registration import RESULTS, SETS, dice, fused_figures, hardware, read_image, read_label, split_of, voxel_shares
+from common import markdown, write_row
+from registration import SETS, dice, fused_figures, read_image, read_label, split_of, voxel_shares
 from tqdm import tqdm
 
 from sam2_propagation.interface import Support
@@ -59,14 +59,13 @@ def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """Markdown: a row for each view and each three; Dice a set, and the mean without each set."""
-    lines = ["| views | " + " | ".join(found) + " | " + " | ".join(f"without {s}" for s in found) + " |"]
-    lines.append("|" + "---|" * (1 + 2 * len(found)))
+    lines = []
     rows = {view: [found[s]["alone"][view] for s in found] for view in VIEWS}
     rows |= {three: [found[s]["fused"][three]["dice"] for s in found] for three in map("+".join, TRIPLES)}
     for key, figures in rows.items():
         others = [np.mean(figures[:k] + figures[k + 1 :]) for k in range(len(figures))] if len(figures) > 1 else figures
-        lines.append(f"| {key} | " + " | ".join(f"{figure:.3f}" for figure in [*figures, *others]) + " |")
-    return "\n".join(lines)
+        lines.append([key, *(f"{figure:.3f}" for figure in [*figures, *others])])
+    return markdown(["views", *found, *(f"without {name}" for name in found)], lines)
 
 
 def main() -> None:
@@ -82,9 +81,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(arguments.np) as pool:
         entries = list(tqdm(pool.imap(score_case, tasks), "cases", len(tasks)))
     found = {name: summary([e for e in entries if e["set"] == name]) for name in arguments.sets}
-    (RESULTS / "registration_views.json").write_text(
-        json.dumps({"sets": found, "hardware": hardware()}, indent=1) + "\n"
-    )
+    write_row("registration_views", {"sets": found, "cases": arguments.cases, "processes": arguments.np})
     print(table(found))
 
 
