@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from file_watch import opened_files
 
 from nnunet_oneshot import cli
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
@@ -49,6 +50,10 @@ def _hashes(folder: Path) -> dict[str, str]:
 def test_run_labels_trains_relabels_and_repeats_nothing(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phantom = _phantom(folders, "thick_slices", (10, 64, 64), 5)
     command = ["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-device", "cpu", "-json"]
+    with opened_files(phantom.truth) as opened:
+        cli.run(command)
+    assert not opened, "labels of un-annotated cases were read while labels were made and a model trained"
+    capsys.readouterr()
     cli.run([*command, "-ref", str(phantom.truth)])
     summary = json.loads(capsys.readouterr().out)
     store, raw = open_store(601)
