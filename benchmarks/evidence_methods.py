@@ -1,0 +1,75 @@
+"""What `evidence.py` compares: where labels come from, and who trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nnunet_oneshot.propagators import PropagatorOptions
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One way to label the pool.
+
+    Attributes:
+        number: id of the dataset that it writes.
+        propagators: their names.
+        options: how they are set up.
+    """
+
+    number: int
+    propagators: tuple[str, ...]
+    options: PropagatorOptions = field(default_factory=PropagatorOptions)
+
+
+LABELS: Mapping[str, Labels] = {
+    "registration": Labels(601, ("registration",)),
+    "sam2": Labels(602, ("sam2",)),
+    "sam2_registration": Labels(603, ("sam2", "registration")),
+    # The published procedures with our checkpoint: theirs cannot be had everywhere, and one checkpoint for all rows
+    # compares procedures rather than weights.
+    "yoloseg": Labels(604, ("sam2",), PropagatorOptions(recipe="yoloseg", checkpoint="builtin")),
+    "ssl_medsam2": Labels(605, ("sam2",), PropagatorOptions(recipe="ssl_medsam2", checkpoint="builtin")),
+    "across": Labels(606, ("sam2",), PropagatorOptions(mode="retrieve")),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Attributes:
+        what: one line for the table.
+        labels: whose labels, out of LABELS; "truth" for all labels of the pool, None for the annotated case's alone.
+        trainer: a trainer's base name; None scores labels carried to the test images themselves.
+        ignore: whether divergence is ignored; otherwise the best guess is trained on everywhere.
+        rounds: of refinement.
+    """
+
+    what: str
+    labels: str | None
+    trainer: str | None = "nnUNetTrainer"
+    ignore: bool = False
+    rounds: int = 0
+
+
+METHODS: Mapping[str, Method] = {
+    "full": Method("nnU-Net, fully supervised on the pool", "truth"),
+    "annotated": Method("nnU-Net on the annotated case alone", None),
+    "registration_labels": Method("registration, as it is", "registration", trainer=None),
+    "registration_stock": Method("registration, then nnU-Net", "registration"),
+    "sam2_labels": Method("SAM2 (self mode), as it is", "sam2", trainer=None),
+    "sam2_stock": Method("SAM2 (self mode), then nnU-Net", "sam2"),
+    "fused_stock": Method("SAM2 + registration, then nnU-Net", "sam2_registration"),
+    "yoloseg": Method("YoloSeg's labels, then nnU-Net", "yoloseg"),
+    "ssl_medsam2": Method("SSL-MedSAM2's labels, then nnU-Net", "ssl_medsam2"),
+    "ours": Method("ours", "sam2_registration", "OneShotTrainer", ignore=True, rounds=1),
+    "ours_no_refinement": Method("ours without refinement", "sam2_registration", "OneShotTrainer", ignore=True),
+    "ours_no_sam2": Method("ours without SAM2", "registration", "OneShotTrainer", ignore=True, rounds=1),
+    "ours_no_sam2_no_refinement": Method(
+        "ours without SAM2 and refinement", "registration", "OneShotTrainer", ignore=True
+    ),
+    "ours_no_fusion": Method("ours, SAM2 alone", "sam2", "OneShotTrainer", ignore=True, rounds=1),
+    "stock_with_ignore": Method("nnU-Net on our labels with ignore", "sam2_registration", ignore=True),
+}
