@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import gcd
+from collections.abc import Collection, Mapping, Sequence
+from math import ceil, gcd
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.settings import OneShotBlock
@@ -60,6 +60,24 @@ def drawn_by_weight(cases: Sequence[str], weights: Mapping[str, float]) -> list[
     if divisor == 0:
         raise OneShotError(f"expected a case_weight above 0 among {len(cases)} training cases, found none; raise one")
     return [case for case, count in counts.items() for _ in range(count // divisor)]
+
+
+def with_share(drawn: Sequence[str], favoured: Collection[str], share: float) -> list[str]:
+    """Names for a loader that draws evenly, the favoured ones repeated until they are at least `share` of the draws.
+
+    Nothing is repeated where they are that already, where there are none, or where there are no others.
+
+    Raises:
+        OneShotError: a share outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise OneShotError(f"expected an annotated_share in [0, 1), found {share}; correct it")
+    chosen = [case for case in drawn if case in favoured]
+    others = len(drawn) - len(chosen)
+    if not chosen or not others:
+        return list(drawn)
+    wanted = ceil(share / (1 - share) * others / len(chosen))
+    return [*drawn, *(chosen * max(0, wanted - 1))]
 
 
 def _count(weight: float) -> int:

@@ -89,15 +89,19 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The dual-component loss of YoloSeg.
+    """What divergence voxels teach. YoloSeg: its consistency term and no label.
 
     Attributes:
         ramp_start: fraction of the training before which the consistency term weighs nothing.
-        end_weight: its weight at the last iteration; linear in between.
+        end_weight: its weight at the last iteration; linear in between. 0 switches the term off.
+        guess_share: share of the draws of a case whose divergence voxels carry their best guess instead of ignore.
+        annotated_share: share of the draws that annotated cases have at least.
     """
 
     ramp_start: float = 0.1
     end_weight: float = 0.5
+    guess_share: float = 0.0
+    annotated_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import os
 from os.path import isfile, join
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
 
-from nnunet_oneshot.case_selection import FOLDS, dealt_split, drawn_by_weight, usable_split
+from nnunet_oneshot.case_selection import FOLDS, dealt_split, drawn_by_weight, usable_split, with_share
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.filled_labels import fill_labels, filled_folder
 from nnunet_oneshot.losses import DualComponentLoss, detached_view, divergence, ramp
 from nnunet_oneshot.settings import LossSettings, parse_block
+from nnunet_oneshot.training_cases import Crop, TrainingCases
 from nnunet_oneshot.training_views import ViewChoice, rotation_obstacle
 
 
@@ -54,6 +60,7 @@ class OneShotTrainer(WholeCheckpoints):
         self.block = parse_block(dataset_json)
         self.dual_loss: DualComponentLoss | None = None
         self.view_choice = ViewChoice(len(self.configuration_manager.patch_size), (), False)
+        self._drawn_size = tuple(self.configuration_manager.patch_size)
         self._random = Random(12345 + self.local_rank)
         self._iteration = 0
 
@@ -67,7 +74,8 @@ class OneShotTrainer(WholeCheckpoints):
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
         augmentation = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        rotation, _, _, mirror_axes = augmentation
+        rotation, _, drawn, mirror_axes = augmentation
+        self._drawn_size = tuple(int(size) for size in drawn)
         obstacle = self._rotation_obstacle(rotation)
         self.view_choice = ViewChoice(
             len(self.configuration_manager.patch_size), tuple(mirror_axes or ()), obstacle is None
@@ -94,10 +102,19 @@ class OneShotTrainer(WholeCheckpoints):
 
     def get_tr_and_val_datasets(self):
         training, validation = super().get_tr_and_val_datasets()
-        if self.block is not None:
-            training.identifiers = drawn_by_weight(training.identifiers, self.block.case_weight)
-            self._check_supervision(training.identifiers)
-        return training, validation
+        if self.block is None:
+            return training, validation
+        weighted = drawn_by_weight(training.identifiers, self.block.case_weight)
+        training.identifiers = with_share(weighted, self.block.annotated, self.loss_settings.annotated_share)
+        self._check_supervision(training.identifiers)
+        if self.dual_loss is None:
+            return training, validation
+        self._fill_labels(sorted(set(training.identifiers)))
+        final = tuple(self.configuration_manager.patch_size)
+        return (
+            self._beside_ignore(training, Crop(self._drawn_size, final), self.loss_settings.guess_share),
+            self._beside_ignore(validation, Crop(final, final), 0.0),
+        )
 
     def on_train_start(self):
         super().on_train_start()
@@ -134,6 +151,27 @@ class OneShotTrainer(WholeCheckpoints):
         self.print_to_log_file(
             f"consistency {term:.4f} (weight {self._consistency_weight():.3f}), divergence {share:.2%} of voxels"
         )
+
+    def _beside_ignore(self, dataset: nnUNetBaseDataset, crop: Crop, share: float) -> TrainingCases:
+        key = (-1, *self.label_manager.all_labels)
+        return TrainingCases(dataset, key, crop, filled_folder(Path(self.preprocessed_dataset_folder)), share)
+
+    def _fill_labels(self, cases: list[str]) -> None:
+        """Best guesses for divergence, where the raw dataset is at hand; the others of a DDP training wait for them."""
+        if self.loss_settings.guess_share > 0 and self.local_rank == 0:
+            without = fill_labels(
+                Path(self.preprocessed_dataset_folder),
+                Path(nnUNet_raw or "") / self.plans_manager.dataset_name / "pseudoTr" / "fused",
+                cases,
+                self.plans_manager,
+                self.configuration_manager,
+                self.dataset_json["file_ending"],
+                self.label_manager.ignore_label,
+                get_allowed_n_proc_DA(),
+            )
+            self.print_to_log_file(f"Best guesses in divergence for {len(cases) - len(without)} of {len(cases)} cases")
+        if self.is_ddp:
+            dist.barrier()
 
     def _has_splits(self) -> bool:
         return isfile(join(self.preprocessed_dataset_folder_base, "splits_final.json"))

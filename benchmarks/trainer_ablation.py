@@ -1,0 +1,210 @@
+"""Which parts of OneShotTrainer help, and by how much: one data set, the same labels, budget and seed for every row.
+
+    python benchmarks/trainer_ablation.py --set hippocampus --cases 26 -c 2d --rows fused ignore near -o WORK
+
+Labels are those of round 0 by registration of the annotated case; nothing but the test cases' scores sees true labels.
+Each row trains in this process with augmentation in line, so that a seed fixes it. A row that is there already is not
+trained again. The table at the end compares every row with the first one by paired differences over test cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import DataSet, data_set, lay_out, markdown, read_row, use_folders, write_row
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import get_trainer_from_args
+
+from nnunet_oneshot import nnunet
+from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
+from nnunet_oneshot.metrics import METRICS
+from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.settings import PRESETS, LossSettings
+
+POOL, LABELLED, FUSED = 501, 601, 603
+PRESET = PRESETS["small"]
+OFF = LossSettings(end_weight=0.0, guess_share=0.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row: which trainer on which labels; settings None is nnU-Net's own trainer."""
+
+    what: str
+    dataset: int
+    settings: LossSettings | None = None
+
+
+ROWS: Mapping[str, Recipe] = {
+    "fused": Recipe("nnUNetTrainer, best guess everywhere", FUSED),
+    "ignore": Recipe("nnUNetTrainer, divergence ignored", LABELLED),
+    "near": Recipe("divergence ignored, boxes near the image", LABELLED, OFF),
+    "consistency": Recipe("near + consistency", LABELLED, replace(OFF, end_weight=0.5)),
+    "half": Recipe("near + best guess in half of the draws", LABELLED, replace(OFF, guess_share=0.5)),
+    "half_consistency": Recipe("half + consistency", LABELLED, replace(OFF, guess_share=0.5, end_weight=0.5)),
+    "guess": Recipe("near + best guess in every draw", LABELLED, replace(OFF, guess_share=1.0)),
+    "annotated": Recipe(
+        "half + a fifth of draws annotated", LABELLED, replace(OFF, guess_share=0.5, annotated_share=0.2)
+    ),
+}
+
+
+class Ablation:
+    """One data set, one annotated case, one budget."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.data: DataSet = data_set(arguments.set)
+        self.annotated: str = arguments.annotated or self.data.split["annotated_default"]
+        self.configuration: str = arguments.c
+        self.epochs: int = arguments.epochs
+        self.seed: int = arguments.seed
+        self.mirroring: bool = not arguments.no_mirroring
+        self.work: Path = arguments.o
+        pool = [case for case in self.data.split["pool"] if case != self.annotated]
+        self.pool = pool[: (arguments.cases or len(pool) + 1) - 1]
+        self.test: list[str] = self.data.split["test"][: arguments.test]
+        self.label_settings: dict[str, Any] = {}
+        self.dataset_json = Path()
+
+    def key(self, row: str) -> str:
+        """Name of the row's file."""
+        pool, budget = len(self.pool) + 1, f"{self.epochs}x{PRESET.schedule.iterations if PRESET.schedule else 0}"
+        return f"trainer_ablation_{self.data.name}_{pool}_{self.configuration}_{budget}_seed{self.seed}_{row}"
+
+    def prepare(self) -> None:
+        """Labels, their fused form as a dataset of its own, and nnU-Net's preprocessing of both."""
+        self.dataset_json = lay_out(self.data, POOL, self.pool, [self.annotated]) / "dataset.json"
+        raw = Path(os.environ["nnUNet_raw"])
+        if not list(raw.glob(f"Dataset{LABELLED}_*/oneshot.json")):
+            propagate(POOL, LABELLED, num_processes=1)
+        labelled = next(raw.glob(f"Dataset{LABELLED}_*"))
+        self.label_settings = json.loads((labelled / "oneshot.json").read_text())["settings"]
+        self._write_fused(labelled)
+        for number in (LABELLED, FUSED):
+            nnunet.plan_and_preprocess(number, PRESET, [self.configuration], 1)
+
+    def run(self, row: str) -> dict[str, Any]:
+        """Train, predict the test cases and score them."""
+        begin = time.process_time()
+        trainer = self._trained(ROWS[row])
+        trained = time.process_time()
+        predictions = self._predict(trainer, self.work / "predictions" / self.key(row))
+        scored = evaluate(self.data.labels, predictions, self.dataset_json, cases=self.test)
+        return write_row(self.key(row), self._content(row, scored, trainer, trained - begin))
+
+    def _write_fused(self, labelled: Path) -> None:
+        content = json.loads((labelled / "dataset.json").read_text())
+        del content["labels"]["ignore"], content["oneshot"]
+        for case, entry in content["dataset"].items():
+            entry["label"] = f"../{labelled.name}/pseudoTr/rounds/00/{case}{self.data.ending}"
+        folder = labelled.with_name(f"Dataset{FUSED}_{self.data.name}_fused")
+        folder.mkdir(exist_ok=True)
+        (folder / "dataset.json").write_text(json.dumps(content, indent=2))
+
+    def _trained(self, recipe: Recipe) -> Any:
+        base = "nnUNetTrainer" if recipe.settings is None else "OneShotTrainer"
+        arguments = (str(recipe.dataset), self.configuration, "all", PRESET.trainer(base), PRESET.plans)
+        trainer = get_trainer_from_args(*arguments, device=torch.device("cpu"))
+        trainer.num_epochs, trainer.disable_checkpointing = self.epochs, True
+        if recipe.settings is not None:
+            trainer.loss_settings = recipe.settings
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+        trainer.run_training()
+        return trainer
+
+    def _predict(self, trainer: Any, output: Path) -> Path:
+        predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=self.mirroring, allow_tqdm=False)
+        trainer.set_deep_supervision_enabled(False)
+        trainer.network.eval()
+        predictor.manual_initialization(
+            trainer.network,
+            trainer.plans_manager,
+            trainer.configuration_manager,
+            None,
+            trainer.dataset_json,
+            type(trainer).__name__,
+            trainer.inference_allowed_mirroring_axes,
+        )
+        predictor.list_of_parameters = [trainer.network.state_dict()]
+        output.mkdir(parents=True, exist_ok=True)
+        images = [[str(self.data.folder / "images" / f"{case}{self.data.ending}")] for case in self.test]
+        predictor.predict_from_files_sequential(images, [str(output / case) for case in self.test])
+        return output
+
+    def _content(self, row: str, scored: Evaluation, trainer: Any, seconds: float) -> dict[str, Any]:
+        dice, hd95 = (scored.summary[FOREGROUND][metric] for metric in ("Dice", "HD95"))
+        return {
+            "row": row,
+            "what": ROWS[row].what,
+            "set": self.data.name,
+            "annotated": self.annotated,
+            "labels": self.label_settings,
+            "pool": len(self.pool) + 1,
+            "configuration": self.configuration,
+            "epochs": self.epochs,
+            "iterations": trainer.num_iterations_per_epoch,
+            "seed": self.seed,
+            "mirroring": self.mirroring,
+            "test_cases": len(self.test),
+            "dice": round(dice.mean, 4),
+            "dice_interval": [round(dice.low, 4), round(dice.high, 4)],
+            "hd95": round(hd95.mean, 3),
+            "classes": {c: round(r["Dice"].mean, 4) for c, r in scored.summary.items()},
+            "case_dice": [round(float(value), 4) for value in scored.case_mean()[:, METRICS.index("Dice")]],
+            "train_loss": [round(float(value), 3) for value in trainer.logger.get_value("train_losses", None)],
+            "training_cpu_seconds": round(seconds),
+        }
+
+
+def difference(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """Mean paired difference of the cases' Dice and its 95 % bootstrap interval over cases."""
+    values = np.array(row["case_dice"]) - np.array(first["case_dice"])
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return f"{values.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What names the data, the budget and the working folder."""
+    parser.add_argument("--set", default="hippocampus")
+    parser.add_argument("--annotated", help="annotated case (default: the split's own)")
+    parser.add_argument("--cases", type=int, default=26, help="pool cases, the annotated one included")
+    parser.add_argument("-c", default="3d_fullres")
+    parser.add_argument("--epochs", type=int, default=PRESET.schedule.epochs if PRESET.schedule else 0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test", type=int, help="the first N test cases only")
+    parser.add_argument("--no_mirroring", action="store_true", help="predict without mirroring, for a screen")
+    parser.add_argument("-o", type=Path, required=True, help="working folder, one for each data set")
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    arguments = parser.parse_args()
+    use_folders(arguments.o)
+    os.environ["nnUNet_n_proc_DA"] = "0"
+    ablation = Ablation(arguments)
+    ablation.prepare()
+    rows = [read_row(ablation.key(row)) or ablation.run(row) for row in arguments.rows]
+    header = ["row", "Dice", "95 % interval", "HD95 mm", "difference to the first"]
+    print(
+        markdown(header, [[r["row"], r["dice"], r["dice_interval"], r["hd95"], difference(r, rows[0])] for r in rows])
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Preprocessed labels whose divergence voxels carry the best guess, beside those that nnU-Net preprocessed.
+
+nnU-Net preprocesses `labelsTr`, where divergence is the ignore label. The best guess of `pseudoTr/fused` is brought to
+the same grid here, and only where the preprocessed label says ignore.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_oneshot.parallel import over_cases
+
+
+@dataclass(frozen=True)
+class FillTask:
+    """One case to fill.
+
+    Attributes:
+        preprocessed: nnU-Net's folder of preprocessed cases.
+        guess: the best guess in the image's own grid.
+        output: the file to write.
+    """
+
+    preprocessed: Path
+    case: str
+    guess: Path
+    output: Path
+    plans: PlansManager
+    configuration: ConfigurationManager
+    ignore: int
+
+
+def filled_folder(preprocessed: Path) -> Path:
+    """Where the filled labels of a folder of preprocessed cases lie; beside it, for nnU-Net lists what is in it."""
+    return preprocessed.with_name(f"{preprocessed.name}_filled")
+
+
+def fill_labels(
+    preprocessed: Path,
+    guesses: Path,
+    cases: Sequence[str],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    ending: str,
+    ignore: int,
+    processes: int,
+) -> list[str]:
+    """Write the filled label of every case that has a best guess; files newer than both their sources are kept.
+
+    Args:
+        preprocessed: nnU-Net's folder of preprocessed cases.
+        guesses: `pseudoTr/fused` of the raw dataset.
+        cases: identifiers.
+        ending: file ending of the guesses.
+        ignore: the ignore label.
+        processes: cases at once.
+
+    Returns:
+        The cases that have no best guess, or one of another shape than their image: they keep their ignore voxels.
+    """
+    output = filled_folder(preprocessed)
+    tasks = [
+        FillTask(preprocessed, case, guesses / f"{case}{ending}", output / f"{case}.b2nd", plans, configuration, ignore)
+        for case in cases
+    ]
+    due = [task for task in tasks if task.guess.is_file() and not _is_fresh(task)]
+    output.mkdir(exist_ok=True)
+    for _ in over_cases(_fill, due, processes=processes, title="best guesses"):
+        pass
+    return [task.case for task in tasks if not task.output.is_file()]
+
+
+def to_grid(
+    label: np.ndarray, properties: Mapping[str, Any], plans: PlansManager, configuration: ConfigurationManager
+) -> np.ndarray:
+    """A label (1, Z, Y, X) of the image's grid on the preprocessed grid, by nnU-Net's own steps; int16."""
+    axes = plans.transpose_forward
+    turned = label.transpose([0, *(axis + 1 for axis in axes)])
+    cropped = turned[(slice(None), *bounding_box_to_slice(properties["bbox_used_for_cropping"]))]
+    spacing = [properties["spacing"][axis] for axis in axes]
+    target = list(configuration.spacing)
+    target = [*spacing[: len(spacing) - len(target)], *target]
+    shape = compute_new_shape(cropped.shape[1:], spacing, target)
+    return np.asarray(configuration.resampling_fn_seg(cropped, shape, spacing, target)).astype(np.int16)
+
+
+def _is_fresh(task: FillTask) -> bool:
+    if not task.output.is_file():
+        return False
+    written = task.output.stat().st_mtime_ns
+    return all(source.stat().st_mtime_ns <= written for source in (task.guess, _label_file(task)))
+
+
+def _label_file(task: FillTask) -> Path:
+    return task.preprocessed / f"{task.case}_seg.b2nd"
+
+
+def _fill(task: FillTask) -> None:
+    seg = blosc2.open(urlpath=str(_label_file(task)), mode="r")[:]
+    guess, _ = task.plans.image_reader_writer_class().read_seg(str(task.guess))
+    properties = load_pickle(str(task.preprocessed / f"{task.case}.pkl"))
+    placed = to_grid(guess, properties, task.plans, task.configuration)
+    filled = np.where(seg == task.ignore, placed, seg).astype(np.int16)
+    blocks, chunks = comp_blosc2_params(filled.shape, tuple(task.configuration.patch_size), filled.itemsize)
+    part = task.output.with_suffix(".part.b2nd")
+    part.unlink(missing_ok=True)
+    blosc2.asarray(np.ascontiguousarray(filled), urlpath=str(part), chunks=chunks, blocks=blocks)
+    os.replace(part, task.output)

@@ -1,0 +1,124 @@
+"""Best guesses for divergence voxels on nnU-Net's preprocessed grid, and OneShotTrainer learning from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args
+from tiny_dataset import preprocess_in_process, write_dataset
+
+import _nnunet_oneshot_path
+from nnunet_oneshot.filled_labels import fill_labels, filled_folder
+from nnunet_oneshot.settings import SMALL_PLANS, LossSettings
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+NAME = "Dataset901_Tiny"
+IGNORE = 3
+CASES = ["case_000", "case_001", "case_002"]
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """OneShotTrainer on a dataset whose images are resampled and whose best guess in divergence is label 1."""
+    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / root).mkdir()
+        monkeypatch.setenv(root, str(tmp_path / root))
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    _nnunet_oneshot_path.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = write_dataset(tmp_path / "nnUNet_raw", NAME, cases=3)
+    preprocess_in_process(NAME, ["3d_fullres"])
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    (folder / "pseudoTr" / "fused").mkdir(parents=True)
+    for case in CASES[1:]:
+        write_guess(folder, case, 1)
+    yield get_trainer_from_args(
+        "901", "3d_fullres", "all", "OneShotTrainer_tiny", SMALL_PLANS, device=torch.device("cpu")
+    )
+    torch.set_num_threads(threads)
+
+
+def write_guess(folder: Path, case: str, value: int) -> None:
+    """The case's label with `value` in the place of ignore."""
+    image = sitk.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz"))
+    label = sitk.GetArrayFromImage(image)
+    guess = sitk.GetImageFromArray(np.where(label == IGNORE, value, label).astype(np.int16))
+    guess.CopyInformation(image)
+    sitk.WriteImage(guess, str(folder / "pseudoTr" / "fused" / f"{case}.nii.gz"))
+
+
+def raw_folder() -> Path:
+    return Path(os.environ["nnUNet_raw"]) / NAME
+
+
+def fill(trainer: Any) -> list[str]:
+    preprocessed = Path(trainer.preprocessed_dataset_folder)
+    manager = (trainer.plans_manager, trainer.configuration_manager)
+    return fill_labels(preprocessed, raw_folder() / "pseudoTr" / "fused", CASES, *manager, ".nii.gz", IGNORE, 1)
+
+
+def stored(trainer: Any, case: str) -> tuple[np.ndarray, np.ndarray]:
+    """nnU-Net's preprocessed label and ours."""
+    preprocessed = Path(trainer.preprocessed_dataset_folder)
+    files = (preprocessed / f"{case}_seg.b2nd", filled_folder(preprocessed) / f"{case}.b2nd")
+    own, filled = (blosc2.open(urlpath=str(file), mode="r")[:] for file in files)
+    return own, filled
+
+
+def test_divergence_gets_the_best_guess_and_nothing_else_changes(trainer: Any) -> None:
+    assert fill(trainer) == ["case_000"]
+    own, filled = stored(trainer, "case_001")
+    assert (own == IGNORE).any()
+    assert (filled[own == IGNORE] == 1).mean() > 0.9
+    assert (filled != IGNORE).all()
+    assert (filled[own != IGNORE] == own[own != IGNORE]).all()
+
+
+def test_refreshed_guesses_replace_the_old_ones_and_fresh_files_stay(trainer: Any) -> None:
+    fill(trainer)
+    file = filled_folder(Path(trainer.preprocessed_dataset_folder)) / "case_002.b2nd"
+    before = file.stat().st_mtime_ns
+    write_guess(raw_folder(), "case_001", 2)
+    fill(trainer)
+    own, filled = stored(trainer, "case_001")
+    assert (filled[own == IGNORE] == 2).mean() > 0.9
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("share", "ignored"), [(0.0, True), (1.0, False)])
+def test_the_trainer_draws_guesses_as_its_settings_say(trainer: Any, share: float, ignored: bool) -> None:
+    trainer.loss_settings = replace(LossSettings(), guess_share=share)
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    targets = [batch for _ in range(8) for batch in drawn(loader)]
+    assert any((target == IGNORE).any() for target in targets) is ignored
+
+
+def drawn(loader: Any) -> list[torch.Tensor]:
+    """The targets of a batch that pseudo-labelled cases gave."""
+    batch = next(loader)
+    return [target for target, case in zip(batch["target"][0], batch["keys"], strict=True) if case != "case_000"]
+
+
+def test_without_best_guesses_divergence_stays_ignored(trainer: Any) -> None:
+    for file in (raw_folder() / "pseudoTr" / "fused").iterdir():
+        file.unlink()
+    trainer.loss_settings = replace(LossSettings(), guess_share=1.0)
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert "for 0 of 3 cases" in Path(trainer.log_file).read_text()
