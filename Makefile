@@ -26,10 +26,11 @@ lint: $(VENV)/.dev
 
 install: $(VENV)/.dev
 
+# Editable, so that what runs is this checkout, also after it changes.
 # SAM2_BUILD_CUDA=0: sam2's optional CUDA extension only fills holes in masks, and its build needs a CUDA compiler.
 $(VENV)/.runtime: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet .
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.dev: pyproject.toml
