@@ -16,6 +16,7 @@ from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import create_output
 from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
     NEEDS_WHOLE_LABEL,
     PropagatorOptions,
@@ -25,6 +26,7 @@ from nnunet_oneshot.propagators import (
 )
 from nnunet_oneshot.store import Manifest, Store, ViewRecord, WorkerRecord
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
+from sam2_propagation.sam2 import Sam2Propagator
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def propagate(
     settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}, **options.settings()}
     store = create_output(raw, output, settings, overwrite)
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
-        for name, propagator in made.items():
+        for name, propagator in _in_order(made, raw, store).items():
             carry(Job(raw, store, propagator, chosen[name]), _queries(raw)[part_id::num_parts], processes)
         outcome = Outcome(store, None, warnings)
         if _all_done(raw, store, tuple(made)):
@@ -109,6 +111,14 @@ def propagate(
                 outcome.manifest = store.read_manifest() if fused else build(raw, store, sources, settings, processes)
     outcome.seconds = time.monotonic() - begin
     return outcome
+
+
+def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> dict[str, Propagator]:
+    """SAM2 last, where registration is asked for too: its labels then prompt `self` mode and are not made again."""
+    sam2, prompter = made.get("sam2"), "registration"
+    if isinstance(sam2, Sam2Propagator) and sam2.prompter is not None and prompter in made:
+        sam2.prompter = CarriedLabels(raw, store, prompter)
+    return dict(sorted(made.items(), key=lambda entry: entry[0] == "sam2"))
 
 
 def _check_parts(num_parts: int, part_id: int, overwrite: bool) -> None:
