@@ -55,7 +55,36 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-tr", default=None, metavar="TRAINER", help="trainer (default: the preset's OneShotTrainer)")
     parser.add_argument("-p", default=None, metavar="PLANS", help="plans that exist (default: the preset's own)")
     parser.add_argument(
-        "-rounds", type=int, default=1, metavar="N", help="rounds of relabelling (default: %(default)s)"
+        "-rounds", type=int, default=1, metavar="N", help="rounds of relabelling, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-num_folds",
+        type=int,
+        default=1,
+        metavar="K",
+        help="1: one model on all cases; 2 to 5: as many, each case relabelled by the one that did not train on it "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--warm_start", action="store_true", help="train each round from the weights of the one before")
+    parser.add_argument(
+        "-stop_dice",
+        type=float,
+        default=0.95,
+        metavar="D",
+        help="mean Dice between two rounds' labels from which on they have settled (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--all_rounds", action="store_true", help="make all rounds, whether labels settle or are estimated to get worse"
+    )
+    parser.add_argument(
+        "-min_quality",
+        type=float,
+        default=0.3,
+        metavar="D",
+        help="estimated Dice below which a case is left out until a round lifts it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weight_by_quality", action="store_true", help="draw cases in training as often as their estimated Dice says"
     )
     parser.add_argument(
         "-preset",

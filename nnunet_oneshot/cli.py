@@ -414,6 +414,12 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "plans": arguments.p,
         "rounds": arguments.rounds,
         "preset": arguments.preset,
+        "num_folds": arguments.num_folds,
+        "warm_start": arguments.warm_start,
+        "stop_dice": arguments.stop_dice,
+        "all_rounds": arguments.all_rounds,
+        "min_quality": arguments.min_quality,
+        "weight_by_quality": arguments.weight_by_quality,
     }
 
 

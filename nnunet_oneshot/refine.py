@@ -1,13 +1,13 @@
 """The rounds: train on the labels in force, predict the un-annotated cases, make new labels of that, train again.
 
 Training and prediction are nnU-Net's own. Every finished step is recorded, so that an interrupted run goes on with the
-first step that is not done; each step by itself can be repeated without harm.
+first step that is not done; each step by itself can be repeated without harm. Rounds end when labels settle, when
+their estimated quality falls, or at the number asked for.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,23 +15,44 @@ from pathlib import Path
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.dataset import RawDataset, find_raw_folder, open_dataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.first_round import take_over
+from nnunet_oneshot.nnunet import Fold
 from nnunet_oneshot.parallel import default_processes
-from nnunet_oneshot.relabel import Change, cases_to_predict, relabel
-from nnunet_oneshot.settings import PRESETS, Preset
+from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
+from nnunet_oneshot.refine_changes import is_added, take_up
+from nnunet_oneshot.refine_models import Models
+from nnunet_oneshot.refine_record import Plan, Record, label_hashes, make_plan
+from nnunet_oneshot.refresh import note_preprocessed, refresh
+from nnunet_oneshot.relabel import Change, cases_to_predict, label_by_model, relabel
+from nnunet_oneshot.rounds import finish_switch, kept_manifest, put_in_force, record_path
+from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
 
-FOLDS: tuple[nnunet.Fold, ...] = ("all",)
-"""One model on all cases makes the labels."""
+__all__ = ["FOLDS", "Limits", "Plan", "Refinement", "check_no_results", "make_plan", "open_store", "refine"]
+
+FOLDS: tuple[Fold, ...] = ("all",)
+"""What is trained unless cases are dealt over folds: one model on all of them."""
+STOP_DICE = 0.95
+"""Mean Dice between two rounds' labels from which on they have settled."""
+QUALITY_FALL = 0.02
+"""Fall of the mean estimated Dice that is more than the estimate's own noise."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a refinement trains; a second run on the same dataset must ask for the same."""
+class Limits:
+    """When rounds end and which labels are trusted; these may differ from one run to the next.
 
-    configuration: str
-    trainer: str
-    plans: str
-    preset: str
+    Attributes:
+        rounds: how often labels are refreshed at most; 0 trains on the labels as they are.
+        stop_dice: mean Dice between two rounds' labels from which on they have settled.
+        min_quality: estimated mean Dice below which a case is left out of training.
+        all_rounds: make all of them, whether labels settle or get worse.
+    """
+
+    rounds: int = 1
+    stop_dice: float = STOP_DICE
+    min_quality: float = MIN_QUALITY
+    all_rounds: bool = False
 
 
 @dataclass
@@ -43,12 +64,22 @@ class Refinement:
         model_folder: nnU-Net's folder of the final model.
         folds: the folds that make up the final model.
         changes: one entry a round, how far the labels moved.
+        quality: mean estimated Dice of each round's labels, by round; None where nothing is known.
+        round: the round in force.
+        ended: why no more rounds were made.
+        taken_up: what people changed since the last run, in words.
+        doubts: labels that a person should look at, worst first.
     """
 
     plan: Plan
     model_folder: Path
-    folds: tuple[nnunet.Fold, ...] = FOLDS
+    folds: tuple[Fold, ...] = FOLDS
     changes: list[Change] = field(default_factory=list)
+    quality: dict[int, float | None] = field(default_factory=dict)
+    round: int = 0
+    ended: str = ""
+    taken_up: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
 
 
 def refine(
@@ -59,65 +90,71 @@ def refine(
     plans: str | None = None,
     rounds: int = 1,
     preset: str = "default",
+    num_folds: int = 1,
+    warm_start: bool = False,
+    stop_dice: float = STOP_DICE,
+    min_quality: float = MIN_QUALITY,
+    all_rounds: bool = False,
+    weight_by_quality: bool = False,
     device: str = "cpu",
     num_processes: int | None = None,
 ) -> Refinement:
-    """Train, predict and relabel `rounds` times, then train the final model on the last labels.
+    """Train, predict and relabel up to `rounds` times, and train the final model on the labels then in force.
+
+    What people changed since the last run (labels drawn or corrected, images added) is taken up first, and what
+    depends on it is done again.
 
     Args:
         dataset: id or name of a dataset that `propagate` or `consensus` made.
         configuration: nnU-Net configuration, for example `3d_fullres`.
         trainer: trainer class; the preset's OneShotTrainer when None.
         plans: plans identifier that exists; the preset's own, made when absent, when None.
-        rounds: how often labels are refreshed; 0 trains on the labels as they are.
+        rounds: how often labels are refreshed at most; 0 trains on the labels as they are.
         preset: default, small or tiny.
+        num_folds: 1 trains one model on all cases; 2 to 5 deal the cases over as many models, and a case's new label
+            comes from the one that did not train on its old label.
+        warm_start: start each round's training from the weights of the round before.
+        stop_dice: mean Dice between two rounds' labels from which on they have settled.
+        min_quality: estimated mean Dice below which a case is left out until a round lifts it.
+        all_rounds: make all rounds, whether labels settle or get worse.
+        weight_by_quality: draw cases in training as often as their estimated quality says.
         device: cpu, cuda or mps.
         num_processes: cases preprocessed and relabelled at once; the processor count when None.
 
     Raises:
-        OneShotError: no manifest, unknown plans, earlier results in the way, a refinement of other settings begun.
+        OneShotError: no manifest, unknown plans, earlier results in the way, a refinement of other settings begun, a
+            label changed to something that does not fit.
     """
-    _check(configuration, rounds)
-    store, raw = open_store(dataset)
-    plan, settings = make_plan(configuration, trainer, plans, preset), PRESETS[preset]
-    processes = num_processes or default_processes()
+    limits = Limits(rounds, stop_dice, min_quality, all_rounds)
+    _check(configuration, limits, num_folds)
+    store, raw = open_store(dataset, grown=True)
+    more = {"num_folds": num_folds, "warm_start": warm_start, "weight_by_quality": weight_by_quality}
+    plan = make_plan(configuration, trainer, plans, preset, **more)
     with store.lock("refine"):
         store.remove_leftovers()
-        work = _Work(store, raw, plan, settings, device, processes, plans_given=plans is not None)
-        work.begin()
-        for number in range(rounds + 1):
-            work.train(number)
-            if number < rounds:
-                work.relabel(number + 1)
-    return Refinement(plan, work.model_folder, changes=list(work.changes()))
-
-
-def make_plan(
-    configuration: str, trainer: str | None = None, plans: str | None = None, preset: str = "default"
-) -> Plan:
-    """What is trained: the trainer and plans given, else the preset's own."""
-    chosen = PRESETS[preset]
-    return Plan(configuration, trainer or chosen.trainer(), plans or chosen.plans, preset)
+        work = _Work(store, raw, plan, device, num_processes or default_processes(), limits, plans is not None)
+        taken = [*work.begin(), *work.take_up()]
+        ended = work.rounds()
+        return work.result(ended, taken)
 
 
 def model_folder(dataset: str, plan: Plan) -> Path:
     """nnU-Net's results folder of what is trained."""
-    return nnunet.results_folder(dataset, plan.trainer, plan.plans, plan.configuration)
+    return Models(dataset, plan, "cpu").folder
 
 
 def check_no_results(dataset: str, plan: Plan) -> None:
     """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
-    folder = model_folder(dataset, plan)
-    if any((folder / f"fold_{fold}").exists() for fold in FOLDS):
-        raise OneShotError(
-            f"expected no earlier results in {folder}, found some that this dataset's labels did not make; move or "
-            "remove them"
-        )
+    Models(dataset, plan, "cpu").check_none()
 
 
-def _check(configuration: str, rounds: int) -> None:
-    if rounds < 0:
-        raise OneShotError(f"expected -rounds to be 0 or more, found {rounds}; give a whole number")
+def _check(configuration: str, limits: Limits, num_folds: int) -> None:
+    if limits.rounds < 0:
+        raise OneShotError(f"expected -rounds to be 0 or more, found {limits.rounds}; give a whole number")
+    if not 1 <= num_folds <= 5:
+        raise OneShotError(f"expected -num_folds from 1 to 5, found {num_folds}; 1 trains one model on all cases")
+    if not 0 <= limits.min_quality <= 1:
+        raise OneShotError(f"expected -min_quality from 0 to 1, found {limits.min_quality}; it is a Dice")
     if "cascade" in configuration:
         raise OneShotError(
             f"expected a configuration of one stage (2d, 3d_fullres, 3d_lowres), found {configuration}; train the "
@@ -125,8 +162,12 @@ def _check(configuration: str, rounds: int) -> None:
         )
 
 
-def open_store(dataset: int | str) -> tuple[Store, RawDataset]:
+def open_store(dataset: int | str, grown: bool = False) -> tuple[Store, RawDataset]:
     """A pseudo-label dataset's store and the raw dataset that holds its images.
+
+    Args:
+        dataset: id or name.
+        grown: accept images that were added since.
 
     Raises:
         OneShotError: no such dataset, no manifest, or cases that the source dataset no longer has.
@@ -134,119 +175,185 @@ def open_store(dataset: int | str) -> tuple[Store, RawDataset]:
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
     raw = open_dataset(manifest.source_dataset)
-    if {c.name for c in raw.cases} != set(manifest.cases):
+    names = {c.name for c in raw.cases}
+    if names != set(manifest.cases) and not (grown and names > set(manifest.cases)):
         raise OneShotError(
             f"{folder.name}: expected the cases of {raw.name} to be those it was made of, found other ones; "
-            "propagate again with --overwrite"
+            f"{'put back those that are gone' if grown else 'refine'} or propagate again with --overwrite"
         )
     return Store(folder, raw.file_ending), raw
 
 
 @dataclass
 class _Work:
-    """The steps of one refinement and the record of those that are done."""
+    """The steps of one refinement."""
 
     store: Store
     raw: RawDataset
     plan: Plan
-    preset: Preset
     device: str
     processes: int
+    limits: Limits
     plans_given: bool
 
     @property
-    def model_folder(self) -> Path:
-        return model_folder(self.store.folder.name, self.plan)
+    def name(self) -> str:
+        return self.store.folder.name
 
     @property
-    def _record(self) -> Path:
-        return self.store.state_folder / "refine.json"
+    def record(self) -> Record:
+        return Record(self.store)
 
-    def begin(self) -> None:
-        """Check that this refinement may run here, and record what it is."""
-        wanted = vars(self.plan)
+    @property
+    def models(self) -> Models:
+        return Models(self.name, self.plan, self.device)
+
+    def begin(self) -> list[str]:
+        """Check that this refinement may run here, record what it is, and bring the labels to a known state."""
         if self.plans_given:
-            nnunet.check_configuration(self.store.folder.name, self.plan.plans, self.plan.configuration)
-        if self._record.is_file():
-            begun = json.loads(self._record.read_text())["plan"]
-            if begun != wanted:
-                raise OneShotError(
-                    f"{self.store.folder.name}: expected the refinement that was begun there, {begun}, "
-                    f"found {wanted}; repeat those settings or make another dataset"
-                )
-            return
-        check_no_results(self.store.folder.name, self.plan)
-        self.store.write_json({"plan": wanted, "done": {}}, self._record)
+            nnunet.check_configuration(self.name, self.plan.plans, self.plan.configuration)
+        if not self.record.path.is_file():
+            self.models.check_none()
+        self.record.begin(self.plan)
+        finish_switch(self.raw, self.store, self.processes)
+        self._adopt_plan()
+        return [str(t) for t in take_over(self.raw, self.store, self.processes, self.limits.min_quality)]
+
+    def take_up(self) -> list[str]:
+        """Take up what people changed; forgets what was made of labels that are no longer in force."""
+        taken = take_up(self.raw, self.store, self.processes)
+        number = self.store.read_manifest().round
+        said = [str(change) for change in taken]
+        self._label_added(number)
+        before, now = self.record.labels(number), label_hashes(self.store, self.store.read_manifest().cases)
+        if before is None or before == now:
+            return said
+        changed = sorted(name for name in now if before.get(name) != now[name])
+        said.append(f"labels of {len(changed)} cases changed since round {number} was trained on: training it again")
+        self._forget(number)
+        return said
+
+    def rounds(self) -> str:
+        """Train and relabel until it is enough; returns why it was."""
+        for number in range(self.limits.rounds):
+            self.train(number)
+            change = self.relabel(number + 1)
+            if self.limits.all_rounds:
+                continue
+            if (worse := self._worse(number + 1)) is not None:
+                self._put_in_force(number)
+                return f"{worse}: round {number} is in force again"
+            if change.mean >= self.limits.stop_dice:
+                self.train(number + 1)
+                return f"labels settled: Dice {change.mean:.3f} between rounds {number} and {number + 1}"
+        self.train(self.limits.rounds)
+        return f"{self.limits.rounds} rounds were asked for"
 
     def train(self, number: int) -> None:
         """Train on the labels of round `number`; the model of the round before is kept aside."""
-        if not self._is_done(f"prepare-{number}"):
-            self._prepare(number)
-            self._mark(f"prepare-{number}")
-        if not self._is_done(f"train-{number}"):
-            for fold in FOLDS:
-                nnunet.train(
-                    self.store.folder.name,
-                    self.plan.configuration,
-                    fold,
-                    self.plan.trainer,
-                    self.plan.plans,
-                    self.device,
-                )
-            self._mark(f"train-{number}")
-
-    def relabel(self, number: int) -> None:
-        """Predict the un-annotated cases by the last model and make round `number`'s labels."""
-        if self._is_done(f"relabel-{number}"):
+        if self.record.is_done(f"train-{number}"):
             return
-        predictions = self.store.state_folder / "predictions" / f"{number:02d}"
-        images = {case.name: case.images for case in cases_to_predict(self.raw, self.store.read_manifest())}
-        plan = self.plan
-        nnunet.predict(
-            self.store.folder.name,
-            plan.configuration,
-            FOLDS,
-            plan.trainer,
-            plan.plans,
-            images,
-            predictions,
-            self.device,
-        )
-        change = relabel(self.raw, self.store, predictions, number, self.processes)
-        self._mark(f"relabel-{number}", change.agreement)
+        if not self.record.is_done(f"prepare-{number}"):
+            if number:
+                self.models.keep_aside(number - 1)
+            self.record.mark(f"prepare-{number}")
+        self._preprocess()
+        self.record.note_labels(number, label_hashes(self.store, self.store.read_manifest().cases))
+        self.models.train(number)
+        self.record.mark(f"train-{number}")
 
-    def changes(self) -> Iterator[Change]:
-        """How far labels moved in each round that was made."""
-        for step, value in self._done().items():
+    def relabel(self, number: int) -> Change:
+        """Predict the un-annotated cases by the last model and make round `number`'s labels."""
+        if (agreement := self.record.value(f"relabel-{number}")) is not None:
+            return Change(number, agreement)
+        manifest = self.store.read_manifest()
+        predictions = self._predictions(number)
+        self.models.predict(cases_to_predict(self.raw, manifest), manifest, predictions)
+        change = relabel(self.raw, self.store, predictions, number, self.processes, self.limits.min_quality)
+        self.record.mark(f"relabel-{number}", change.agreement)
+        return change
+
+    def result(self, ended: str, taken: list[str]) -> Refinement:
+        """What was done, from the records."""
+        changes = list(self._changes())
+        manifest = self.store.read_manifest()
+        return Refinement(
+            self.plan,
+            self.models.folder,
+            self.plan.folds,
+            changes,
+            {number: self._quality(number) for number in (0, *(c.number for c in changes))},
+            manifest.round,
+            ended,
+            taken,
+            needs_review(manifest),
+        )
+
+    def _changes(self) -> Iterator[Change]:
+        for step, value in self.record.steps().items():
             if step.startswith("relabel-"):
                 yield Change(int(step.split("-")[1]), value)
 
-    def _prepare(self, number: int) -> None:
-        name = self.store.folder.name
-        for fold in FOLDS if number else ():
-            _keep_aside(self.model_folder, f"fold_{fold}", number - 1)
-        arguments = ([self.plan.configuration], self.processes)
-        if number == 0 and not self.plans_given:
-            nnunet.plan_and_preprocess(name, self.preset, *arguments, overwrite=True)
-        else:
-            # The labels are new, the images' part is made again with them.
-            nnunet.preprocess(name, self.plan.plans, *arguments, overwrite=True)
+    def _quality(self, number: int) -> float | None:
+        path = record_path(self.store, number)
+        return mean_quality(kept_manifest(self.store, number)) if path.is_file() else None
 
-    def _done(self) -> dict[str, dict[str, float]]:
-        return json.loads(self._record.read_text())["done"]
+    def _worse(self, number: int) -> str | None:
+        """In words, where a round's labels are estimated worse than those before; None where they are not."""
+        now, before = self._quality(number), self._quality(number - 1)
+        if now is None or before is None or now >= before - QUALITY_FALL:
+            return None
+        return f"the estimated Dice of the labels fell from {before:.3f} to {now:.3f} in round {number}"
 
-    def _is_done(self, step: str) -> bool:
-        return step in self._done()
+    def _put_in_force(self, number: int) -> None:
+        if self.store.read_manifest().round != number:
+            put_in_force(self.raw, self.store, number, self.processes)
 
-    def _mark(self, step: str, value: dict[str, float] | None = None) -> None:
-        content = json.loads(self._record.read_text())
-        content["done"][step] = value or {}
-        self.store.write_json(content, self._record)
+    def _predictions(self, number: int) -> Path:
+        return self.store.state_folder / "predictions" / f"{number:02d}"
 
+    def _adopt_plan(self) -> None:
+        """What nnU-Net and the trainer must know of the plan goes into the manifest and into every round's."""
+        manifest = self.store.read_manifest()
+        folds = self.plan.num_folds if self.plan.num_folds > 1 else manifest.num_folds
+        if (manifest.num_folds, manifest.weight_by_quality) != (folds, self.plan.weight_by_quality):
+            manifest.num_folds, manifest.weight_by_quality = folds, self.plan.weight_by_quality
+            self.store.write_manifest(manifest)
 
-def _keep_aside(model_folder: Path, fold: str, number: int) -> None:
-    """Move a round's trained fold out of nnU-Net's way; repeating it does nothing."""
-    target = model_folder / "oneshot_rounds" / f"{number:02d}" / fold
-    if (model_folder / fold).is_dir() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(model_folder / fold, target)
+    def _preprocess(self) -> None:
+        """Full preprocessing where there is none; then whatever labels and images changed since."""
+        plan, arguments = self.plan, ([self.plan.configuration], self.processes)
+        there = nnunet.plans_file(self.name, plan.plans).is_file()
+        there = there and nnunet.preprocessed_folder(self.name, plan.plans, plan.configuration).is_dir()
+        if not (self.record.is_done("preprocess") and there):
+            if not nnunet.is_preprocessed(self.name, plan.plans, plan.configuration):
+                if self.plans_given:
+                    nnunet.preprocess(self.name, plan.plans, *arguments, overwrite=True)
+                else:
+                    nnunet.plan_and_preprocess(self.name, PRESETS[plan.preset], *arguments, overwrite=True)
+                note_preprocessed(self.name)
+            self.record.mark("preprocess")
+        refresh(self.name, self.processes)
+
+    def _label_added(self, number: int) -> None:
+        """Images that were added get labels by the model of the round in force, where there is one."""
+        cases = self.store.read_manifest().cases
+        added = [case for case in self.raw.cases if is_added(cases[case.name])]
+        if not added or not self.record.is_done(f"train-{number}"):
+            return
+        predictions = self.store.state_folder / "predictions" / "added"
+        shutil.rmtree(predictions, ignore_errors=True)
+        self.models.predict(added, self.store.read_manifest(), predictions)
+        label_by_model(self.raw, self.store, added, predictions, number, self.processes)
+
+    def _forget(self, number: int) -> None:
+        """Round `number` is to be trained on again, and nothing that came of its models counts any longer."""
+        if self.record.labels(number) is not None:
+            self.models.set_aside_superseded(number)
+        for folder in sorted((self.store.state_folder / "predictions").glob("[0-9][0-9]")):
+            if int(folder.name) > number:
+                shutil.rmtree(folder)
+        for path in sorted((self.store.state_folder / "rounds").glob("*.json")):
+            if int(path.stem) > number:
+                path.unlink()
+        self.record.forget_from(number)

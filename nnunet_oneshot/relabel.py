@@ -6,6 +6,8 @@ the voxel becomes ignore for the next training, and the model's word is the best
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +16,21 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.store import CaseRecord, Manifest, Status, Store
-from nnunet_oneshot.training_data import LEFT_OUT, ignore_value, write_training_files
-from sam2_propagation.interface import LabelVolume
-
-HUMAN_WORD = ("annotated", "corrected", "accepted")
-"""Statuses whose label no model changes."""
+from nnunet_oneshot.quality import Opinions, dice_by_class, estimate, foreground
+from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
+from nnunet_oneshot.rounds import (
+    HUMAN_WORD,
+    Placement,
+    is_kept,
+    keep,
+    kept_manifest,
+    place,
+    put_in_force,
+    write_round,
+)
+from nnunet_oneshot.store import CaseRecord, Manifest, Store
+from nnunet_oneshot.training_data import ignore_value, write_training_files
+from sam2_propagation.interface import BoolVolume, LabelVolume
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,18 @@ class Change:
         return float(np.mean(list(self.agreement.values()))) if self.agreement else 1.0
 
 
-def relabel(dataset: RawDataset, store: Store, predictions: Path, number: int, processes: int) -> Change:
-    """Make round `number`'s labels of the model's predictions and those of the round before.
+def relabel(
+    dataset: RawDataset,
+    store: Store,
+    predictions: Path,
+    number: int,
+    processes: int,
+    min_quality: float = MIN_QUALITY,
+) -> Change:
+    """Make round `number`'s labels of the model's predictions and those of the round before, and put it in force.
 
     Idempotent: it reads the predictions, `pseudoTr/rounds/<number - 1>` and the manifest of the round before, so an
-    interrupted run is repeated; where the manifest already tells of this round, it only says how far labels moved.
+    interrupted run is repeated; where the round is kept already, it is only put in force.
 
     Args:
         dataset: the raw dataset with the images.
@@ -64,27 +82,58 @@ def relabel(dataset: RawDataset, store: Store, predictions: Path, number: int, p
         predictions: folder with one predicted label a case that is to be relabelled.
         number: the round that is made, from 1.
         processes: cases at once.
+        min_quality: estimated mean Dice below which a case is left out until a later round lifts it.
 
     Raises:
         OneShotError: a prediction is missing or does not fit its image.
     """
+    if not is_kept(store, number):
+        _make(dataset, store, predictions, number, processes, min_quality)
     manifest = store.read_manifest()
-    if manifest.round == number:
-        return _made(dataset, store, manifest)
+    if manifest.round != number:
+        put_in_force(dataset, store, number, processes)
+    return _change(dataset, store, kept_manifest(store, number))
+
+
+def _make(
+    dataset: RawDataset, store: Store, predictions: Path, number: int, processes: int, min_quality: float
+) -> None:
+    manifest = store.read_manifest()
     tasks = [
         Task(dataset, store, case, manifest.cases[case.name], predictions / f"{case.name}{dataset.file_ending}", number)
         for case in dataset.cases
     ]
-    results = list(over_cases(relabel_case, tasks, processes=processes, title=f"relabel, round {number}"))
-    manifest.cases = {name: record for name, record, _ in sorted(results, key=lambda result: result[0])}
+    results = dict(over_cases(relabel_case, tasks, processes=processes, title=f"relabel, round {number}"))
+    manifest.cases = gate(dict(sorted(results.items())), min_quality)
     manifest.round = number
+    keep(store, manifest, number)
+
+
+def label_by_model(
+    dataset: RawDataset, store: Store, cases: Sequence[Case], predictions: Path, number: int, processes: int
+) -> None:
+    """Labels of the round in force for images that were added: the model's word alone."""
+    manifest = store.read_manifest()
+    tasks = [
+        Task(dataset, store, case, manifest.cases[case.name], predictions / f"{case.name}{dataset.file_ending}", number)
+        for case in cases
+    ]
+    for name, record in over_cases(label_added_case, tasks, processes=processes, title="label new images"):
+        manifest.cases[name] = record
     write_training_files(dataset, store, manifest)
     store.write_manifest(manifest)
-    return Change(number, {name: agreement for name, _, agreement in results if agreement is not None})
 
 
-def _made(dataset: RawDataset, store: Store, manifest: Manifest) -> Change:
-    """The change of the round in force, from its labels on disk."""
+def label_added_case(task: Task) -> tuple[str, CaseRecord]:
+    """Write the labels of an image that was added; returns its record."""
+    said = _read_prediction(task, task.dataset.read_label(task.store.label_path(task.case.name)).shape)
+    write_round(task.dataset, task.store, task.case, task.number, said, said)
+    place(Placement(task.dataset, task.store, task.case, task.number, left_out=False))
+    return task.case.name, _record(task, np.ones(said.shape, bool), said, said)
+
+
+def _change(dataset: RawDataset, store: Store, manifest: Manifest) -> Change:
+    """How far the labels of a round lie from those of the round before, from both on disk."""
     now, agreement = manifest.round, {}
     for case in cases_to_predict(dataset, manifest):
         new, old = (dataset.read_label(store.round_path(n, case.name)) for n in (now, now - 1))
@@ -97,48 +146,58 @@ def cases_to_predict(dataset: RawDataset, manifest: Manifest) -> list[Case]:
     return [case for case in dataset.cases if manifest.cases[case.name].status not in HUMAN_WORD]
 
 
-def relabel_case(task: Task) -> tuple[str, CaseRecord, float | None]:
-    """Write one case's labels of a round; returns its record and its agreement with the round before."""
+def relabel_case(task: Task) -> tuple[str, CaseRecord]:
+    """Write one case's labels of a round; returns its record."""
     dataset, store, case = task.dataset, task.store, task.case
-    before = dataset.read_label(store.round_path(task.number - 1, case.name))
     if task.record.status in HUMAN_WORD:
-        store.write_label(dataset, before, store.round_path(task.number, case.name), case)
-        return case.name, task.record, None
+        drawn = dataset.read_label(store.label_path(case.name))
+        write_round(dataset, store, case, task.number, dataset.read_label(store.fused_path(case.name)), drawn)
+        return case.name, task.record
+    before = dataset.read_label(store.round_path(task.number - 1, case.name))
     predicted = _read_prediction(task, before.shape)
-    agreed = _agreement(task.record.status, predicted, before)
+    agreed = _agreement(task.record, predicted, before)
     guess, target = predicted, np.where(agreed, predicted, ignore_value(dataset)).astype(np.int16)
     if case.label is not None:
         human = dataset.read_label(case.label)
-        drawn = human != dataset.ignore
-        guess, target = np.where(drawn, human, guess), np.where(drawn, human, target)
-    for label, path in (
-        (guess, store.round_path(task.number, case.name)),
-        (guess, store.fused_path(case.name)),
-        (target, store.label_path(case.name)),
-    ):
-        store.write_label(dataset, label, path, case)
-    return case.name, _record(task, agreed), mean_dice(guess, before)
+        by_hand = human != dataset.ignore
+        guess, target = np.where(by_hand, human, guess), np.where(by_hand, human, target)
+    write_round(dataset, store, case, task.number, guess, target)
+    return case.name, _record(task, agreed, guess, before)
 
 
-def _agreement(status: Status, predicted: LabelVolume, before: LabelVolume) -> np.ndarray:
-    """Where the prediction may be trained on: nowhere in cases that are left out, everywhere without a label before."""
-    if status == "failed":
-        return np.ones(before.shape, bool)
-    return (predicted == before) & (status not in LEFT_OUT)
+def _agreement(record: CaseRecord, predicted: LabelVolume, before: LabelVolume) -> BoolVolume:
+    """Where the prediction may be trained on: as far as it repeats the label before, everywhere where none was."""
+    return np.ones(before.shape, bool) if record.status == "failed" else predicted == before
 
 
 def mean_dice(first: LabelVolume, second: LabelVolume) -> float:
     """Mean Dice over the foreground labels present in either; 1 where neither has any."""
-    values = [v for v in np.union1d(np.unique(first), np.unique(second)) if v != 0]
-    dice = [2 * np.sum((first == v) & (second == v)) / (np.sum(first == v) + np.sum(second == v)) for v in values]
-    return float(np.mean(dice)) if dice else 1.0
+    dice = dice_by_class(first, second, foreground([first, second]))
+    return float(np.mean(list(dice.values()))) if dice else 1.0
 
 
-def _record(task: Task, agreed: np.ndarray) -> CaseRecord:
+def opinions(dataset: RawDataset, store: Store, name: str, record: CaseRecord, before: LabelVolume | None) -> Opinions:
+    """What a case's label is judged by: its views on disk, their scores, and the label of the round before."""
+    views: dict[str, list[LabelVolume]] = defaultdict(list)
+    scores = []
+    for source, view in (entry.split("/", 1) for entry in record.views):
+        path, worker = store.view_path(source, view, name), store.read_worker(source, name)
+        if path.is_file():
+            views[source].append(dataset.read_label(path))
+        if worker is not None and view in worker.views:
+            scores.append(worker.views[view].scores)
+    return Opinions(views, before, scores)
+
+
+def _record(task: Task, agreed: BoolVolume, guess: LabelVolume, before: LabelVolume) -> CaseRecord:
     old = task.record
     new = old.model_copy(update={"round": task.number, "divergence": round(float(1 - agreed.mean()), 6)})
     if old.status == "failed":
-        new.status, new.reason = "pseudo", f"labelled by the model alone, since propagation failed: {old.reason}"
+        # An empty label stood in for the one that was missing: nothing to compare with.
+        new.status, new.quality = "pseudo", None
+        new.reason = f"labelled by the model alone, since there was no label before: {old.reason}"
+        return new
+    new.quality = estimate(guess, opinions(task.dataset, task.store, task.case.name, old, before))
     return new
 
 

@@ -45,7 +45,7 @@ def run(
         output: id of the dataset to write.
         configuration: nnU-Net configuration.
         propagators, views, options: as in `propagate`.
-        training: `trainer`, `plans`, `rounds` and `preset` as in `refine`.
+        training: `trainer`, `plans`, `rounds`, `preset` and all else that `refine` takes.
         num_processes: cases at once; the processor count when None.
         overwrite: replace an output dataset that exists.
         reference: folder of true labels `CASE.EXT`; the labels in force of those cases are scored at the end. It is
@@ -56,9 +56,8 @@ def run(
     """
     store, training = find_output(dataset, output), dict(training or {})
     if overwrite or not store.manifest_path.is_file():
-        plan = make_plan(
-            configuration, training.get("trainer"), training.get("plans"), training.get("preset", "default")
-        )
+        named = {key: training[key] for key in ("trainer", "plans", "preset", "num_folds") if key in training}
+        plan = make_plan(configuration, **named)
         # New labels make a new model; better to say so before hours of labelling than after.
         check_no_results(store.folder.name, plan)
         propagate(

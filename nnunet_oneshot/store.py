@@ -65,6 +65,8 @@ class Manifest(_Record):
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the run that made round 0")
     sources: dict[str, Source] = Field(default_factory=dict, description="every source of labels, by name")
     cases: dict[str, CaseRecord] = Field(default_factory=dict, description="every case, by name")
+    num_folds: int = Field(5, description="folds of splits_final.json; nnU-Net's own number unless refine deals others")
+    weight_by_quality: bool = Field(False, description="cases are drawn as often as their estimated quality says")
 
 
 class ViewRecord(_Record):

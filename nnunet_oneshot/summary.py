@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
     from nnunet_oneshot.demo import DemoResult
     from nnunet_oneshot.propagate import Outcome
+    from nnunet_oneshot.quality_gate import Doubt
     from nnunet_oneshot.refine import Refinement
     from nnunet_oneshot.review.session import Reviewed
     from nnunet_oneshot.run import RunResult
     from nnunet_oneshot.store import Manifest
+
+REVIEW_LINES = 10
+"""Labels that a summary lists for a person; -json has all."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -63,17 +67,46 @@ def propagation_summary(outcome: Outcome) -> dict[str, Any]:
 
 def refinement_summary(result: Refinement) -> dict[str, Any]:
     """Summary of `refine`."""
-    rows = [(c.number, f"{c.mean:.3f}", len(c.agreement)) for c in result.changes]
-    lines = ["", *(table(("round", "Dice to the round before", "cases"), rows) if rows else [])]
+    agreement = {c.number: c for c in result.changes}
+    rows = [
+        (
+            n,
+            _figure(quality),
+            *((f"{agreement[n].mean:.3f}", len(agreement[n].agreement)) if n in agreement else ("", "")),
+        )
+        for n, quality in result.quality.items()
+    ]
+    lines = ["", *result.taken_up, *table(("round", "estimated Dice", "Dice to the round before", "cases"), rows)]
+    lines += [f"in force: round {result.round} ({result.ended})", *_review_lines(result.doubts)]
     lines += [f"model: {result.model_folder}, folds {' '.join(map(str, result.folds))}"]
     figures = {
-        "rounds": [{"round": c.number, "agreement": c.mean, "cases": c.agreement} for c in result.changes],
+        "rounds": [
+            {"round": c.number, "agreement": c.mean, "quality": result.quality.get(c.number), "cases": c.agreement}
+            for c in result.changes
+        ],
+        "round_in_force": result.round,
+        "ended": result.ended,
+        "taken_up": result.taken_up,
+        "needs_review": [vars(doubt) for doubt in result.doubts],
         "trainer": result.plan.trainer,
         "plans": result.plan.plans,
         "model": str(result.model_folder),
         "folds": list(result.folds),
     }
     return {**figures, "lines": lines}
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _review_lines(doubts: Sequence[Doubt]) -> list[str]:
+    """The worst labels, as a list for a person."""
+    if not doubts:
+        return []
+    shown = [f"  {doubt.case}: {doubt.reason}" for doubt in doubts[:REVIEW_LINES]]
+    more = [f"  and {len(doubts) - REVIEW_LINES} more, see -json"] if len(doubts) > REVIEW_LINES else []
+    return ["needs review, worst first:", *shown, *more]
 
 
 def run_summary(result: RunResult) -> dict[str, Any]:

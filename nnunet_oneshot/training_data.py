@@ -31,7 +31,7 @@ def write_training_files(dataset: RawDataset, store: Store, manifest: Manifest) 
     store.write_json(content, store.folder / "dataset.json")
     # nnU-Net's planning copies dataset.json and its trainer reads that copy; a later round does not plan again.
     store.write_json(content, preprocessed / "dataset.json")
-    store.write_json(splits(manifest), preprocessed / "splits_final.json")
+    store.write_json(splits(manifest, manifest.num_folds), preprocessed / "splits_final.json")
 
 
 def dataset_json(dataset: RawDataset, store: Store, manifest: Manifest) -> dict[str, Any]:
@@ -54,11 +54,12 @@ def oneshot_block(manifest: Manifest) -> OneShotBlock:
     """All that the trainer reads of ours."""
     cases = manifest.cases
     in_training = {name: record for name, record in cases.items() if record.status not in LEFT_OUT}
+    weighed = in_training if manifest.weight_by_quality else {}
     return OneShotBlock(
         round=manifest.round,
         annotated=tuple(name for name, record in cases.items() if record.status in HUMAN),
         left_out=tuple(name for name in cases if name not in in_training),
-        case_weight={name: record.quality["mean"] for name, record in in_training.items() if record.quality},
+        case_weight={name: record.quality["mean"] for name, record in weighed.items() if record.quality},
     )
 
 
@@ -69,12 +70,15 @@ def splits(manifest: Manifest, folds: int = FOLDS) -> list[dict[str, list[str]]]
     since nnU-Net needs one of each.
     """
     human = [name for name, record in manifest.cases.items() if record.status in HUMAN]
-    pseudo = [name for name, record in manifest.cases.items() if record.status not in (*HUMAN, *LEFT_OUT)]
-    return [_split(human, pseudo, fold, folds) for fold in range(folds)]
+    others = [name for name, record in manifest.cases.items() if record.status not in HUMAN]
+    # Dealt before any are left out, so that a case stays in its fold when a round gates or lifts another one.
+    dealt = [[n for n in others[f::folds] if manifest.cases[n].status not in LEFT_OUT] for f in range(folds)]
+    pseudo = [name for name in others if manifest.cases[name].status not in LEFT_OUT]
+    return [_split(human, pseudo, held_out, fold) for fold, held_out in enumerate(dealt)]
 
 
-def _split(human: Sequence[str], pseudo: Sequence[str], fold: int, folds: int) -> dict[str, list[str]]:
-    held_out = list(pseudo[fold::folds]) or list(pseudo[fold % len(pseudo) :][:1] if pseudo else human)
+def _split(human: Sequence[str], pseudo: Sequence[str], held_out: list[str], fold: int) -> dict[str, list[str]]:
+    held_out = held_out or list(pseudo[fold % len(pseudo) :][:1] if pseudo else human)
     train = [*human, *(name for name in pseudo if name not in held_out)]
     return {"train": sorted(train), "val": sorted(held_out)}
 

@@ -10,10 +10,12 @@ import pytest
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_image, write_raw
 
+from nnunet_oneshot import rounds
 from nnunet_oneshot.dataset import RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.relabel import Change, cases_to_predict, mean_dice, relabel
+from nnunet_oneshot.rounds import finish_switch, put_in_force
 from nnunet_oneshot.store import Status, Store
 
 IGNORE = 3
@@ -157,16 +159,98 @@ def test_drawn_voxels_of_a_sparse_label_never_change(
     assert store.read_manifest().cases["case_0"].status == "sparse"
 
 
-@pytest.mark.parametrize("status", ["gated", "rejected"])
-def test_cases_that_are_left_out_stay_all_ignore(made: Made, predictions: Path, status: Status) -> None:
-    dataset, store = made
+def with_status(store: Store, status: Status) -> None:
     manifest = store.read_manifest()
     manifest.cases["case_2"].status = status
     store.write_manifest(manifest)
+
+
+def left_out(store: Store) -> list[str]:
+    return json.loads((store.folder / "dataset.json").read_text())["oneshot"]["left_out"]
+
+
+def test_a_rejected_case_stays_all_ignore(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    with_status(store, "rejected")
     relabel(dataset, store, predictions, 1, 1)
     assert (read(store.label_path("case_2")) == IGNORE).all()
     np.testing.assert_array_equal(read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz"))
-    assert json.loads((store.folder / "dataset.json").read_text())["oneshot"]["left_out"] == ["case_2"]
+    assert left_out(store) == ["case_2"]
+
+
+def test_a_low_estimate_leaves_a_case_out_until_a_round_lifts_it(made: Made, predictions: Path, tmp_path: Path) -> None:
+    dataset, store = made
+    relabel(dataset, store, predictions, 1, 1, min_quality=0.99)
+    record = store.read_manifest().cases["case_2"]
+    assert record.status == "gated"
+    assert record.quality is not None
+    assert f"estimated Dice {record.quality['mean']:.2f} is below 0.99" in str(record.reason)
+    assert left_out(store) == ["case_2"]
+    assert (read(store.label_path("case_2")) == IGNORE).all()
+    np.testing.assert_array_equal(read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz"))
+    said = read(predictions / "case_2.nii.gz")
+    relabel(dataset, store, predict(tmp_path, 2, bad_1=label_array(1), case_2=said), 2, 1, min_quality=0.8)
+    assert store.read_manifest().cases["case_2"].status == "pseudo"
+    assert store.read_manifest().cases["case_2"].reason is None
+    assert left_out(store) == []
+    np.testing.assert_array_equal(read(store.label_path("case_2")), said)
+
+
+def test_views_judge_the_models_word(roots: Roots, fakes: dict[str, FakePropagator], tmp_path: Path) -> None:
+    """A prediction far from both views is estimated lower than one that repeats them."""
+    write_raw(roots.raw)
+    store = propagate(501, 601, propagators=("fake",), views=("still", "shifted"), num_processes=1).store
+    far, near = np.roll(label_array(1), 3, axis=1), read(store.fused_path("case_2"))
+    relabel(open_dataset(501), store, predict(tmp_path, 1, case_1=far, case_2=near), 1, 1)
+    qualities = {name: record.quality for name, record in store.read_manifest().cases.items()}
+    assert qualities["case_0"] is None
+    low, high = qualities["case_1"], qualities["case_2"]
+    assert low is not None
+    assert high is not None
+    assert set(high) == {"mean", "1", "2"}
+    assert all(low[key] < high[key] for key in high)
+
+
+def test_an_earlier_round_is_put_in_force_again_but_for_a_persons_word(
+    roots: Roots, fakes: dict[str, FakePropagator], tmp_path: Path
+) -> None:
+    write_raw(roots.raw)
+    dataset, store = prepare()
+    shifted = {f"case_{i}": np.roll(label_array(i), i, axis=1) for i in (1, 2)}
+    relabel(dataset, store, predict(tmp_path, 1, **shifted), 1, 1)
+    first = files(store)
+    relabel(dataset, store, predict(tmp_path, 2, case_1=label_array(0), case_2=label_array(0)), 2, 1)
+    assert files(store) != first
+    put_in_force(dataset, store, 1, 1)
+    again = files(store)
+    assert {name: again[name] for name in first} == first
+    relabel(dataset, store, tmp_path, 2, 1)
+    with_status(store, "accepted")
+    drawn = store.label_path("case_2").read_bytes()
+    put_in_force(dataset, store, 1, 1)
+    manifest = store.read_manifest()
+    assert (manifest.round, manifest.cases["case_2"].status) == (1, "accepted")
+    assert store.label_path("case_2").read_bytes() == drawn
+    assert store.label_path("case_1").read_bytes() == first["labelsTr/case_1.nii.gz"]
+
+
+def test_a_switch_that_was_killed_is_finished(made: Made, predictions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, store = made
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "write_training_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            relabel(dataset, store, predictions, 1, 1)
+    assert store.read_manifest().round == 0
+    finish_switch(dataset, store, 1)
+    assert store.read_manifest().round == 1
+    whole = files(store)
+    finish_switch(dataset, store, 1)
+    relabel(dataset, store, predictions, 1, 1)
+    assert files(store) == whole
 
 
 @pytest.mark.parametrize("status", ["accepted", "corrected"])

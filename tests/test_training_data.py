@@ -70,7 +70,7 @@ def test_all_else_of_the_source_is_kept(toy: Path, store: Store) -> None:
 
 def test_block_says_what_the_trainer_needs(toy: Path, store: Store) -> None:
     manifest = manifest_of(a="annotated", b="sparse", c="pseudo", d="failed", e="gated", f="rejected", g="corrected")
-    manifest.round = 2
+    manifest.round, manifest.weight_by_quality = 2, True
     manifest.cases["c"].quality = {"mean": 0.8, "1": 0.9}
     manifest.cases["d"].quality = {"mean": 0.1}
     content = dataset_json(open_dataset(501), store, manifest)

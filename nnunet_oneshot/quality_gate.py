@@ -1,0 +1,90 @@
+"""What is done about labels of low estimated quality: left out, weighed less, or listed for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nnunet_oneshot.store import CaseRecord, Manifest
+
+MIN_QUALITY = 0.3
+"""Estimated mean Dice below which a label is left out; chosen before anything was measured: most of it is wrong."""
+REVIEW_QUALITY = 0.7
+"""Estimated mean Dice below which a label is listed for a person."""
+MOST_GATED = 0.5
+"""Share of the pseudo-labelled cases that gating may leave out, however low they are estimated."""
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A label that a person should look at.
+
+    Attributes:
+        case: its case.
+        quality: estimated mean Dice, None where nothing is known.
+        reason: why it is listed, one sentence.
+    """
+
+    case: str
+    quality: float | None
+    reason: str
+
+
+def gate(cases: Mapping[str, CaseRecord], min_quality: float) -> dict[str, CaseRecord]:
+    """Records with statuses set by quality: `gated` below the threshold, `pseudo` again where a round lifted them.
+
+    A person's word and failed cases stay as they are. Of the pseudo-labelled cases at most half are gated, the worst
+    ones: were the estimate off for a whole set, training would be left with nothing.
+    """
+    machine_made = {name: record for name, record in cases.items() if record.status in ("pseudo", "gated")}
+    low = {name: _mean(r) for name, r in machine_made.items() if r.quality is not None and _mean(r) < min_quality}
+    worst = sorted(low, key=lambda name: (low[name], name))[: int(MOST_GATED * len(machine_made))]
+    return {
+        name: _with_status(record, name in worst, min_quality) if name in machine_made else record
+        for name, record in cases.items()
+    }
+
+
+def needs_review(manifest: Manifest, below: float = REVIEW_QUALITY) -> list[Doubt]:
+    """Labels that a person should look at, worst first: none was made, left out, or estimated low."""
+    doubts = [doubt for name, record in manifest.cases.items() if (doubt := _doubt(name, record, below)) is not None]
+    return sorted(doubts, key=lambda doubt: (-1.0 if doubt.quality is None else doubt.quality, doubt.case))
+
+
+def mean_quality(manifest: Manifest) -> float | None:
+    """Mean estimated Dice over the cases labelled by a program; None where nothing is known."""
+    known = [_mean(r) for r in manifest.cases.values() if r.quality is not None and r.status in ("pseudo", "gated")]
+    return sum(known) / len(known) if known else None
+
+
+def _mean(record: CaseRecord) -> float:
+    assert record.quality is not None
+    return record.quality["mean"]
+
+
+def _with_status(record: CaseRecord, low: bool, min_quality: float) -> CaseRecord:
+    if low:
+        reason = f"estimated Dice {_mean(record):.2f} is below {min_quality:.2f}"
+        return record.model_copy(update={"status": "gated", "reason": reason})
+    if record.status == "gated":
+        return record.model_copy(update={"status": "pseudo", "reason": None})
+    return record
+
+
+def _doubt(name: str, record: CaseRecord, below: float) -> Doubt | None:
+    quality = None if record.quality is None else _mean(record)
+    if record.status == "failed":
+        return Doubt(name, None, f"no label: {record.reason}")
+    if record.status == "gated":
+        return Doubt(name, quality, f"left out of training: {record.reason}")
+    if record.status in ("pseudo", "sparse") and record.quality is not None and _mean(record) < below:
+        return Doubt(name, quality, f"estimated Dice {quality:.2f}, {_lowest(record.quality)}")
+    return None
+
+
+def _lowest(quality: Mapping[str, float]) -> str:
+    classes = {key: value for key, value in quality.items() if key != "mean"}
+    if not classes:
+        return "no foreground found"
+    worst = min(classes, key=lambda key: classes[key])
+    return f"lowest for label {worst}: {classes[worst]:.2f}"

@@ -1,0 +1,131 @@
+"""What a refinement is and which of its steps are done: `.oneshot/refine.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.nnunet import Fold
+from nnunet_oneshot.refresh_ledger import hash_of
+from nnunet_oneshot.settings import PRESETS
+from nnunet_oneshot.store import Store
+
+_HASH = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a refinement trains; a second run on the same dataset must ask for the same.
+
+    Attributes:
+        configuration: nnU-Net configuration.
+        trainer: trainer class.
+        plans: plans identifier.
+        preset: default, small or tiny.
+        num_folds: 1 trains one model on all cases; k deals them over k models, and a case's new label comes from the
+            model that did not train on its old one.
+        warm_start: each round's training starts from the weights of the round before.
+        weight_by_quality: cases are drawn as often as their estimated quality says.
+    """
+
+    configuration: str
+    trainer: str
+    plans: str
+    preset: str
+    num_folds: int = 1
+    warm_start: bool = False
+    weight_by_quality: bool = False
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """The folds that are trained and make up the final model."""
+        return ("all",) if self.num_folds == 1 else tuple(range(self.num_folds))
+
+
+def make_plan(
+    configuration: str, trainer: str | None = None, plans: str | None = None, preset: str = "default", **more: Any
+) -> Plan:
+    """What is trained: the trainer and plans given, else the preset's own."""
+    chosen = PRESETS[preset]
+    return Plan(configuration, trainer or chosen.trainer(), plans or chosen.plans, preset, **more)
+
+
+class Record:
+    """The steps that are done, and the labels that each training began with."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self._store.state_folder / "refine.json"
+
+    def begin(self, plan: Plan) -> bool:
+        """Record what is begun; False where it had begun before. OneShotError where something else had."""
+        if not self.path.is_file():
+            self._store.write_json({"plan": asdict(plan), "done": {}, "labels": {}}, self.path)
+            return True
+        begun = Plan(**{key: value for key, value in self._content()["plan"].items() if key in _names()})
+        if begun != plan:
+            raise OneShotError(
+                f"{self._store.folder.name}: expected the refinement that was begun there, {asdict(begun)}, "
+                f"found {asdict(plan)}; repeat those settings or make another dataset"
+            )
+        return False
+
+    def is_done(self, step: str) -> bool:
+        """Whether a step has ended."""
+        return step in self._content()["done"]
+
+    def mark(self, step: str, value: Mapping[str, float] | None = None) -> None:
+        """A step has ended; `value` is what it found."""
+        content = self._content()
+        content["done"][step] = dict(value or {})
+        self._store.write_json(content, self.path)
+
+    def value(self, step: str) -> dict[str, float] | None:
+        """What a step found, None where it is not done."""
+        return self._content()["done"].get(step)
+
+    def steps(self) -> dict[str, dict[str, float]]:
+        """All steps that are done, in order, with what they found."""
+        return self._content()["done"]
+
+    def note_labels(self, number: int, labels: Mapping[str, str]) -> None:
+        """The labels that the training of a round begins with, as hashes by case."""
+        content = self._content()
+        content.setdefault("labels", {})[str(number)] = dict(labels)
+        self._store.write_json(content, self.path)
+
+    def labels(self, number: int) -> dict[str, str] | None:
+        """The labels that the training of a round began with, None where it has not begun."""
+        return self._content().get("labels", {}).get(str(number))
+
+    def forget_from(self, number: int) -> None:
+        """Training on round `number`'s labels, and all that came of it, is to be done again."""
+        content = self._content()
+        first = {"prepare": number, "train": number, "relabel": number + 1, "quality": number + 1}
+        content["done"] = {
+            step: value
+            for step, value in content["done"].items()
+            if "-" not in step or int(step.split("-")[1]) < first[step.split("-")[0]]
+        }
+        content["labels"] = {n: labels for n, labels in content.get("labels", {}).items() if int(n) < number}
+        self._store.write_json(content, self.path)
+
+    def _content(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+
+def label_hashes(store: Store, cases: Mapping[str, object]) -> dict[str, str]:
+    """Hash of each case's label that is trained on."""
+    return {name: hash_of(store.label_path(name))[:_HASH] for name in cases}
+
+
+def _names() -> set[str]:
+    return {field.name for field in fields(Plan)}

@@ -1,0 +1,139 @@
+"""The labels of every round, and which round is in force.
+
+A round is whole once its record `.oneshot/rounds/NN.json` is there: `pseudoTr/rounds/NN` holds its best guesses,
+`.oneshot/targets/NN` what it would train on. Putting a round in force copies these to `pseudoTr/fused` and `labelsTr`,
+where cases that are left out get an all-ignore label. What a person labelled stays as it is, whatever round comes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_oneshot.dataset import Case, RawDataset
+from nnunet_oneshot.parallel import over_cases
+from nnunet_oneshot.store import CaseRecord, Manifest, Store, read_manifest
+from nnunet_oneshot.training_data import LEFT_OUT, ignore_value, write_training_files
+from sam2_propagation.interface import LabelVolume
+
+HUMAN_WORD = ("annotated", "corrected", "accepted")
+"""Statuses whose label no model changes."""
+FINAL_WORD = (*HUMAN_WORD, "rejected")
+"""Statuses that no round changes; the best guess of a rejected case is still refreshed, its training label is not."""
+_SWITCH = "switch.json"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One case whose labels of a round are put in force."""
+
+    dataset: RawDataset
+    store: Store
+    case: Case
+    number: int
+    left_out: bool
+
+
+def target_path(store: Store, number: int, case: str) -> Path:
+    """What a case would train on in a round, were it not left out; divergence is ignore."""
+    return store.state_folder / "targets" / f"{number:02d}" / f"{case}{store.file_ending}"
+
+
+def record_path(store: Store, number: int) -> Path:
+    """The manifest as it was when a round was made."""
+    return store.state_folder / "rounds" / f"{number:02d}.json"
+
+
+def is_kept(store: Store, number: int) -> bool:
+    """True where a round's labels and record are whole."""
+    return record_path(store, number).is_file()
+
+
+def keep(store: Store, manifest: Manifest, number: int) -> None:
+    """Record a round whose labels are written."""
+    store.write_json(manifest.model_dump(by_alias=True), record_path(store, number))
+
+
+def kept_manifest(store: Store, number: int) -> Manifest:
+    """The manifest of a round that was kept."""
+    return read_manifest(record_path(store, number))
+
+
+def write_round(
+    dataset: RawDataset, store: Store, case: Case, number: int, guess: LabelVolume, target: LabelVolume
+) -> None:
+    """Write one case's labels of a round, in force or not."""
+    store.write_label(dataset, target, target_path(store, number, case.name), case)
+    store.write_label(dataset, guess, store.round_path(number, case.name), case)
+
+
+def put_in_force(dataset: RawDataset, store: Store, number: int, processes: int) -> Manifest:
+    """Make a kept round's labels those that are trained on; repeat it after an interruption.
+
+    Cases on which a person decided since keep their labels and records.
+
+    Returns:
+        The manifest, as it now stands in `oneshot.json`.
+    """
+    store.write_json({"to": number}, store.state_folder / _SWITCH)
+    manifest = kept_manifest(store, number)
+    manifest.cases = _persons_word_kept(store.read_manifest().cases, manifest.cases)
+    placements = [
+        Placement(dataset, store, dataset.case(name), number, record.status in LEFT_OUT)
+        for name, record in manifest.cases.items()
+        # An image that was added since has no label of that round: it keeps the one it has.
+        if record.status not in HUMAN_WORD and target_path(store, number, name).is_file()
+    ]
+    for _ in over_cases(place, placements, processes=processes, title=f"labels of round {number}"):
+        pass
+    write_training_files(dataset, store, manifest)
+    store.write_manifest(manifest)
+    (store.state_folder / _SWITCH).unlink()
+    return manifest
+
+
+def finish_switch(dataset: RawDataset, store: Store, processes: int) -> None:
+    """Finish putting a round in force where a run was killed amid it."""
+    path = store.state_folder / _SWITCH
+    if path.is_file():
+        put_in_force(dataset, store, json.loads(path.read_text())["to"], processes)
+
+
+def place(placement: Placement) -> None:
+    """Copy one case's labels of a round to where they are in force."""
+    store, name = placement.store, placement.case.name
+    _copy(store, store.round_path(placement.number, name), store.fused_path(name))
+    target = target_path(store, placement.number, name)
+    if not placement.left_out:
+        _copy(store, target, store.label_path(name))
+        return
+    shape = placement.dataset.read_label(target).shape
+    nothing = np.full(shape, ignore_value(placement.dataset), np.int16)
+    store.write_label(placement.dataset, nothing, store.label_path(name), placement.case)
+
+
+def _copy(store: Store, source: Path, destination: Path) -> None:
+    """Copy a label atomically, with the side file that some formats have."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    stem = source.name.removesuffix(store.file_ending)
+    side = source.with_name(f"{stem}.json")
+    with store.temporary_folder() as folder:
+        for path in (side, source):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+                os.replace(folder / path.name, destination.with_name(path.name))
+
+
+def _persons_word_kept(now: Mapping[str, CaseRecord], then: Mapping[str, CaseRecord]) -> dict[str, CaseRecord]:
+    merged = {name: _decided(record, now.get(name, record)) for name, record in then.items()}
+    return dict(sorted({**now, **merged}.items()))
+
+
+def _decided(then: CaseRecord, now: CaseRecord) -> CaseRecord:
+    return now if now.status in FINAL_WORD else then.model_copy(update={"review": now.review})
