@@ -26,7 +26,7 @@ from nnunet_oneshot.arguments import (
     add_work,
     new_parser,
 )
-from nnunet_oneshot.errors import USER_ERRORS, NnunetFailureError
+from nnunet_oneshot.errors import USER_ERRORS, NnunetFailureError, OneShotError
 
 Summary = Mapping[str, Any]
 """What a command ends with: "lines" for people, all else for `-json`."""
@@ -209,6 +209,22 @@ def convert_dicom(argv: Sequence[str] | None = None) -> None:
     _main(parser, _do_convert_dicom, argv)
 
 
+def convert_labels(argv: Sequence[str] | None = None) -> None:
+    """Labels for 3D Slicer, ITK-SNAP or DICOM archives."""
+    parser = new_parser(
+        "nnUNetv2_oneshot_convert_labels",
+        "Write a dataset's labels, or predictions, for 3D Slicer and ITK-SNAP or as DICOM segmentations.",
+        "nnUNetv2_oneshot_convert_labels -d 601 -o for_slicer",
+    )
+    parser.add_argument("-d", required=True, metavar="B", help="id or name of the dataset")
+    parser.add_argument("-o", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("-i", type=Path, metavar="DIR", help="folder of labels (default: the dataset's own)")
+    parser.add_argument("-dicom", type=Path, metavar="DIR", help="write DICOM SEG; the folder that was converted")
+    parser.add_argument("-mapping", type=Path, metavar="JSON", help="with -dicom: what convert_dicom -mapping wrote")
+    add_json(parser)
+    _main(parser, _do_convert_labels, argv)
+
+
 def demo(argv: Sequence[str] | None = None) -> None:
     """The whole loop on phantoms."""
     parser = new_parser(
@@ -356,6 +372,16 @@ def _do_convert_dicom(arguments: argparse.Namespace) -> Summary:
         labels=arguments.labels,
         mapping=arguments.mapping,
     )
+
+
+def _do_convert_labels(arguments: argparse.Namespace) -> Summary:
+    if (arguments.dicom is None) != (arguments.mapping is None):
+        raise OneShotError("expected -dicom and -mapping together, found one of them; give both or none")
+    writer = None if arguments.dicom is None else _function("dicom_seg", "SegmentationWriter")
+    made = None if writer is None else writer(arguments.dicom, arguments.mapping)
+    written = _function("convert_labels")(arguments.d, arguments.o, arguments.i, made)
+    lines = [f"written: {len(written)} labels in {arguments.o}, and labels.txt for ITK-SNAP"]
+    return {"files": [str(path) for path in written], "lines": lines}
 
 
 def _convert(layout: str, arguments: argparse.Namespace, **options: Any) -> Summary:

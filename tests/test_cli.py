@@ -27,7 +27,7 @@ SCRIPT = r'^(nnUNetv2_oneshot_\w+) = "nnunet_oneshot\.cli:(\w+)"$'
 SCRIPTS = dict(re.findall(SCRIPT, (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
 COMMANDS = ["suggest", "propagate", "consensus", "refine", "run", "evaluate"]
 COMMANDS += ["report", "review", "export", "demo", "info"]
-CONVERTERS = ["convert_care_liseg", "convert_yoloseg", "convert_dicom"]
+CONVERTERS = ["convert_care_liseg", "convert_yoloseg", "convert_dicom", "convert_labels"]
 NOT_YET = [name for name in SCRIPTS.values() if getattr(cli, name).__doc__ == "Not in this version."]
 PROPAGATE = ("-d", 501, "-o", 601, "-np", 1, "-device", "cpu", "-propagator", "fake")
 

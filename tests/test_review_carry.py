@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.phantom import KINDS, draw_subject, render
-from nnunet_oneshot.review.carry import Carrier, Slices, corrected_slices
+from nnunet_oneshot.review.carry import Carrier, Correction, find_correction
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import Image, LabelVolume
 
@@ -51,8 +51,7 @@ def test_a_corrected_slice_mends_its_neighbours(patient: tuple[Image, LabelVolum
     before = np.roll(liver, 9, axis=2)
     edited = corrected(before, liver, MIDDLE)
     done = carrier.carry(image, before, edited)
-    assert done.slices == Slices(1, (MIDDLE,))
-    assert done.classes == (1,)
+    assert done.correction == Correction(1, (MIDDLE,), (1,))
     assert (done.label[:, MIDDLE] == liver[:, MIDDLE]).all(), "what was drawn stays"
     near = [MIDDLE - 1, MIDDLE + 1]
     assert dice(done.label[:, near] == 1, liver[:, near] == 1) > dice(before[:, near] == 1, liver[:, near] == 1) + 0.1
@@ -62,14 +61,14 @@ def test_reach_and_classes_that_were_not_corrected(patient: tuple[Image, LabelVo
     image, truth = patient
     only = np.where(np.isin(truth, (1, 3)), truth, 0).astype(np.int16)
     before = np.roll(only, 5, axis=2)
-    edited = corrected(before, np.where(only == 1, 1, 0), MIDDLE)
+    edited = corrected(before, np.where(before == 3, 3, np.where(only == 1, 1, 0)), MIDDLE)
     done = carrier.carry(image, before, edited, reach=2)
     far = [i for i in range(SHAPE[0]) if abs(i - MIDDLE) > 2]
     assert (done.label[:, far] == before[:, far]).all()
-    assert done.classes == (1,)
+    assert done.correction.classes == (1,)
     near = [i for i in range(SHAPE[0]) if 0 < abs(i - MIDDLE) <= 2]
     kept = (before[:, near] == 3) & (done.label[:, near] != 1)
-    assert (done.label[:, near][kept] == 3).all(), "a class that is not on the corrected slice is not carried away"
+    assert (done.label[:, near][kept] == 3).all(), "a class that was not corrected stays"
 
 
 def test_a_second_correction_remembers_the_first_and_encodes_nothing_again(
@@ -80,8 +79,8 @@ def test_a_second_correction_remembers_the_first_and_encodes_nothing_again(
     first = carrier.carry(image, before, corrected(before, truth, 3))
     encoder = carrier._ready()[1]
     monkeypatch.setattr(encoder, "encode", lambda *_: pytest.fail("encoded again"))
-    second = carrier.carry(image, first.label, corrected(first.label, truth, 7), first.slices)
-    assert second.slices == Slices(1, (3, 7))
+    second = carrier.carry(image, first.label, corrected(first.label, truth, 7), first.correction)
+    assert (second.correction.axis, second.correction.indices) == (1, (3, 7))
     for index in (3, 7):
         assert (second.label[:, index] == truth[:, index]).all()
 
@@ -90,7 +89,7 @@ def test_what_cannot_be_carried(patient: tuple[Image, LabelVolume], carrier: Car
     image, truth = patient
     with pytest.raises(OneShotError, match="expected a slice that was changed"):
         carrier.carry(image, truth, truth)
-    with pytest.raises(OneShotError, match="expected foreground on a corrected slice"):
+    with pytest.raises(OneShotError, match="expected something drawn"):
         carrier.carry(image, truth, corrected(truth, np.zeros_like(truth), MIDDLE))
     flat = Image("flat", image.data[:, :1])
     with pytest.raises(OneShotError, match="expected a volume"):
@@ -107,9 +106,10 @@ def test_corrected_slices_are_found_in_any_plane(axis: int, indices: set[int], s
     strokes = np.random.default_rng(seed).permutation(36)[:12]
     for index in indices:
         edited[index].flat[strokes] = 1
-    found = corrected_slices(before, np.moveaxis(edited, 0, axis))
     changed = np.moveaxis(edited, 0, axis)
+    found = find_correction(before, changed)
+    assert found.classes == (1,)
     assert len(found.indices) <= len(indices)
     assert set(np.flatnonzero(changed.any(tuple(a for a in range(3) if a != found.axis)))) == set(found.indices)
     if len(np.unique(strokes % 6)) > len(indices) and len(np.unique(strokes // 6)) > len(indices):
-        assert found == Slices(axis, tuple(sorted(indices)))
+        assert (found.axis, found.indices) == (axis, tuple(sorted(indices)))

@@ -30,11 +30,18 @@ KEPT = 2
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Corrected slices: their indices along an axis of (Z, Y, X)."""
+class Correction:
+    """Where a label was corrected.
+
+    Attributes:
+        axis: of (Z, Y, X), across the corrected slices.
+        indices: the corrected slices along it.
+        classes: label values that were drawn or erased there.
+    """
 
     axis: int
     indices: tuple[int, ...]
+    classes: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +50,11 @@ class Carried:
 
     Attributes:
         label: int16 (Z, Y, X).
-        slices: the corrected slices, which stay as they were drawn.
-        classes: label values that were carried; all others are as they were.
+        correction: its slices stay as they were drawn; its classes were carried, all others are as they were.
     """
 
     label: LabelVolume
-    slices: Slices
-    classes: tuple[int, ...]
+    correction: Correction
 
 
 class Carrier:
@@ -69,31 +74,34 @@ class Carrier:
         image: Image,
         before: LabelVolume,
         edited: LabelVolume,
-        kept: Slices | None = None,
+        kept: Correction | None = None,
         reach: int | None = None,
     ) -> Carried:
         """Carry the slices that were edited to the others.
+
+        Every class on those slices is tracked, so that they compete for voxels, but only the edited ones change.
 
         Args:
             image: the case's image, a volume.
             before: int16 (Z, Y, X), the label that was edited.
             edited: the same with one or more slices of one plane changed.
-            kept: slices corrected earlier, which are carried along with the new ones if they are of the same plane.
+            kept: an earlier correction, which is carried along with the new one if it is of the same plane.
             reach: how many slices from the nearest corrected one labels may change; None for all.
 
         Raises:
-            OneShotError: a 2D image, no change, or edited slices without foreground.
+            OneShotError: a 2D image, no change, or edited slices without foreground of the edited classes.
         """
         if min(image.shape) == 1:
             raise OneShotError(f"expected a volume to carry a slice through, found the 2D image {image.case}; save it")
-        slices = corrected_slices(before, edited, kept)
-        axis, indices = slices.axis, list(slices.indices)
-        _check_foreground(edited, axis, indices)
+        correction = find_correction(before, edited, kept)
+        if not np.isin(np.take(edited, correction.indices, correction.axis), correction.classes).any():
+            raise OneShotError(
+                "expected something drawn on a corrected slice to carry, found all of it erased; correct a slice that "
+                "shows the structure"
+            )
         with self._lock:
-            carried = self._track(image, edited, axis, indices)
-        there = np.take(edited, indices, axis)
-        classes = tuple(int(v) for v in np.unique(there) if v)
-        return Carried(_merged(edited, carried, slices, classes, reach), slices, classes)
+            carried = self._track(image, edited, correction.axis, correction.indices)
+        return Carried(_merged(edited, carried, correction, reach), correction)
 
     def _track(self, image: Image, label: LabelVolume, axis: int, indices: Sequence[int]) -> LabelVolume:
         tools, encoder, size = self._ready()
@@ -126,8 +134,8 @@ class Carrier:
         return self._model
 
 
-def corrected_slices(before: LabelVolume, edited: LabelVolume, kept: Slices | None = None) -> Slices:
-    """The plane and slices that were edited: of the three axes the one on which fewest slices changed.
+def find_correction(before: LabelVolume, edited: LabelVolume, kept: Correction | None = None) -> Correction:
+    """The plane, slices and classes that were edited; the plane is the one of the three on which fewest slices changed.
 
     Raises:
         OneShotError: nothing was changed.
@@ -139,15 +147,10 @@ def corrected_slices(before: LabelVolume, edited: LabelVolume, kept: Slices | No
         raise OneShotError("expected a slice that was changed, found none; correct one with the brush first")
     axes = [np.flatnonzero(changed.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
     axis = int(np.argmin([len(indices) for indices in axes]))
-    same = kept.indices if kept is not None and kept.axis == axis else ()
-    return Slices(axis, tuple(sorted({*same, *(int(i) for i in axes[axis])})))
-
-
-def _check_foreground(edited: LabelVolume, axis: int, indices: Sequence[int]) -> None:
-    if not np.take(edited, indices, axis).any():
-        raise OneShotError(
-            "expected foreground on a corrected slice, found none to carry; correct a slice that shows the structure"
-        )
+    earlier = kept if kept is not None and kept.axis == axis else Correction(axis, (), ())
+    classes = {int(v) for v in np.union1d(before[changed], edited[changed]) if v}
+    indices = {int(i) for i in axes[axis]}
+    return Correction(axis, tuple(sorted({*earlier.indices, *indices})), tuple(sorted({*earlier.classes, *classes})))
 
 
 def _presentation(image: Image, axis: int) -> Presentation:
@@ -156,15 +159,13 @@ def _presentation(image: Image, axis: int) -> Presentation:
     return next(p for p in shown if p.axes[0] == axis)
 
 
-def _merged(
-    edited: LabelVolume, carried: LabelVolume, slices: Slices, classes: Sequence[int], reach: int | None
-) -> LabelVolume:
-    """The carried classes within reach; other classes, other slices and the corrected slices as they were."""
-    distance = np.abs(np.arange(edited.shape[slices.axis])[:, None] - np.array(slices.indices)).min(axis=1)
+def _merged(edited: LabelVolume, carried: LabelVolume, correction: Correction, reach: int | None) -> LabelVolume:
+    """The corrected classes within reach as carried; other classes, other slices and what was drawn as they were."""
+    axis, classes = correction.axis, correction.classes
+    distance = np.abs(np.arange(edited.shape[axis])[:, None] - np.array(correction.indices)).min(axis=1)
     within = (distance > 0) & (distance <= (len(distance) if reach is None else reach))
-    merged, source = np.moveaxis(edited.copy(), slices.axis, 0), np.moveaxis(carried, slices.axis, 0)
+    merged, source = np.moveaxis(edited.copy(), axis, 0), np.moveaxis(carried, axis, 0)
     for index in np.flatnonzero(within):
-        old = merged[index]
-        # What is left of the old label are classes that were not carried; a carried class wins over them.
-        merged[index] = np.where(source[index] > 0, source[index], np.where(np.isin(old, classes), 0, old))
-    return np.ascontiguousarray(np.moveaxis(merged, 0, slices.axis))
+        old, new = merged[index], source[index]
+        merged[index] = np.where(np.isin(new, classes), new, np.where(np.isin(old, classes), 0, old))
+    return np.ascontiguousarray(np.moveaxis(merged, 0, axis))

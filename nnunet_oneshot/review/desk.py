@@ -14,7 +14,7 @@ import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.report_pictures import DIVERGENCE_COLOR, Overlay, class_color, contact_sheet
-from nnunet_oneshot.review.carry import Carrier, Slices
+from nnunet_oneshot.review.carry import Carrier, Correction
 from nnunet_oneshot.review.corrections import PICTURES, check_in, check_out, forget, read_label, size_limit
 from nnunet_oneshot.review.decisions import Action, UnknownCaseError, correct, decide
 from nnunet_oneshot.review.volumes import image_nifti, label_nifti
@@ -32,7 +32,7 @@ class Offer:
     """A carried label that a browser was given: what further corrections start from."""
 
     label: LabelVolume
-    slices: Slices
+    correction: Correction
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ class Desk:
             last = self._offers.get(f"{name}/{offer}")
         before = self.raw.read_label(self.store.fused_path(name)) if last is None else last.label
         image = self._image(name)
-        done = self._carrier.carry(image, before, edited, None if last is None else last.slices, reach)
-        number = self._remember(name, Offer(done.label, done.slices))
-        names = [self.raw.class_names[value] for value in done.classes]
-        where = ", ".join(str(index + 1) for index in done.slices.indices)
-        text = f"carried {', '.join(names)} from {PLANES[done.slices.axis]} = {where}"
+        done = self._carrier.carry(image, before, edited, None if last is None else last.correction, reach)
+        number = self._remember(name, Offer(done.label, done.correction))
+        names = [self.raw.class_names[value] for value in done.correction.classes]
+        where = ", ".join(str(index + 1) for index in done.correction.indices)
+        text = f"carried {', '.join(names)} from {PLANES[done.correction.axis]} = {where}"
         return CarriedLabel(number, text, label_nifti(done.label, image))
 
     def size_limit(self, name: str) -> int:

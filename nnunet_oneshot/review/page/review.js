@@ -4,7 +4,7 @@ import { Niivue } from "./niivue.js";
 const MULTIPLANAR = 3;
 const REFRESH_SECONDS = 5;
 const $ = (id) => document.getElementById(id);
-const state = { cases: [], current: null, offer: null, edited: false, opacity: 0.5, busy: false, opened: 0 };
+const state = { cases: [], current: null, offer: null, edited: false, typed: false, opacity: 0.5, busy: false, opened: 0 };
 let viewer = null;
 
 // Talking to the server.
@@ -90,7 +90,7 @@ function showDecision() {
   if (!item) return;
   $("case-name").textContent = item.name;
   $("flag").textContent = item.review?.flag ? "remove flag" : "flag";
-  if (document.activeElement !== $("comment")) $("comment").value = item.review?.comment ?? "";
+  if (!state.typed) $("comment").value = item.review?.comment ?? "";
   const human = item.status === "annotated";
   for (const id of ["accept", "reject", "save", "carry", "brush", "checkout", "checkin", "upload"]) $(id).disabled = human;
   $("reject").disabled ||= item.status === "sparse";
@@ -105,7 +105,7 @@ function showDecision() {
 async function open(name) {
   if (state.edited && !window.confirm("Discard the changes to this label?")) return;
   const turn = ++state.opened;
-  Object.assign(state, { current: state.cases.find((c) => c.name === name), offer: null, edited: false });
+  Object.assign(state, { current: state.cases.find((c) => c.name === name), offer: null, edited: false, typed: false });
   $("files").hidden = true;
   say("");
   showList();
@@ -170,6 +170,7 @@ const decide = (action) => attempt(`${action} …`, async () => {
   const comment = $("comment").value;
   const body = JSON.stringify({ action, comment, seen: seen() });
   await ask(casePath(state.current.name, "decision"), { method: "POST", headers: { "Content-Type": "application/json" }, body });
+  state.typed = false;
   await refresh();
   if (viewer && ["accept", "reject", "undo"].includes(action)) await reload();
   return action === "comment" ? "comment kept" : `${action}: written`;
@@ -297,6 +298,7 @@ function connect() {
   for (const id of ["brush", "pen", "pen-size", "filled"]) $(id).addEventListener("change", setPen);
   for (const id of ["low", "high"]) $(id).addEventListener("change", setWindow);
   $("filter").addEventListener("change", showList);
+  $("comment").addEventListener("input", () => { state.typed = true; });
   $("opacity").addEventListener("input", () => setOpacity(Number($("opacity").value)));
   $("divergence").addEventListener("input", () => viewer?.setOpacity(1, Number($("divergence").value)));
   $("plane").addEventListener("change", () => viewer?.setSliceType(Number($("plane").value)));
