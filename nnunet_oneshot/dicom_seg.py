@@ -88,8 +88,8 @@ def write_dicom_seg(label: LabelVolume, series: Sequence[Path], names: Mapping[i
         segmentation = _segmentation(label, images, names)
     except (AttributeError, ValueError) as error:  # what highdicom raises for headers that the standard does not allow
         raise OneShotError(
-            f"{series[0]}: expected an image series as the DICOM standard has it, found one without what a segmentation "
-            f"refers to ({error}); export the series again"
+            f"{series[0]}: expected an image series as the DICOM standard has it, found one without what a "
+            f"segmentation refers to ({error}); export the series again"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     segmentation.save_as(path)
