@@ -7,18 +7,46 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_LOOK_SECONDS = 0.5
 
 
 def default_processes() -> int:
     """The processor count this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Meter:
+    """Hands on the shares of items that are done; an item is never more than whole."""
+
+    def __init__(self, add: Callable[[float], None]) -> None:
+        self._add = add
+        self._of_item = 0.0
+
+    def advance(self, share: float) -> None:
+        share = min(share, 1 - self._of_item)
+        self._of_item += share
+        self._add(share)
+
+    def end_item(self) -> None:
+        self.advance(1.0)
+        self._of_item = 0.0
+
+
+_METER = [_Meter(lambda _: None)]
+"""This process's own."""
+
+
+def advance(share: float) -> None:
+    """Say that a share (0 to 1) of the item that this process works on is done, so that the bar moves within it."""
+    _METER[0].advance(share)
 
 
 def over_cases(
@@ -33,60 +61,83 @@ def over_cases(
     """Yield `function(item)` for every item as it is done, in any order.
 
     Args:
-        function: a function of a module (workers are spawned and import it).
+        function: a function of a module (workers are spawned and import it); long ones may call `advance`.
         processes: 1 or less runs everything in this process.
         title: the progress bar's text.
         setup: called once in each process with `setup_arguments` before its first item.
     """
     bar = tqdm(total=len(items), desc=title, unit="case", disable=not items, file=sys.stderr, mininterval=0.5)
+    used = min(processes, len(items))
     with bar:
-        results = (
-            _here(function, items, setup, setup_arguments)
-            if min(processes, len(items)) <= 1
-            else _in_processes(function, items, min(processes, len(items)), setup, setup_arguments)
-        )
-        for result in results:
-            bar.update()
-            yield result
+        if used <= 1:
+            yield from _here(function, items, bar, setup, setup_arguments)
+        else:
+            yield from _in_processes(function, items, bar, used, setup, setup_arguments)
 
 
 def _here(
     function: Callable[[Item], Result],
     items: Sequence[Item],
+    bar: tqdm[Any],
     setup: Callable[..., None] | None,
     arguments: tuple[Any, ...],
 ) -> Iterator[Result]:
+    done = [0.0]
+
+    def add(share: float) -> None:
+        done[0] += share
+        _show(bar, done[0])
+
+    _METER[0] = _Meter(add)
     if setup is not None and items:
         setup(*arguments)
     for item in items:
-        yield function(item)
+        yield _work(function, item)
+
+
+def _show(bar: tqdm[Any], done: float) -> None:
+    bar.update(round(done, 2) - bar.n)
+
+
+def _work(function: Callable[[Item], Result], item: Item) -> Result:
+    result = function(item)
+    _METER[0].end_item()
+    return result
 
 
 def _in_processes(
     function: Callable[[Item], Result],
     items: Sequence[Item],
+    bar: tqdm[Any],
     processes: int,
     setup: Callable[..., None] | None,
     arguments: tuple[Any, ...],
 ) -> Iterator[Result]:
     threads = max(1, default_processes() // processes)
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(threads, setup, arguments),
-    )
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("d", 0.0)
+    start = (threads, done, setup, arguments)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=start)
     try:
-        for future in as_completed([pool.submit(function, item) for item in items]):
-            yield future.result()
+        waiting: set[Future[Result]] = {pool.submit(_work, function, item) for item in items}
+        while waiting:
+            ended, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
+            _show(bar, done.value)
+            yield from (future.result() for future in ended)
     finally:
         # After an interruption the cases that have not begun are dropped; those under way are whole or absent.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(threads: int, setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _add_to(done: Any, share: float) -> None:
+    with done.get_lock():
+        done.value += share
+
+
+def _start_worker(threads: int, done: Any, setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what then happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _METER[0] = _Meter(partial(_add_to, done))
     # For libraries that load later, and for torch where the setup's own imports have brought it already; importing it
     # here would cost every worker seconds that label arithmetic does not need.
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -15,7 +15,7 @@ from nnunet_oneshot.consensus import build
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import create_output
-from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.parallel import advance, default_processes, over_cases
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
     NEEDS_WHOLE_LABEL,
@@ -116,9 +116,15 @@ def propagate(
 def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> dict[str, Propagator]:
     """SAM2 last, where registration is asked for too: its labels then prompt `self` mode and are not made again."""
     sam2, prompter = made.get("sam2"), "registration"
-    if isinstance(sam2, Sam2Propagator) and sam2.prompter is not None and prompter in made:
-        sam2.prompter = CarriedLabels(raw, store, prompter)
+    if isinstance(sam2, Sam2Propagator):
+        sam2.progress = _advance_slices
+        if sam2.prompter is not None and prompter in made:
+            sam2.prompter = CarriedLabels(raw, store, prompter)
     return dict(sorted(made.items(), key=lambda entry: entry[0] == "sam2"))
+
+
+def _advance_slices(done: int, of: int) -> None:
+    advance(done / of)
 
 
 def _check_parts(num_parts: int, part_id: int, overwrite: bool) -> None:

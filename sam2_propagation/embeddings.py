@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -149,8 +149,8 @@ class Encoder:
         self._in_use = 0
 
     @torch.inference_mode()
-    def encode(self, slices: Slices) -> EmbeddedStack:
-        """Encode all slices, each exactly once."""
+    def encode(self, slices: Slices, progress: Callable[[int], None] = lambda _: None) -> EmbeddedStack:
+        """Encode all slices, each exactly once; `progress` is told after each batch how many it had."""
         count = len(slices)
         levels: list[Tensor] = []
         positions: list[Tensor] = []
@@ -162,6 +162,7 @@ class Encoder:
                 positions = [e[:1] for e in encodings]
             for level, piece in zip(levels, maps, strict=True):
                 level[start : start + len(piece)] = piece
+            progress(len(levels[0][start : start + self._batch_size]))
         return self._tracked(EmbeddedStack(levels, positions), directory)
 
     def _forward(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:

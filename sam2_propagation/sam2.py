@@ -38,7 +38,7 @@ class Sam2Propagator:
         settings: everything else.
         budget: bytes of RAM for embeddings; beyond it they go to a temporary file.
         cache: folder of downloaded checkpoints.
-        progress: called with the number of slices done, whenever a view of a query is.
+        progress: called whenever slices of a query were encoded, with their number and that of all its views together.
 
     Raises:
         PropagationError: from every method, for bad input: one sentence.
@@ -59,7 +59,7 @@ class Sam2Propagator:
         settings: Sam2Settings | None = None,
         budget: int = DEFAULT_BUDGET,
         cache: Path | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         chosen = settings or Sam2Settings()
         self.settings = chosen if mode is None else replace(chosen, mode=mode)
@@ -75,7 +75,7 @@ class Sam2Propagator:
         self._seed = seed
         self._budget = budget
         self._cache = cache
-        self._progress = progress
+        self.progress = progress
         self._engine: Sam2Engine | None = None
         self._adapted: dict[str, torch.Tensor] | None = None
         if self.settings.mode == "self" and prompter is None:
@@ -149,10 +149,13 @@ class Sam2Propagator:
         self, engine: Sam2Engine, supports: Sequence[Support], query: Image, views: Sequence[str], natural: str
     ) -> Iterator[Propagation]:
         prompts, scaled = Prompts(self.prompter, supports, query), scale(query, self.settings.intensities)
+        total = sum(query.shape[present(query, view, natural).axes[0]] for view in views)
         for view in views:
-            yield engine.carry(supports, query, scaled, view, natural, prompts, self._seed)
-            if self._progress is not None:
-                self._progress(query.shape[present(query, view, natural).axes[0]])
+            yield engine.carry(supports, query, scaled, view, natural, prompts, self._seed, self._told_of(total))
+
+    def _told_of(self, total: int) -> Callable[[int], None]:
+        report = self.progress
+        return (lambda _: None) if report is None else (lambda slices: report(slices, total))
 
     def _ready(self) -> Sam2Engine:
         if self._engine is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,13 +86,14 @@ class Sam2Engine:
         natural: str,
         prompts: Prompts,
         seed: int,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> Propagation:
-        """One view of one query."""
+        """One view of one query; `progress` is told how many of its slices are encoded, batch by batch."""
         own = next((s for s in supports if s.image.case == query.case and _is_sparse(s)), None)
         mode = self.settings.mode or ("slice" if own is not None else self._default_mode)
         if mode == "slice":
-            return self._slice(own, query, view, natural)
-        seen = self._viewed(query, scaled, view, natural)
+            return self._slice(own, query, view, natural, progress)
+        seen = self._viewed(query, scaled, view, natural, progress)
         classes = sorted({c for support in supports for c in support.classes})
         known = [self._support(support, view, natural) for support in supports]
         if mode == "insert":
@@ -121,13 +122,15 @@ class Sam2Engine:
                 shown = finish(votes, seen.size, self.settings).label
         return votes
 
-    def _slice(self, own: Support | None, query: Image, view: str, natural: str) -> Propagation:
+    def _slice(
+        self, own: Support | None, query: Image, view: str, natural: str, progress: Callable[[int], None]
+    ) -> Propagation:
         if own is None:
             raise PropagationError(
                 f"expected a sparse label of {query.case} itself for mode slice, found none; annotate a slice of it, "
                 "or use mode retrieve"
             )
-        seen = self._viewed_support(own, view, natural)
+        seen = self._viewed_support(own, view, natural, progress)
         whole = seen.annotated[seen.slices].mean()
         if whole < 0.5:
             reason = f"the annotated slices lie across this view's plane (only {whole:.0%} of each is annotated)"
@@ -180,10 +183,17 @@ class Sam2Engine:
         alike = similarity(described, described)[:, known].max(axis=1)
         return [cases[i] for i in np.argsort(-alike, kind="stable")]
 
-    def _viewed(self, image: Image, scaled: ChannelVolume, view: str, natural: str) -> Viewed:
+    def _viewed(
+        self,
+        image: Image,
+        scaled: ChannelVolume,
+        view: str,
+        natural: str,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Viewed:
         shown = present(image, view, natural)
         seen = shown.forward(scaled)
-        frames = self._encoder.encode(ImageSlices(seen, self.loaded.image_size))
+        frames = self._encoder.encode(ImageSlices(seen, self.loaded.image_size), progress)
         return Viewed(image.case, frames, (seen.shape[-2], seen.shape[-1]), shown)
 
     def _support(self, support: Support, view: str, natural: str) -> tuple[ViewedSupport, Bank]:
@@ -195,8 +205,10 @@ class Sam2Engine:
             self._supports[key] = seen, bank
         return self._supports[key]
 
-    def _viewed_support(self, support: Support, view: str, natural: str) -> ViewedSupport:
-        image = self._viewed(support.image, scale(support.image, self.settings.intensities), view, natural)
+    def _viewed_support(
+        self, support: Support, view: str, natural: str, progress: Callable[[int], None] = lambda _: None
+    ) -> ViewedSupport:
+        image = self._viewed(support.image, scale(support.image, self.settings.intensities), view, natural, progress)
         label, annotated = _spoken(support)
         return ViewedSupport(image, image.shown.forward(label), image.shown.forward(annotated))
 

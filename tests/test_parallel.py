@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.parallel import advance, default_processes, over_cases
 
 _STATE: dict[str, int] = {}
 
@@ -37,6 +37,21 @@ def test_every_item_once_and_set_up_before(processes: int) -> None:
     assert sorted(value for value, _ in results) == [11, 12, 13, 14]
     assert (os.getpid() in {process for _, process in results}) == (processes == 1)
     assert _STATE.get("calls", 0) == (processes == 1), "once, in this process only where it does the work"
+
+
+def half_way(item: int) -> None:
+    advance(0.25)
+    advance(0.25)
+    time.sleep(1.2)
+    advance(3.0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_bar_moves_within_an_item_and_ends_whole(processes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    list(over_cases(half_way, [1, 2], processes=processes, title="long"))
+    shown = capsys.readouterr().err
+    assert "0.5/2" in shown or "1.0/2" in shown, "both half done, or the first"
+    assert "100%" in shown.rsplit("\r", 1)[-1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -243,10 +243,10 @@ def test_tiny_and_odd_slices(shape: tuple[int, int, int], checkpoint: Path) -> N
 
 
 def test_progress_counts_slices(checkpoint: Path) -> None:
-    done: list[int] = []
-    propagator = Sam2Propagator(checkpoint, progress=done.append)
+    done: list[tuple[int, int]] = []
+    propagator = Sam2Propagator(checkpoint, batch_size=4, progress=lambda *slices: done.append(slices))
     list(propagator.propagate([_support()], [_volume("query")[0]], ("identity", "coronal")))
-    assert done == [6, 12]
+    assert done == [(4, 18), (2, 18), (4, 18), (4, 18), (4, 18)], "6 slices and 12; supports do not count"
 
 
 def test_it_can_be_sent_to_a_worker_before_and_after_its_model_is_loaded(checkpoint: Path) -> None:
