@@ -83,7 +83,7 @@ _SMALL_LIMITS = PlannerLimits(base_features=8, max_features=64, elements_2d=28e6
 PRESETS: Mapping[str, Preset] = {
     "default": Preset("default", DEFAULT_PLANS),
     "small": Preset("small", SMALL_PLANS, "_small", Schedule(30, 50, 5, 3), _SMALL_LIMITS),
-    "tiny": Preset("tiny", SMALL_PLANS, "_tiny", Schedule(10, 20, 5, 2), _SMALL_LIMITS),
+    "tiny": Preset("tiny", SMALL_PLANS, "_tiny", Schedule(10, 20, 5, 2), _SMALL_LIMITS, mirroring=False),
 }
 
 
@@ -96,12 +96,16 @@ class LossSettings:
         end_weight: its weight at the last iteration; linear in between. 0 switches the term off.
         guess_share: share of the draws of a case whose divergence voxels carry their best guess instead of ignore.
         annotated_share: share of the draws that annotated cases have at least.
+        cross_patch: probability of the cross-patch augmentation for a sample with divergence (YoloSeg: 0.2).
+        cross_patch_labels: whether consensus pasted into the annotated case keeps its labels; YoloSeg ignores them.
     """
 
     ramp_start: float = 0.1
     end_weight: float = 0.5
     guess_share: float = 0.0
     annotated_share: float = 0.0
+    cross_patch: float = 0.0
+    cross_patch_labels: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_it_learns_from_consensus_and_compares_views_in_divergence(make: Make, c
     log = Path(trainer.log_file).read_text()
     assert "consistency" in log
     assert "flips along axes" in log
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_cross_patches_bring_the_annotated_case_into_divergence(make: Make, configuration: str) -> None:
+    trainer = make(configuration=configuration)
+    shares = []
+    for probability in (0.0, 1.0):
+        trainer.loss_settings = replace(trainer.loss_settings, cross_patch=probability, cross_patch_labels=True)
+        if not trainer.was_initialized:
+            trainer.initialize()
+        np.random.seed(0)
+        loader, _ = trainer.get_dataloaders()
+        shares.append(np.mean([(next(loader)["target"][0] == 3).float().mean() for _ in range(10)]))
+    assert 0 < shares[1] < shares[0]
+    trainer.dataloader_train = loader
+    assert np.isfinite(trainer.train_step(next(loader))["loss"])
 
 
 def test_consistency_is_off_during_the_first_tenth(make: Make) -> None:

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
 
 from nnunet_oneshot.case_selection import FOLDS, dealt_split, drawn_by_weight, usable_split, with_share
+from nnunet_oneshot.cross_patch import CrossPatch, before_targets, cell_size
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
 from nnunet_oneshot.losses import DualComponentLoss, detached_view, divergence, ramp
@@ -84,6 +87,16 @@ class OneShotTrainer(WholeCheckpoints):
             turns = "with rotations by 90 degrees" if obstacle is None else f"without rotations: {obstacle}"
             self.print_to_log_file(f"Consistency views: flips along axes {self.view_choice.mirror_axes}, {turns}")
         return augmentation
+
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's; static there, but called on the trainer, whose settings and cases the cross patches need."""
+        transforms = super().get_training_transforms(*args, **kwargs)
+        annotated = self._annotated_in_training() if self.dual_loss is not None else []
+        if self.loss_settings.cross_patch > 0 and annotated:
+            place = before_targets(transforms)
+            loader = self._reference_loader(annotated, ComposeTransforms(transforms.transforms[:place]))
+            transforms.transforms.insert(place, self._cross_patch(loader))
+        return transforms
 
     def do_split(self):
         if self.dataset_class is None:
@@ -151,6 +164,25 @@ class OneShotTrainer(WholeCheckpoints):
         self.print_to_log_file(
             f"consistency {term:.4f} (weight {self._consistency_weight():.3f}), divergence {share:.2%} of voxels"
         )
+
+    def _annotated_in_training(self) -> list[str]:
+        training, _ = self.do_split()
+        return sorted(set(training) & set(self.block.annotated)) if self.block else []
+
+    def _reference_loader(self, cases: list[str], transforms: ComposeTransforms) -> nnUNetDataLoader:
+        """nnU-Net's loader of one annotated sample around foreground."""
+        previous = self.folder_with_segs_from_previous_stage
+        dataset = self.dataset_class(
+            self.preprocessed_dataset_folder, cases, folder_with_segs_from_previous_stage=previous
+        )
+        final = tuple(self.configuration_manager.patch_size)
+        return nnUNetDataLoader(dataset, 1, self._drawn_size, final, self.label_manager, 1.0, transforms=transforms)
+
+    def _cross_patch(self, references: nnUNetDataLoader) -> CrossPatch:
+        plan, settings = self.configuration_manager, self.loss_settings
+        size = cell_size(plan.patch_size, plan.spacing[-len(plan.patch_size) :])
+        ignore = self.label_manager.ignore_label
+        return CrossPatch(references, ignore, size, settings.cross_patch, settings.cross_patch_labels)
 
     def _beside_ignore(self, dataset: nnUNetBaseDataset, crop: Crop, share: float) -> TrainingCases:
         key = (-1, *self.label_manager.all_labels)
