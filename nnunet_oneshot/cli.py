@@ -65,6 +65,10 @@ def propagate(argv: Sequence[str] | None = None) -> None:
     add_work(parser)
     parser.add_argument("-num_parts", type=int, default=1, metavar="N", help="deal the cases out to N shards")
     parser.add_argument("-part_id", type=int, default=0, metavar="N", help="this shard, from 0")
+    parser.add_argument(
+        "--trial", action="store_true", help="label a few cases that span the set and tell what to expect; no dataset"
+    )
+    parser.add_argument("-n", type=int, default=5, metavar="N", help="cases of a --trial (default: %(default)s)")
     _main(parser, _do_propagate, argv)
 
 
@@ -270,6 +274,8 @@ def _do_suggest(arguments: argparse.Namespace) -> Summary:
 
 
 def _do_propagate(arguments: argparse.Namespace) -> Summary:
+    if arguments.trial:
+        return _do_trial(arguments)
     outcome = _function("propagate")(
         arguments.d,
         arguments.o,
@@ -282,6 +288,19 @@ def _do_propagate(arguments: argparse.Namespace) -> Summary:
         overwrite=arguments.overwrite,
     )
     return _function("summary", "propagation_summary")(outcome)
+
+
+def _do_trial(arguments: argparse.Namespace) -> Summary:
+    result = _function("trial")(
+        arguments.d,
+        arguments.o,
+        arguments.n,
+        propagators=_propagators(arguments),
+        views=arguments.views,
+        options=_propagator_options(arguments),
+        num_processes=arguments.np,
+    )
+    return _function("summary", "trial_summary")(result)
 
 
 def _do_consensus(arguments: argparse.Namespace) -> Summary:

@@ -75,6 +75,14 @@ def estimate(label: LabelVolume, opinions: Opinions) -> dict[str, float] | None:
     return {"mean": round(mean, 4), **{str(value): round(dice, 4) for value, dice in classes.items()}}
 
 
+def by_source(names: Sequence[str], labels: Sequence[LabelVolume]) -> dict[str, list[LabelVolume]]:
+    """Labels of views named `source/view`, by source."""
+    grouped: dict[str, list[LabelVolume]] = {}
+    for name, label in zip(names, labels, strict=True):
+        grouped.setdefault(name.split("/", 1)[0], []).append(label)
+    return grouped
+
+
 def gather(label: LabelVolume, opinions: Opinions) -> Evidence:
     """All evidence on a label, by kind; kinds that nothing is known of are absent."""
     everything = [view for views in opinions.views.values() for view in views]

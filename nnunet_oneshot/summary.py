@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
+
 if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
     from nnunet_oneshot.demo import DemoResult
     from nnunet_oneshot.propagate import Outcome
-    from nnunet_oneshot.quality_gate import Doubt
     from nnunet_oneshot.refine import Refinement
     from nnunet_oneshot.review.session import Reviewed
     from nnunet_oneshot.run import RunResult
     from nnunet_oneshot.store import Manifest
+    from nnunet_oneshot.trial import Trial
 
 REVIEW_LINES = 10
 """Labels that a summary lists for a person; -json has all."""
@@ -36,6 +38,8 @@ def manifest_figures(manifest: Manifest) -> dict[str, Any]:
         "round": manifest.round,
         "cases": dict(Counter(r.status for r in records.values())),
         "mean_divergence": round(mean(divergences), 5) if divergences else None,
+        "mean_quality": mean_quality(manifest),
+        "needs_review": [vars(doubt) for doubt in needs_review(manifest)],
         "failed": {name: r.reason for name, r in records.items() if r.status == "failed"},
     }
 
@@ -47,7 +51,10 @@ def manifest_summary(manifest: Manifest, output: int | str) -> dict[str, Any]:
     lines = ["", *table(("label", "cases"), rows)]
     if figures["mean_divergence"] is not None:
         lines.append(f"divergence (ignored in training): {100 * figures['mean_divergence']:.2f} % of voxels")
+    if figures["mean_quality"] is not None:
+        lines.append(f"estimated Dice of the labels (no ground truth was used): {figures['mean_quality']:.3f}")
     lines += [f"no label for {name}: {reason}" for name, reason in figures["failed"].items()]
+    lines += _review_lines([doubt for doubt in needs_review(manifest) if doubt.case not in figures["failed"]])
     lines += ["", f"next: nnUNetv2_oneshot_refine -d {output} -c CONFIG, or nnU-Net's own commands on dataset {output}"]
     return {"output": str(output), **figures, "lines": lines}
 
@@ -63,6 +70,36 @@ def propagation_summary(outcome: Outcome) -> dict[str, Any]:
     lines = [*warnings, *summary["lines"][:-2], f"labelled in {outcome.seconds:.0f} s", *summary["lines"][-2:]]
     more = {"complete": True, "warnings": outcome.warnings, "seconds": round(outcome.seconds, 1)}
     return {**summary, **more, "lines": lines}
+
+
+def trial_summary(result: Trial) -> dict[str, Any]:
+    """Summary of `propagate --trial`."""
+    rows = [
+        (
+            c.case,
+            f"{c.share:.0%}",
+            "no label" if c.quality is None else f"{c.quality['mean']:.2f}",
+            f"{100 * c.divergence:.2f}",
+            f"{c.seconds:.0f}",
+        )
+        for c in result.cases
+    ]
+    header = ("case", "stands for", "estimated Dice", "divergence %", "seconds")
+    lines = [*(f"warning: {text}" for text in result.warnings), "", *table(header, rows), ""]
+    lines += [f"no label for {c.case}: {c.reason}" for c in result.cases if c.reason]
+    expected = "unknown" if result.quality is None else f"{result.quality:.2f}"
+    lines += [
+        f"expected of all {result.set_size} images:",
+        f"  estimated Dice of the labels: {expected}",
+        f"  divergence, which training ignores: {100 * result.divergence:.2f} % of voxels, "
+        f"{result.divergence_of_foreground:.0%} of those in and around the structures",
+        f"  time: about {result.minutes:.0f} minutes; disk: about {result.megabytes:.0f} MB",
+        f"if one label is not enough, annotate next: {result.annotate_next}",
+        f"picture: {result.picture}",
+        "no dataset was made; leave out --trial to make it",
+    ]
+    figures = {**vars(result), "folder": str(result.folder), "cases": [vars(c) for c in result.cases]}
+    return {**figures, "picture": str(result.picture), "lines": lines}
 
 
 def refinement_summary(result: Refinement) -> dict[str, Any]:
@@ -113,7 +150,8 @@ def run_summary(result: RunResult) -> dict[str, Any]:
     """Summary of `run`."""
     labels = manifest_figures(result.manifest)
     refined = refinement_summary(result.refinement)
-    lines = [*manifest_summary(result.manifest, result.manifest.source_dataset)["lines"][:-2], *refined["lines"]]
+    rows = [(status, count) for status, count in sorted(labels["cases"].items())]
+    lines = ["", *table(("label", "cases"), rows), *refined["lines"]]
     lines += result.score_lines
     refinement = {key: value for key, value in refined.items() if key != "lines"}
     return {"labels": labels, "refinement": refinement, "scores": result.scores, "lines": lines}

@@ -1,0 +1,252 @@
+"""A trial before a night's work: a few cases that span the set, carried, and what to expect of all of them.
+
+A trial makes no dataset in nnUNet_raw. Everything it makes lies in one folder of the working directory: nnU-Net's
+folders with the few cases (their images referenced, not copied), a picture, and the figures as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_oneshot.checks import check_for_propagation
+from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.output import NNUNET_ROOTS, find_output
+from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.propagate import PropagatorOptions, propagate
+from nnunet_oneshot.report_pictures import Overlay
+from nnunet_oneshot.store import CaseRecord, Store
+from nnunet_oneshot.training_data import ignore_value
+from nnunet_oneshot.trial_cases import Chosen, Features, choose, evenly, statistics
+from nnunet_oneshot.trial_picture import Tile, draw
+
+MARK = "trial.json"
+
+
+@dataclass(frozen=True)
+class TrialCase:
+    """What a trial found of one case.
+
+    Attributes:
+        case: its name.
+        share: the share of the set that it stands for.
+        quality: estimated Dice, by label value and `mean`; None where no label was made.
+        divergence: share of all voxels without consensus.
+        divergence_of_foreground: divergent voxels among those that any view calls foreground, or that diverge.
+        seconds: processor time of all propagators.
+        reason: why there is no label.
+    """
+
+    case: str
+    share: float
+    quality: dict[str, float] | None
+    divergence: float
+    divergence_of_foreground: float
+    seconds: float
+    reason: str | None
+
+
+@dataclass
+class Trial:
+    """What to expect of the whole set.
+
+    Attributes:
+        folder: where everything lies.
+        cases: the cases tried, the one that stands for most first.
+        set_size: images that the whole run would label.
+        quality: estimated mean Dice of the set, each case weighed by its share; None where nothing was labelled.
+        divergence: expected share of voxels that training ignores.
+        divergence_of_foreground: the same of the voxels in and around the structures.
+        minutes: expected wall-clock of the whole run with as many processes.
+        megabytes: expected disk of the whole run's labels.
+        annotate_next: the case whose annotation would help most if one label is not enough.
+        warnings: what a user should know.
+    """
+
+    folder: Path
+    cases: list[TrialCase]
+    set_size: int
+    quality: float | None
+    divergence: float
+    divergence_of_foreground: float
+    minutes: float
+    megabytes: float
+    annotate_next: str | None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def picture(self) -> Path:
+        """The picture of all cases tried."""
+        return self.folder / "trial.png"
+
+
+def trial(
+    dataset: int | str,
+    output: int,
+    cases: int = 5,
+    *,
+    propagators: Sequence[str] = ("registration",),
+    views: Sequence[str] | None = None,
+    options: PropagatorOptions | None = None,
+    num_processes: int | None = None,
+    folder: Path | None = None,
+) -> Trial:
+    """Propagate to a few cases that span the set and tell what to expect of all.
+
+    Args:
+        dataset: id or name of the raw dataset with the annotated case(s).
+        output: id that the whole run's dataset would have; it is checked, and nothing is written there.
+        cases: how many to try.
+        propagators, views, options, num_processes: as in `propagate`.
+        folder: where to write; `oneshot_trial_<dataset>` in the working directory when None. An earlier trial there
+            is replaced.
+
+    Raises:
+        OneShotError: whatever `propagate` refuses, or a folder that holds something else.
+    """
+    if cases < 1:
+        raise OneShotError(f"expected -n of 1 or more cases to try, found {cases}; give a number such as 5")
+    raw = open_dataset(dataset)
+    warnings = check_for_propagation(raw)
+    find_output(dataset, output)
+    place = (folder or Path(f"oneshot_trial_{raw.id:03d}")).resolve()
+    processes = num_processes or default_processes()
+    chosen = _choose(raw, cases, processes)
+    _make_place(place)
+    with _nnunet_folders(place):
+        _lay_out(raw, [raw.case(c.case) for c in chosen])
+        outcome = propagate(
+            raw.id, output, propagators=propagators, views=views, options=options, num_processes=processes
+        )
+        small = open_dataset(raw.id)
+        found = [_found(small, outcome.store, entry) for entry in chosen]
+        _draw(small, outcome.store, found, place / "trial.png")
+    result = _expect(raw, outcome.store, found, processes, place)
+    result.warnings = warnings
+    content = {**asdict(result), "folder": str(place)}
+    (place / MARK).write_text(json.dumps(content, indent=2) + "\n")
+    return result
+
+
+def _choose(raw: RawDataset, count: int, processes: int) -> list[Chosen]:
+    """Un-annotated cases that span the set; sparse ones too where no other is un-annotated."""
+    by_name = {case.name: case for case in raw.unannotated or raw.cases}
+    tasks = [(raw, by_name[name]) for name in evenly(sorted(by_name))]
+    workers = processes if len(tasks) > 20 else 1
+    features = dict(over_cases(_statistics, tasks, processes=workers, title="look at images"))
+    lengths = {len(vector) for vector in features.values()}
+    if len(lengths) > 1:
+        raise OneShotError(f"{raw.name}: expected images of one number of channels, found several; correct the images")
+    return choose(features, count)
+
+
+def _statistics(task: tuple[RawDataset, Case]) -> tuple[str, Features]:
+    raw, case = task
+    return case.name, statistics(raw.read_image(case))
+
+
+def _make_place(place: Path) -> None:
+    if place.is_dir() and any(place.iterdir()):
+        if not (place / MARK).is_file():
+            raise OneShotError(
+                f"expected {place} to be free or to hold an earlier trial, found other files; run the trial in another "
+                "working directory"
+            )
+        shutil.rmtree(place)
+    place.mkdir(parents=True, exist_ok=True)
+    # There from the beginning, so that a trial that was stopped can be replaced.
+    (place / MARK).write_text("{}\n")
+
+
+@contextmanager
+def _nnunet_folders(place: Path) -> Iterator[None]:
+    """nnU-Net's three folders inside the trial's, whatever the environment says otherwise."""
+    before = {name: os.environ.get(name) for name in NNUNET_ROOTS}
+    for name in NNUNET_ROOTS:
+        (place / name).mkdir()
+        os.environ[name] = str(place / name)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _lay_out(raw: RawDataset, cases: Sequence[Case]) -> None:
+    """A raw dataset of a few cases and the annotated ones that refers to their files."""
+    folder = Path(os.environ["nnUNet_raw"]) / raw.name
+    folder.mkdir()
+    entries: dict[str, dict[str, Any]] = {}
+    for case in {c.name: c for c in (*raw.annotated, *cases)}.values():
+        entries[case.name] = {"images": [str(path.resolve()) for path in case.images]}
+        if case.label is not None:
+            entries[case.name]["label"] = str(case.label.resolve())
+    (folder / "dataset.json").write_text(json.dumps({**raw.json, "dataset": entries}))
+
+
+def _found(raw: RawDataset, store: Store, entry: Chosen) -> TrialCase:
+    record: CaseRecord = store.read_manifest().cases[entry.case]
+    guess, target = (raw.read_label(path) for path in (store.fused_path(entry.case), store.label_path(entry.case)))
+    ignored = target == ignore_value(raw)
+    around = (guess > 0) | ignored
+    reason = record.reason if record.status == "failed" else None
+    return TrialCase(
+        entry.case,
+        entry.share,
+        record.quality,
+        round(float(ignored.mean()), 5),
+        round(float(ignored.sum() / max(1, around.sum())), 4),
+        _seconds(store, entry.case),
+        reason,
+    )
+
+
+def _seconds(store: Store, case: str) -> float:
+    records = [store.read_worker(folder.name, case) for folder in (store.state_folder / "cases").iterdir()]
+    return round(sum(record.seconds for record in records if record is not None), 2)
+
+
+def _expect(raw: RawDataset, store: Store, found: list[TrialCase], processes: int, place: Path) -> Trial:
+    size = len(raw.unannotated) or len(found)
+    shares = np.array([case.share for case in found])
+    rated = [(case.share, case.quality["mean"]) for case in found if case.quality is not None]
+    known = sum(share for share, _ in rated)
+    seconds = float((shares * [case.seconds for case in found]).sum())
+    written = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+    return Trial(
+        folder=place,
+        cases=found,
+        set_size=size,
+        quality=round(sum(share * mean for share, mean in rated) / known, 4) if rated else None,
+        divergence=round(float((shares * [case.divergence for case in found]).sum()), 5),
+        divergence_of_foreground=round(float((shares * [case.divergence_of_foreground for case in found]).sum()), 4),
+        minutes=round(seconds * size / min(processes, size) / 60, 1),
+        megabytes=round(written / len(found) * size / 1e6, 3),
+        annotate_next=max(found, key=_worth).case if found else None,
+    )
+
+
+def _worth(case: TrialCase) -> float:
+    """How much annotating a case promises: what is wrong with it, times the share of the set that is like it."""
+    return case.share * (1 - (case.quality["mean"] if case.quality is not None else 0))
+
+
+def _draw(raw: RawDataset, store: Store, found: Sequence[TrialCase], path: Path) -> None:
+    tiles = []
+    for case in found:
+        guess, target = (raw.read_label(p) for p in (store.fused_path(case.case), store.label_path(case.case)))
+        overlay = Overlay(raw.read_image(raw.case(case.case)), guess, target == ignore_value(raw))
+        said = "no label" if case.quality is None else f"estimated Dice {case.quality['mean']:.2f}"
+        tiles.append(Tile(overlay, f"{case.case}: {said}, stands for {case.share:.0%}"))
+    draw(tiles, path)

@@ -1,0 +1,142 @@
+"""A trial of a few cases: which it takes, what it says, and that it writes nowhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Answer
+from fake_propagator import FakePropagator
+from PIL import Image as Picture
+from raw_datasets import Roots, image_array, write_image, write_raw
+
+from nnunet_oneshot import cli
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.trial import Trial, trial
+from nnunet_oneshot.trial_cases import choose, evenly, statistics
+from sam2_propagation.interface import Image
+
+CASES = tuple(f"case_{i}" for i in range(8))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def ready(roots: Roots, fakes: dict[str, FakePropagator], here: Path) -> Roots:
+    """Eight cases, one annotated; the last two are much brighter in one corner."""
+    folder = write_raw(roots.raw, cases=CASES)
+    for index in (6, 7):
+        image = image_array(index)
+        image[:, :4, :4] += 400
+        write_image(folder / "imagesTr" / f"case_{index}_0000.nii.gz", image)
+    return roots
+
+
+def attempt(count: int = 2, **more: object) -> Trial:
+    return trial(501, 601, count, propagators=("fake",), num_processes=1, **more)  # type: ignore[arg-type]
+
+
+def test_it_spans_the_set_and_weighs_by_what_a_case_stands_for(ready: Roots) -> None:
+    result = attempt(2)
+    assert [case.share for case in result.cases] == pytest.approx([5 / 7, 2 / 7])
+    assert result.cases[0].case in CASES[1:6]
+    assert result.cases[1].case in CASES[6:]
+    assert result.set_size == 7
+    assert result.quality is not None
+    means = [case.quality["mean"] for case in result.cases if case.quality is not None]
+    assert result.quality == pytest.approx(np.dot([5 / 7, 2 / 7], means), abs=1e-3)
+    assert 0 < result.divergence < result.divergence_of_foreground < 1
+    assert result.megabytes > 0
+
+
+def test_nothing_is_written_but_its_folder(ready: Roots, here: Path) -> None:
+    before = ready.snapshot()
+    result = attempt()
+    assert ready.snapshot() == before
+    assert [path.name for path in here.iterdir()] == ["oneshot_trial_501"]
+    with Picture.open(result.picture) as picture:
+        assert picture.width > 100
+    written = json.loads((result.folder / "trial.json").read_text())
+    assert written["quality"] == result.quality
+    store = result.folder / "nnUNet_raw" / "Dataset601_toy_oneshot"
+    assert (store / "pseudoTr" / "fused" / f"{result.cases[0].case}.nii.gz").is_file()
+
+
+def test_a_second_trial_replaces_the_first_but_nothing_else(ready: Roots, here: Path) -> None:
+    first = attempt(2)
+    assert len(attempt(3).cases) == 3
+    (first.folder / "trial.json").unlink()
+    with pytest.raises(OneShotError, match="found other files"):
+        attempt(2)
+
+
+def test_more_cases_than_there_are_means_all(ready: Roots) -> None:
+    assert {case.case for case in attempt(50).cases} == set(CASES[1:])
+
+
+def test_a_case_that_fails_is_told_and_is_to_be_annotated(
+    roots: Roots, fakes: dict[str, FakePropagator], here: Path
+) -> None:
+    write_raw(roots.raw, cases=("case_0", "bad_1", "case_2"))
+    result = attempt(2)
+    failed = next(case for case in result.cases if case.case == "bad_1")
+    assert failed.quality is None
+    assert "similarity no better than identity" in str(failed.reason)
+    assert result.annotate_next == "bad_1"
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_cases_are_bad_input(ready: Roots, count: int) -> None:
+    with pytest.raises(OneShotError, match="-n of 1 or more"):
+        attempt(count)
+
+
+def test_the_output_id_is_checked(ready: Roots) -> None:
+    (ready.raw / "Dataset601_other").mkdir()
+    with pytest.raises(OneShotError, match="output id 601 to be free"):
+        attempt()
+
+
+def test_the_command_says_what_to_expect(ready: Roots, call: Callable[..., Answer]) -> None:
+    answer = call(cli.propagate, "-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2)
+    assert answer.code == 0
+    for words in ("stands for", "expected of all 7 images", "annotate next: case_", "trial.png", "no dataset was made"):
+        assert words in answer.out
+    answer = call(cli.propagate, "-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2, "-json")
+    assert json.loads(answer.out)["set_size"] == 7
+
+
+def test_like_cases_are_one_group() -> None:
+    rng = np.random.default_rng(0)
+    centres = {"a": 0.0, "b": 10.0, "c": 30.0}
+    features = {f"{k}{i}": np.array([v, -v]) + rng.normal(0, 0.1, 2) for k, v in centres.items() for i in range(5)}
+    chosen = choose(features, 3)
+    assert {entry.case[0] for entry in chosen} == set(centres)
+    assert [entry.share for entry in chosen] == pytest.approx([1 / 3] * 3)
+    assert choose(features, 3) == chosen
+
+
+def test_images_alike_in_all_choose_without_warning() -> None:
+    assert len(choose({name: np.ones(3) for name in "abc"}, 2)) == 2
+
+
+def test_statistics_ignore_a_scanners_scale() -> None:
+    data = np.random.default_rng(0).gamma(3, 100, (1, 4, 20, 20)).astype(np.float32)
+    first, second = (statistics(Image("x", data * factor)) for factor in (1, 7))
+    np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
+    assert np.abs(statistics(Image("x", data[..., ::-1])) - first).max() > 0.01
+
+
+def test_evenly() -> None:
+    assert evenly(list("abcde"), 3) == ["a", "c", "e"]
+    assert evenly(list("abc"), 9) == list("abc")
