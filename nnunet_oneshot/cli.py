@@ -52,6 +52,21 @@ def suggest(argv: Sequence[str] | None = None) -> None:
     _main(parser, _do_suggest, argv)
 
 
+def make_sparse(argv: Sequence[str] | None = None) -> None:
+    """Make sparse labels of single drawn slices."""
+    parser = new_parser(
+        "nnUNetv2_oneshot_make_sparse",
+        "Put label files in which only some slices were drawn into a raw dataset; all else becomes the ignore label.",
+        "nnUNetv2_oneshot_make_sparse -d 501 -i drawn_slices",
+    )
+    parser.add_argument("-d", required=True, metavar="A", help="id or name of the raw dataset")
+    parser.add_argument("-i", type=Path, required=True, metavar="FOLDER", help="CASE.EXT files, 0 where nobody drew")
+    parser.add_argument("-slices", type=Path, metavar="CSV", help="table of the drawn slices (default: the non-empty)")
+    parser.add_argument("--overwrite", action="store_true", help="replace labels that are there")
+    add_json(parser)
+    _main(parser, _do_make_sparse, argv)
+
+
 def propagate(argv: Sequence[str] | None = None) -> None:
     """Carry the label of the annotated case(s) to every other image."""
     parser = new_parser(
@@ -271,6 +286,15 @@ def _do_suggest(arguments: argparse.Namespace) -> Summary:
         f"of {found.cases} cases; slices count from 0; written: {found.folder}/suggest.csv and .png",
     ]
     return {"suggestions": rows, "cases": found.cases, "folder": str(found.folder), "lines": lines}
+
+
+def _do_make_sparse(arguments: argparse.Namespace) -> Summary:
+    made = _function("make_sparse")(arguments.d, arguments.i, slices=arguments.slices, overwrite=arguments.overwrite)
+    rows = [(s.case, s.axis, " ".join(map(str, s.slices)), ", ".join(s.missing)) for s in made]
+    table = _function("summary", "table")(("case", "axis", "slices", "missing classes"), rows)
+    warnings = [f"warning: {s.case} misses {', '.join(s.missing)}; {s.advice}" for s in made if s.missing]
+    run = f"next: nnUNetv2_oneshot_run -d {arguments.d} -o B -c CONFIG -propagator correspondence sam2"
+    return {"cases": [vars(s) for s in made], "lines": ["", *table, *warnings, "", run]}
 
 
 def _do_propagate(arguments: argparse.Namespace) -> Summary:

@@ -25,7 +25,7 @@ Call = Callable[..., Answer]
 ROOT = Path(__file__).parents[1]
 SCRIPT = r'^(nnUNetv2_oneshot_\w+) = "nnunet_oneshot\.cli:(\w+)"$'
 SCRIPTS = dict(re.findall(SCRIPT, (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-COMMANDS = ["suggest", "propagate", "consensus", "refine", "run", "evaluate"]
+COMMANDS = ["suggest", "make_sparse", "propagate", "consensus", "refine", "run", "evaluate"]
 COMMANDS += ["report", "review", "export", "demo", "info"]
 CONVERTERS = ["convert_care_liseg", "convert_yoloseg", "convert_dicom", "convert_labels"]
 NOT_YET = [name for name in SCRIPTS.values() if getattr(cli, name).__doc__ == "Not in this version."]

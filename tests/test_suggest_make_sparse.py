@@ -1,0 +1,156 @@
+"""`make_sparse`: what was drawn stays, all else is ignored, and whatever is doubtful is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Answer
+from raw_datasets import SHAPE, Roots, geometry, label_array, read, write_image, write_raw
+
+from nnunet_oneshot import cli
+from nnunet_oneshot.dataset import open_dataset
+from nnunet_oneshot.make_sparse import make_sparse
+from nnunet_oneshot.suggest import suggest
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def bare(roots: Roots) -> Path:
+    """Dataset501_toy without any label."""
+    return write_raw(roots.raw, annotated=())
+
+
+@pytest.fixture
+def drawn(bare: Path, tmp_path: Path) -> Path:
+    """Label files of two cases as a viewer saves them: one slice drawn, 0 elsewhere."""
+    folder = tmp_path / "drawn"
+    for index, at in ((0, 2), (1, 3)):
+        label = np.zeros(SHAPE, np.uint8)
+        label[at] = label_array(index)[at]
+        write_image(folder / f"case_{index}.nii.gz", label)
+    return folder
+
+
+def test_drawn_slices_stay_and_the_rest_is_ignored(bare: Path, drawn: Path) -> None:
+    made = make_sparse(501, drawn)
+    assert [(s.case, s.axis, s.slices) for s in made] == [("case_0", "z", (2,)), ("case_1", "z", (3,))]
+    label = read(bare / "labelsTr/case_1.nii.gz")
+    np.testing.assert_array_equal(label[3], label_array(1)[3])
+    assert (np.delete(label, 3, axis=0) == 3).all()
+    assert geometry(bare / "labelsTr/case_1.nii.gz") == geometry(bare / "imagesTr/case_1_0000.nii.gz")
+    raw = open_dataset(501)
+    assert raw.ignore == 3
+    assert [case.name for case in raw.annotated] == ["case_0", "case_1"]
+    assert sorted(p.name for p in bare.iterdir()) == ["dataset.json", "imagesTr", "labelsTr"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_slice_drawn_across_another_axis_is_found(bare: Path, drawn: Path, axis: int) -> None:
+    label = np.zeros(SHAPE, np.uint8)
+    where = [slice(None)] * 3
+    where[axis] = slice(4, 5)
+    label[tuple(where)] = label_array(0)[tuple(where)]
+    write_image(drawn / "case_0.nii.gz", label)
+    assert make_sparse(501, drawn)[0].axis == "zyx"[axis]
+    assert (np.delete(read(bare / "labelsTr/case_0.nii.gz"), 4, axis=axis) == 3).all()
+
+
+def test_the_table_of_suggest_names_slices_even_where_nothing_was_to_be_drawn(bare: Path, drawn: Path) -> None:
+    found = suggest(501, slices=True, num_processes=1)
+    table = found.folder / "suggest.csv"
+    table.write_text("case,axis,slice\ncase_0,z,2\ncase_0,z,4\ncase_1,z,3\n")
+    assert make_sparse(501, drawn, slices=table)[0].slices == (2, 4)
+    assert (read(bare / "labelsTr/case_0.nii.gz")[4] == 0).all(), "drawn and empty is background, not ignored"
+
+
+def test_a_class_that_a_slice_misses_is_said_with_a_slice_that_may_show_it(drawn: Path, call: Call) -> None:
+    label = read(drawn / "case_0.nii.gz")
+    write_image(drawn / "case_0.nii.gz", np.where(label == 2, 0, label))
+    answer = call(cli.make_sparse, "-d", 501, "-i", drawn)
+    assert answer.code == 0
+    assert "warning: case_0 misses spot" in answer.out
+    assert "around slice 3" in answer.out, "where the other case shows it"
+
+
+def test_a_class_that_nobody_drew_is_said(drawn: Path) -> None:
+    for name in ("case_0", "case_1"):
+        label = read(drawn / f"{name}.nii.gz")
+        write_image(drawn / f"{name}.nii.gz", np.where(label == 2, 0, label))
+    assert all("no annotated slice of any case shows spot" in s.advice for s in make_sparse(501, drawn))
+
+
+def test_json_names_cases_and_slices(drawn: Path, call: Call) -> None:
+    answer = call(cli.make_sparse, "-d", 501, "-i", drawn, "-json")
+    assert [c["slices"] for c in json.loads(answer.out)["cases"]] == [[2], [3]]
+
+
+def test_labels_that_are_there_are_not_replaced_unasked(bare: Path, drawn: Path, roots: Roots, call: Call) -> None:
+    assert call(cli.make_sparse, "-d", 501, "-i", drawn).code == 0
+    before = roots.snapshot()
+    assert "--overwrite" in call(cli.make_sparse, "-d", 501, "-i", drawn).error
+    assert roots.snapshot() == before
+    assert call(cli.make_sparse, "-d", 501, "-i", drawn, "--overwrite").code == 0
+    assert roots.snapshot() == before, "the same files again"
+
+
+def whole(drawn: Path) -> Path:
+    write_image(drawn / "case_0.nii.gz", label_array(0))
+    return drawn
+
+
+def empty(drawn: Path) -> Path:
+    write_image(drawn / "case_0.nii.gz", np.zeros(SHAPE, np.uint8))
+    return drawn
+
+
+def stranger(drawn: Path) -> Path:
+    return (drawn / "case_0.nii.gz").rename(drawn / "who.nii.gz").parent
+
+
+def other_grid(drawn: Path) -> Path:
+    write_image(drawn / "case_0.nii.gz", np.ones((2, 3, 4), np.uint8))
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (whole, "a few drawn slices"),
+        (empty, "background alone"),
+        (stranger, "who"),
+        (other_grid, "shape"),
+        (lambda drawn: drawn / "nowhere", "no folder"),
+        (lambda drawn: drawn.parent, "found none"),
+    ],
+)
+def test_bad_input_changes_nothing(drawn: Path, roots: Roots, call: Call, damage: Callable, word: str) -> None:
+    folder = damage(drawn)
+    before = roots.snapshot()
+    answer = call(cli.make_sparse, "-d", 501, "-i", folder)
+    assert answer.code == 2
+    assert word in answer.error
+    assert roots.snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("case,axis,slice\ncase_0,z,9\ncase_1,z,3\n", "0 to 4"),
+        ("case,axis,slice\ncase_0,z,1\ncase_1,z,3\n", "elsewhere"),
+        ("case,axis,slice\ncase_1,z,3\n", "found none"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(
+    drawn: Path, roots: Roots, call: Call, tmp_path: Path, text: str, word: str
+) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    before = roots.snapshot()
+    answer = call(cli.make_sparse, "-d", 501, "-i", drawn, "-slices", tmp_path / "t.csv")
+    assert answer.code == 2
+    assert word in answer.error
+    assert roots.snapshot() == before
