@@ -365,7 +365,7 @@ def _do_evaluate(arguments: argparse.Namespace) -> Summary:
 
 def _do_report(arguments: argparse.Namespace) -> Summary:
     page = _function("report")(arguments.d, arguments.o, truth=arguments.ref, num_processes=arguments.np)
-    return {"page": str(page), "lines": [f"written: {page}"]}
+    return {"page": str(page), "lines": [f"written: {page}", "", f"next: nnUNetv2_oneshot_review -d {arguments.d}"]}
 
 
 def _do_review(arguments: argparse.Namespace) -> Summary:
@@ -430,7 +430,8 @@ def _do_convert_labels(arguments: argparse.Namespace) -> Summary:
 def _convert(layout: str, arguments: argparse.Namespace, **options: Any) -> Summary:
     done = _function(f"convert_{layout}")(arguments.i, arguments.d, dry_run=arguments.dry_run, **options)
     figures = {"datasets": [str(folder) for folder in done.datasets], "notes": list(done.notes)}
-    return {**figures, "dry_run": done.dry_run, "lines": done.lines(verbose=arguments.dry_run)}
+    lines = [*done.lines(verbose=arguments.dry_run), "", f"next: {done.following(arguments.d)}"]
+    return {**figures, "dry_run": done.dry_run, "lines": lines}
 
 
 def _converter(layout: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -82,6 +82,14 @@ class Conversion:
             lines += [f"  {step.source} -> {step.target}" for step in plan.steps if verbose]
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
+    def following(self, number: int) -> str:
+        """The command to type next for the first dataset, whose id is `number`."""
+        if self.dry_run:
+            return "the same command without --dry_run"
+        if self.plans[0].count("labelsTr"):
+            return f"nnUNetv2_oneshot_propagate -d {number} -o ID"
+        return f"nnUNetv2_oneshot_suggest -d {number}, and annotate what it names"
+
 
 def carry_out(plans: Sequence[DatasetPlan], notes: Sequence[str], *, dry_run: bool) -> Conversion:
     """Write datasets into nnUNet_raw, each as a whole, or only say what would be written.

@@ -115,7 +115,7 @@ def refinement_summary(result: Refinement) -> dict[str, Any]:
     ]
     lines = ["", *result.taken_up, *table(("round", "estimated Dice", "Dice to the round before", "cases"), rows)]
     lines += [f"in force: round {result.round} ({result.ended})", *_review_lines(result.doubts)]
-    lines += [f"model: {result.model_folder}, folds {' '.join(map(str, result.folds))}"]
+    lines += [f"model: {result.model_folder}, folds {' '.join(map(str, result.folds))}", "", *_after_training(result)]
     figures = {
         "rounds": [
             {"round": c.number, "agreement": c.mean, "quality": result.quality.get(c.number), "cases": c.agreement}
@@ -131,6 +131,12 @@ def refinement_summary(result: Refinement) -> dict[str, Any]:
         "folds": list(result.folds),
     }
     return {**figures, "lines": lines}
+
+
+def _after_training(result: Refinement) -> list[str]:
+    number = result.model_folder.parent.name[7:10]
+    export = f"nnUNetv2_oneshot_export -d {number} -c {result.plan.configuration} -o model.zip"
+    return [f"next: nnUNetv2_oneshot_review -d {number}, then refine with one round more; or {export}"]
 
 
 def _figure(value: float | None) -> str:
@@ -151,8 +157,8 @@ def run_summary(result: RunResult) -> dict[str, Any]:
     labels = manifest_figures(result.manifest)
     refined = refinement_summary(result.refinement)
     rows = [(status, count) for status, count in sorted(labels["cases"].items())]
-    lines = ["", *table(("label", "cases"), rows), *refined["lines"]]
-    lines += result.score_lines
+    lines = ["", *table(("label", "cases"), rows), *refined["lines"][:-2], *result.score_lines]
+    lines += refined["lines"][-2:]
     refinement = {key: value for key, value in refined.items() if key != "lines"}
     return {"labels": labels, "refinement": refinement, "scores": result.scores, "lines": lines}
 

@@ -88,7 +88,9 @@ def correct(
         paths = (store.round_path(manifest.round, name), store.fused_path(name), store.label_path(name))
         for path in paths:
             store.write_label(raw, label, path, case)
-        record = record.model_copy(update={"status": "corrected", "divergence": 0.0, "round": manifest.round})
+        # An estimate of the machine's label says nothing of a person's.
+        changes = {"status": "corrected", "divergence": 0.0, "round": manifest.round, "quality": None, "reason": None}
+        record = record.model_copy(update=changes)
         manifest.cases[name] = record
         record.review = _review(record, "correct", comment)
     return record
