@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.store import Source
+from sam2_propagation.correspondence import CorrespondencePropagator
+from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.interface import Propagator
 from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_settings import recipe
 
-NAMES = ("registration", "sam2")
-PLANNED = {"correspondence": "the self-learned slice correspondence of OneSeg"}
+NAMES = ("registration", "sam2", "correspondence")
+RECIPE = Recipe()
+"""How the network of `correspondence` is trained."""
 NEEDS_WHOLE_LABEL = ("registration",)
 """Propagators that can only start from a case whose every voxel is labelled."""
 
@@ -53,16 +56,15 @@ def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
         return RegistrationPropagator()
     if name == "sam2":
         return _sam2(options)
-    if name in PLANNED:
-        raise OneShotError(
-            f"expected a propagator of {', '.join(NAMES)}, found {name}, which this version does not have yet "
-            f"({PLANNED[name]}); choose one of those"
-        )
+    if name == "correspondence":
+        return CorrespondencePropagator(options.device, RECIPE)
     raise OneShotError(f"expected a propagator of {', '.join(NAMES)}, found {name!r}; choose one of those")
 
 
 def describe(propagator: Propagator, options: PropagatorOptions) -> Source:
     """The manifest's record of a propagator that has run."""
+    if isinstance(propagator, CorrespondencePropagator):
+        return Source(settings=asdict(propagator.recipe))
     if not isinstance(propagator, Sam2Propagator):
         return Source()
     loaded = propagator.describe()

@@ -1,0 +1,210 @@
+"""One annotated slice in every volume: what carries it best to the rest of its volume?
+
+    python benchmarks/oneseg.py [--sets chaos_mr_t2 acdc_mr hippocampus] [--cases 8] [--methods ...] [--suggested]
+
+Data: $ONESHOT_DATA, or ../shared/data beside the repository. Of each pool case (a subset at even distances in the
+sorted names) one slice across the thickest axis is annotated: the one with the largest foreground area, or with
+`--suggested` the one that `suggest` names, which sees no label. The other slices' labels are read for scoring only.
+Correspondence is trained once a set on ALL its pool images without labels. Methods:
+
+    copy               the annotated slice in every slice
+    copy_clipped       the same between the first and the last slice that truly shows foreground, which flatters it
+    registration_2d    slice to slice: each slice's label deformed onto the next by demons
+    sam2               mode slice, the built-in checkpoint, its default views fused
+    correspondence     its default views fused
+    fused              all views of sam2 and correspondence fused, as propagate -propagator sam2 correspondence does
+
+Dice on all slices but the annotated one, voxels of the volume pooled, mean over the classes ON the annotated slice
+(a class that is not on it cannot be carried by anything); `all_classes` counts the others with what they got, mostly 0.
+Every case is appended to benchmarks/results/oneseg_<set>.partial, a finished set becomes oneseg_<set>.json; a finished
+row is not computed again. Seed 0. Seconds are CPU seconds of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from common import RESULTS, markdown, read_row, write_row
+from registration import dice, read_image, read_label, split_of
+from suggest import spread
+
+from nnunet_oneshot.suggest_features import alike, describe
+from nnunet_oneshot.suggest_ranking import best_slice
+from sam2_propagation.consensus import fuse
+from sam2_propagation.correspondence import CorrespondencePropagator
+from sam2_propagation.intensities import scale
+from sam2_propagation.interface import Image, LabelVolume, Propagator, Support
+from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.views import Presentation, present
+
+SETS = ("chaos_mr_t2", "acdc_mr", "hippocampus")
+METHODS = ("copy", "copy_clipped", "registration_2d", "sam2", "correspondence", "fused")
+IGNORE = 99
+
+
+def sparse_support(image: Image, truth: LabelVolume, suggested: bool) -> tuple[Support, Presentation, int]:
+    """The case with one slice of its label, how its slices are shown, and which of them that is."""
+    shown = present(image, "identity")
+    seen = shown.forward(truth)
+    index = int((seen > 0).sum(axis=(1, 2)).argmax())
+    if suggested:
+        found = describe(image)
+        stored = best_slice(alike(found.slices, found.slices), found.content)
+        index = len(seen) - 1 - stored if shown.flips[0] else stored
+    label = np.full_like(seen, IGNORE)
+    label[index] = seen[index]
+    return Support(image, shown.inverse(label), IGNORE), shown, index
+
+
+def copied(seen: LabelVolume, index: int, clipped: bool) -> LabelVolume:
+    """The annotated slice everywhere, or only where there truly is foreground."""
+    there = (seen > 0).any(axis=(1, 2))[:, None, None] if clipped else np.ones((len(seen), 1, 1), bool)
+    return np.where(there, seen[index], 0).astype(np.int16)
+
+
+def registered(data: np.ndarray, label: LabelVolume, index: int) -> LabelVolume:
+    """Carry one slice's label through (N, Y, X) intensities by deforming it from slice to slice."""
+    out = np.zeros(data.shape, np.int16)
+    out[index] = label
+    for order in (range(index + 1, len(data)), range(index - 1, -1, -1)):
+        for at in order:
+            before = at - 1 if order.step > 0 else at + 1
+            out[at] = _deformed(data[at], data[before], out[before])
+    return out
+
+
+def _deformed(fixed: np.ndarray, moving: np.ndarray, label: np.ndarray) -> np.ndarray:
+    one, other = (sitk.GetImageFromArray(a.astype(np.float32)) for a in (fixed, moving))
+    demons = sitk.FastSymmetricForcesDemonsRegistrationFilter()
+    demons.SetNumberOfIterations(40)
+    demons.SetSmoothDisplacementField(True)
+    demons.SetStandardDeviations(2.0)
+    field = sitk.Cast(demons.Execute(one, other), sitk.sitkVectorFloat64)
+    moved = sitk.Resample(
+        sitk.GetImageFromArray(label), one, sitk.DisplacementFieldTransform(field), sitk.sitkNearestNeighbor
+    )
+    return sitk.GetArrayFromImage(moved)
+
+
+def carried(propagator: Propagator, support: Support) -> list[LabelVolume]:
+    """Labels of every default view that gave one."""
+    found = propagator.propagate([support], [support.image], propagator.default_views)
+    return [result.label for result in found if result.label is not None]
+
+
+def run_case(
+    name: str, case: str, methods: Sequence[str], propagators: dict[str, Propagator], suggested: bool
+) -> dict[str, Any]:
+    """Dice and seconds of every method on one case."""
+    image, truth = read_image(name, case), read_label(name, case)
+    support, shown, index = sparse_support(image, truth, suggested)
+    seen, labels, seconds = shown.forward(truth), {}, {}
+    views: list[LabelVolume] = []
+    data = shown.forward(scale(image))[0]
+    simple: dict[str, Callable[[], LabelVolume]] = {
+        "copy": lambda: shown.inverse(copied(seen, index, False)),
+        "copy_clipped": lambda: shown.inverse(copied(seen, index, True)),
+        "registration_2d": lambda: shown.inverse(registered(data, seen[index], index)),
+        "fused": lambda: fuse(views).label,
+    }
+    for method in methods:
+        begin = time.process_time()
+        if method in propagators:
+            found = carried(propagators[method], support)
+            views += found
+            labels[method] = fuse(found).label if found else np.zeros_like(truth)
+        else:
+            labels[method] = simple[method]()
+        seconds[method] = round(time.process_time() - begin, 1)
+    return {"case": case, "slice": index, "seconds": seconds, **scores(labels, seen, shown, index, name)}
+
+
+def scores(
+    labels: dict[str, LabelVolume], seen: LabelVolume, shown: Presentation, index: int, name: str
+) -> dict[str, Any]:
+    """Dice on all slices but the annotated one."""
+    every = [value for value in split_of(name)["labels"].values() if value]
+    drawn = [value for value in every if (seen[index] == value).any()]
+    rest = np.arange(len(seen)) != index
+    found = {method: shown.forward(label)[rest] for method, label in labels.items()}
+    return {
+        "classes": drawn,
+        "dice": {m: round(dice(label, seen[rest], drawn), 4) if drawn else 0.0 for m, label in found.items()},
+        "all_classes": {m: round(dice(label, seen[rest], every), 4) for m, label in found.items()},
+    }
+
+
+def run_set(name: str, count: int, methods: Sequence[str], suggested: bool) -> dict[str, Any]:
+    """One set's row, from its file if it is there."""
+    title = f"oneseg_{name}_{count}{'_suggested' if suggested else ''}"
+    if (row := read_row(title)) is not None:
+        return row
+    partial = RESULTS / f"{title}.partial"
+    done = [json.loads(line) for line in partial.read_text().splitlines()] if partial.is_file() else []
+    cases = spread(split_of(name)["pool"], count)
+    todo = [case for case in cases if case not in [entry["case"] for entry in done]]
+    propagators, training = _propagators(name, methods) if todo else ({}, 0.0)
+    with partial.open("a") as file:
+        for case in todo:
+            done.append(run_case(name, case, methods, propagators, suggested))
+            file.write(json.dumps(done[-1]) + "\n")
+            file.flush()
+            print(case, done[-1]["dice"], done[-1]["seconds"], flush=True)
+    row = _summary(name, done, methods, suggested)
+    if todo:
+        row["training_cpu_seconds"] = round(training, 1)
+    partial.unlink()
+    return write_row(title, row)
+
+
+def _propagators(name: str, methods: Sequence[str]) -> tuple[dict[str, Propagator], float]:
+    made: dict[str, Propagator] = {}
+    begin = time.process_time()
+    if "correspondence" in methods:
+        made["correspondence"] = CorrespondencePropagator()
+        made["correspondence"].fit(read_image(name, case) for case in sorted(split_of(name)["pool"]))
+    seconds = time.process_time() - begin
+    if "sam2" in methods:
+        made["sam2"] = Sam2Propagator(mode="slice")
+    return made, seconds
+
+
+def _summary(name: str, done: list[dict[str, Any]], methods: Sequence[str], suggested: bool) -> dict[str, Any]:
+    def mean(kind: str) -> dict[str, float]:
+        return {method: round(float(np.mean([entry[kind][method] for entry in done])), 4) for method in methods}
+
+    return {
+        "set": name,
+        "annotated": "one slice a volume: " + ("suggested" if suggested else "largest foreground area"),
+        "n": len(done),
+        "dice": mean("dice"),
+        "all_classes": mean("all_classes"),
+        "cpu_seconds": mean("seconds"),
+        "seed": 0,
+        "cases": done,
+    }
+
+
+def main() -> None:
+    """Fill in what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--cases", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--suggested", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [run_set(name, options.cases, options.methods, options.suggested) for name in options.sets]
+    cells = [[r["set"], r["n"], *(f"{r['dice'][m]:.3f}" for m in options.methods)] for r in rows]
+    print(markdown(["set", "n", *options.methods], cells))
+
+
+if __name__ == "__main__":
+    main()

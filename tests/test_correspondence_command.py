@@ -1,0 +1,63 @@
+"""One annotated slice per volume through the commands: make_sparse, then propagate by correspondence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Answer
+from raw_datasets import LABELS, SHAPE, Roots, edit_json, label_array, make_sparse, read, write_image, write_raw
+
+from nnunet_oneshot import cli, propagators
+from nnunet_oneshot.store import read_manifest
+from sam2_propagation.correspondence_training import Recipe
+
+Call = Callable[..., Answer]
+PROPAGATE = ("-d", 501, "-o", 601, "-np", 1, "-device", "cpu", "-propagator", "correspondence")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Networks that learn for two steps, kept apart from a user's."""
+    monkeypatch.setattr(propagators, "RECIPE", Recipe(steps=2, batch=1, crop=32, radius=2))
+    monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(tmp_path / "checkpoints"))
+
+
+def test_one_slice_in_every_volume_becomes_a_dataset(roots: Roots, tmp_path: Path, call: Call) -> None:
+    folder = write_raw(roots.raw, annotated=())
+    for index in range(3):
+        label = np.zeros(SHAPE, np.uint8)
+        label[2] = label_array(index)[2]
+        write_image(tmp_path / "drawn" / f"case_{index}.nii.gz", label)
+    assert call(cli.make_sparse, "-d", 501, "-i", tmp_path / "drawn").code == 0
+    answer = call(cli.propagate, *PROPAGATE)
+    assert answer.code == 0, answer.err
+    made = folder.parent / "Dataset601_toy_oneshot"
+    manifest = read_manifest(made / "oneshot.json")
+    assert {record.status for record in manifest.cases.values()} == {"sparse"}
+    assert manifest.cases["case_1"].views == [f"correspondence/{view}" for view in ("joint", "coarse", "checked")]
+    assert manifest.sources["correspondence"].settings["steps"] == 2
+    for index in range(3):
+        fused = read(made / f"pseudoTr/fused/case_{index}.nii.gz")
+        np.testing.assert_array_equal(fused[2], label_array(index)[2])
+        assert (fused[1] > 0).any(), "carried to the next slice"
+
+
+def test_one_slice_of_one_volume_reaches_all_others(toy: Path, call: Call) -> None:
+    make_sparse(toy)
+    assert call(cli.propagate, *PROPAGATE).code == 0
+    records = read_manifest(toy.parent / "Dataset601_toy_oneshot/oneshot.json").cases
+    assert records["case_0"].status == "sparse"
+    assert {records[name].status for name in ("case_1", "case_2")} <= {"pseudo", "failed"}
+
+
+def test_scribbles_are_refused_with_what_to_do(toy: Path, call: Call) -> None:
+    edit_json(toy, labels={**LABELS, "ignore": 3})
+    label = np.full(SHAPE, 3, np.uint8)
+    label[2, 4:6, 3:5] = 1
+    write_image(toy / "labelsTr/case_0.nii.gz", label)
+    answer = call(cli.propagate, *PROPAGATE)
+    assert answer.code == 2
+    assert "whole annotated slice" in answer.error
