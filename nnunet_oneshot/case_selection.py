@@ -28,8 +28,8 @@ def dealt_split(cases: Sequence[str], fold: int, annotated: Sequence[str] = ()) 
 def usable_split(train: Sequence[str], validation: Sequence[str], block: OneShotBlock) -> tuple[list[str], list[str]]:
     """A split without the cases left out and with every annotated case in training.
 
-    Annotated cases do not validate unless nothing else is left to. Where a person labelled every usable case, there is
-    no pseudo label to keep apart, and the split stays as it is.
+    Annotated cases do not validate unless nothing else is left to, or unless every case validates (fold `all`). Where a
+    person labelled every usable case, there is no pseudo label to keep apart, and the split stays as it is.
 
     Raises:
         OneShotError: nothing is left to train on.
@@ -43,6 +43,8 @@ def usable_split(train: Sequence[str], validation: Sequence[str], block: OneShot
     annotated = usable & set(block.annotated)
     always = annotated if annotated != usable else set()
     training = sorted((set(train) & usable) | always)
+    if set(train) == set(validation):
+        return training, training
     held_out = sorted((set(validation) & usable) - always)
     return training or held_out, held_out or sorted(annotated) or training
 
@@ -78,6 +80,14 @@ def with_share(drawn: Sequence[str], favoured: Collection[str], share: float) ->
         return list(drawn)
     wanted = ceil(share / (1 - share) * others / len(chosen))
     return [*drawn, *(chosen * max(0, wanted - 1))]
+
+
+def by_author(keys: Sequence[str], annotated: Collection[str]) -> dict[str, list[int]]:
+    """Positions of a batch's samples by whose labels they have: "annotated" and "pseudo", only those that occur."""
+    authors: dict[str, list[int]] = {}
+    for position, key in enumerate(keys):
+        authors.setdefault("annotated" if key in annotated else "pseudo", []).append(position)
+    return authors
 
 
 def _count(weight: float) -> int:

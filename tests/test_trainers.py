@@ -15,7 +15,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from tiny_dataset import LABELS, preprocess_in_process, write_dataset
 
 import _nnunet_oneshot_path
-from nnunet_oneshot.case_selection import dealt_split, drawn_by_weight, usable_split
+from nnunet_oneshot.case_selection import by_author, dealt_split, drawn_by_weight, usable_split
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.settings import PRESETS, SMALL_PLANS, OneShotBlock, parse_block, preset, schedule_of
 
@@ -108,6 +108,31 @@ def test_cross_patches_bring_the_annotated_case_into_divergence(make: Make, conf
     assert 0 < shares[1] < shares[0]
     trainer.dataloader_train = loader
     assert np.isfinite(trainer.train_step(next(loader))["loss"])
+
+
+def test_the_log_tells_annotated_from_pseudo_labels_and_the_sum_is_nnunets(make: Make) -> None:
+    trainer = start(make(fold="all", cases=3))
+    plain = again("nnUNetTrainer_tiny", fold="all")
+    plain.initialize()
+    plain.network.load_state_dict(trainer.network.state_dict())
+    batches = [next(trainer.dataloader_val) for _ in range(8)]
+    assert any(len(by_author(batch["keys"], ["case_000"])) == 2 for batch in batches)
+    with torch.no_grad():
+        for one in (trainer, plain):
+            one.on_validation_epoch_start()
+        ours = [trainer.validation_step(copied(batch)) for batch in batches]
+        nnunets = [plain.validation_step(copied(batch)) for batch in batches]
+    for key in ("tp_hard", "fp_hard", "fn_hard"):
+        assert np.allclose([result[key] for result in ours], [result[key] for result in nnunets])
+    trainer.on_validation_epoch_end(ours)
+    log = Path(trainer.log_file).read_text()
+    assert "against pseudo labels (not the truth)" in log
+    assert "against annotated labels" in log
+
+
+def copied(batch: dict[str, Any]) -> dict[str, Any]:
+    """nnU-Net's validation step changes the target."""
+    return {**batch, "target": [level.clone() for level in batch["target"]]}
 
 
 def test_consistency_is_off_during_the_first_tenth(make: Make) -> None:

@@ -22,11 +22,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
 
-from nnunet_oneshot.case_selection import FOLDS, dealt_split, drawn_by_weight, usable_split, with_share
+from nnunet_oneshot.case_selection import FOLDS, by_author, dealt_split, drawn_by_weight, usable_split, with_share
 from nnunet_oneshot.cross_patch import CrossPatch, before_targets, cell_size
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
-from nnunet_oneshot.losses import DualComponentLoss, detached_view, divergence, ramp
+from nnunet_oneshot.losses import DualComponentLoss, detached_view, divergence, ramp, select
 from nnunet_oneshot.settings import LossSettings, parse_block
 from nnunet_oneshot.training_cases import Crop, TrainingCases
 from nnunet_oneshot.training_views import ViewChoice, rotation_obstacle
@@ -64,6 +64,7 @@ class OneShotTrainer(WholeCheckpoints):
         self.dual_loss: DualComponentLoss | None = None
         self.view_choice = ViewChoice(len(self.configuration_manager.patch_size), (), False)
         self._drawn_size = tuple(self.configuration_manager.patch_size)
+        self._apart: dict[str, list[dict]] = {}
         self._random = Random(12345 + self.local_rank)
         self._iteration = 0
 
@@ -205,6 +206,32 @@ class OneShotTrainer(WholeCheckpoints):
         if self.is_ddp:
             dist.barrier()
 
+    def on_validation_epoch_start(self):
+        super().on_validation_epoch_start()
+        self._apart = {}
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, for the samples with a person's label and with a pseudo label apart where a batch holds both."""
+        authors = by_author(batch["keys"], self.block.annotated) if self.block is not None else {}
+        results = []
+        for author, positions in authors.items():
+            index = torch.tensor(positions)
+            part = {"data": batch["data"][index], "target": select(batch["target"], index), "keys": positions}
+            results.append(super().validation_step(part))
+            self._apart.setdefault(author, []).append(results[-1])
+        if not results:
+            return super().validation_step(batch)
+        counts = {key: sum(result[key] for result in results) for key in ("tp_hard", "fp_hard", "fn_hard")}
+        shares = [len(positions) / len(batch["keys"]) for positions in authors.values()]
+        loss = sum(share * result["loss"] for share, result in zip(shares, results, strict=True))
+        return {"loss": np.asarray(loss), **counts}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        super().on_validation_epoch_end(val_outputs)
+        for author, results in sorted(self._apart.items()):
+            whose = "pseudo labels (not the truth)" if author == "pseudo" else "annotated labels"
+            self.print_to_log_file(f"Pseudo dice against {whose}: {_dice(results)}")
+
     def _has_splits(self) -> bool:
         return isfile(join(self.preprocessed_dataset_folder_base, "splits_final.json"))
 
@@ -238,3 +265,13 @@ class OneShotTrainer(WholeCheckpoints):
             f"Round {self.block.round}: {len(self.block.annotated)} annotated, {len(self.block.left_out)} left out; "
             f"consistency of one view in divergence, weight rising to {self.loss_settings.end_weight}"
         )
+
+
+def _dice(results: list[dict]) -> list[float]:
+    """Dice of each class or region over all samples; NaN where a class is neither there nor predicted."""
+    tp, fp, fn = (np.sum([result[key] for result in results], axis=0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+    everything = 2 * tp + fp + fn
+    return [
+        round(float(value), 4)
+        for value in np.divide(2 * tp, everything, np.full(len(tp), np.nan), where=everything > 0)
+    ]
