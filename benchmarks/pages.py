@@ -55,7 +55,8 @@ def main() -> None:
     arguments = parser.parse_args()
     use_folders(arguments.o)
     truth = make(arguments.o, arguments.cases, arguments.np)
-    row = {"cases": arguments.cases, "shape": SHAPE, "processes": arguments.np, **measure(truth, arguments.np)}
+    row = {"cases": arguments.cases, "shape": SHAPE, "processes": arguments.np, "load_average": os.getloadavg()[0]}
+    row |= measure(truth, arguments.np)
     with browser() as driver:
         row |= open_report(driver, Path(row.pop("page")), arguments.pictures)
         if arguments.pictures is not None:

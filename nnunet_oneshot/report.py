@@ -23,6 +23,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluate import Evaluation, evaluate
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.quality_gate import mean_quality
 from nnunet_oneshot.report_charts import histogram, line_chart, scatter_chart
 from nnunet_oneshot.report_pictures import (
     DIVERGENCE_COLOR,
@@ -33,6 +34,7 @@ from nnunet_oneshot.report_pictures import (
     data_uri,
     thumbnail,
 )
+from nnunet_oneshot.rounds import kept_manifest, record_path
 from nnunet_oneshot.store import CaseRecord, Manifest, Store, read_manifest
 from nnunet_oneshot.training_data import HUMAN, ignore_value
 from sam2_propagation.interface import LabelVolume
@@ -78,6 +80,8 @@ class _Page:
     manifest: Manifest
     facts: dict[str, CaseFacts]
     scores: Evaluation | None
+    estimates: dict[int, float]
+    """Mean estimated Dice of each round's labels, where it is known."""
 
     def quality(self, case: str) -> float | None:
         """Estimated Dice; without an estimate the share of consensus stands in for it."""
@@ -123,7 +127,7 @@ def report(
     output = Path(output) if output is not None else folder / "report.html"
     processes = num_processes or default_processes()
     facts = _look(raw, store, raw.cases, processes, "report")
-    page = _Page(raw, manifest, facts, _scores(raw, store, truth))
+    page = _Page(raw, manifest, facts, _scores(raw, store, truth), _estimates(store, manifest))
     chosen = _chosen(page.ranked, sheets)
     large = _look(raw, store, [raw.case(c) for _, c in chosen], processes, "pictures", sheet=True)
     _write(output, _render(page, [(rank, c, large[c].picture) for rank, c in chosen]))
@@ -165,6 +169,13 @@ def _look(
     tasks = [CaseTask(raw, store, case, () if sheet else rounds, sheet) for case in cases]
     found = {f.case: f for f in over_cases(look_at_case, tasks, processes=processes, title=title)}
     return dict(sorted(found.items()))
+
+
+def _estimates(store: Store, manifest: Manifest) -> dict[int, float]:
+    rounds = sorted(int(path.stem) for path in record_path(store, 0).parent.glob("[0-9][0-9].json"))
+    means = {number: mean_quality(kept_manifest(store, number)) for number in rounds}
+    means.setdefault(manifest.round, mean_quality(manifest))
+    return {number: mean for number, mean in means.items() if mean is not None}
 
 
 def _read(dataset: RawDataset, path: Path) -> LabelVolume:
@@ -242,12 +253,15 @@ def _key(color: Color) -> str:
 
 def _rounds_table(page: _Page) -> str:
     rows = []
-    for number in sorted({n for f in page.facts.values() for n in f.agreement} | {0}):
+    for number in sorted({n for f in page.facts.values() for n in f.agreement} | {0} | set(page.estimates)):
         values = [f.agreement[number] for f in page.facts.values() if number in f.agreement]
         figures = (np.mean(values), np.median(values), np.min(values)) if values else ()
         cells = [f"{v:.3f}" for v in figures] or ["", "", ""]
-        rows.append([str(number), "model" if number else "propagation", str(len(values) or ""), *cells])
-    head = ["round", "labels by", "relabelled cases", "Dice to the round before: mean", "median", "lowest"]
+        estimate = f"{page.estimates[number]:.3f}" if number in page.estimates else ""
+        made_by = "model" if number else "propagation"
+        rows.append([str(number), made_by, estimate, str(len(values) or ""), *cells])
+    head = ["round", "labels by", "mean estimated Dice", "relabelled cases"]
+    head += ["Dice to the round before: mean", "median", "lowest"]
     return _table(head, [[_cell(c) for c in row] for row in rows])
 
 
@@ -259,6 +273,8 @@ def _charts(page: _Page) -> str:
             (n, float(np.mean([f.agreement[n] for f in page.facts.values() if n in f.agreement]))) for n in numbers
         ]
         charts.append(line_chart("Mean Dice to the round before", means, "round"))
+    if len(page.estimates) > 1:
+        charts.append(line_chart("Mean estimated Dice", sorted(page.estimates.items()), "round"))
     qualities = [q for c in page.ranked if (q := page.quality(c)) is not None]
     if qualities:
         charts.append(histogram("Cases by " + _quality_name(page), qualities, _quality_name(page)))

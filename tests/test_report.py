@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 from dataclasses import replace
@@ -208,3 +209,17 @@ def test_charts_of_one_value_and_of_many() -> None:
     assert "&lt;t&gt;" in scatter_chart("<t>", [(0.1, 0.2), (0.4, 0.4)], "x")
     counts = re.findall(r'height="([\d.]+)" fill', histogram("t", [0.0] * 3 + [1.0], "x"))
     assert float(counts[0]) == pytest.approx(3 * float(counts[-1]), abs=0.2)
+
+
+def test_estimates_of_each_round_are_told(labelled: PhantomDataset, tmp_path: Path) -> None:
+    folder = tmp_path / "raw" / "Dataset601_phantom_oneshot"
+    manifest = json.loads((folder / "oneshot.json").read_text())
+    (folder / ".oneshot" / "rounds").mkdir(parents=True, exist_ok=True)
+    for number, estimate in ((0, 0.61), (1, 0.72)):
+        for record in manifest["cases"].values():
+            record["quality"] = {"mean": estimate}
+        (folder / ".oneshot" / "rounds" / f"{number:02d}.json").write_text(json.dumps(manifest))
+    page = report(601, num_processes=1).read_text(encoding="utf-8")
+    assert "<td>0.610</td>" in page
+    assert "<td>0.720</td>" in page
+    assert 'aria-label="Mean estimated Dice"' in page
