@@ -326,8 +326,15 @@ def _cases_table(page: _Page) -> str:
         row = _case_cells(case, record, fact)
         row += [_volume_cell(fact.volumes[v], outliers.get(case, {}).get(v)) for v, _ in names]
         row += [_number_cell(true.get(case))] if page.scores is not None else []
-        rows.append([*row, _cell(record.reason or "")])
+        rows.append([*row, _cell(_note(record))])
     return _table([*head, "note"], rows)
+
+
+def _note(record: CaseRecord) -> str:
+    """Why the label is as it is, and what people said of it."""
+    review = record.review or {}
+    said = [review.get("decision"), "flagged" if review.get("flag") else None, review.get("comment")]
+    return "; ".join(text for text in (record.reason, *said) if text)
 
 
 def _case_cells(case: str, record: CaseRecord, fact: CaseFacts) -> list[str]:

@@ -211,6 +211,16 @@ def test_charts_of_one_value_and_of_many() -> None:
     assert float(counts[0]) == pytest.approx(3 * float(counts[-1]), abs=0.2)
 
 
+def test_what_people_decided_is_told(labelled: PhantomDataset, tmp_path: Path) -> None:
+    path = tmp_path / "raw" / "Dataset601_phantom_oneshot" / "oneshot.json"
+    manifest = json.loads(path.read_text())
+    review = {"decision": "accepted", "flag": True, "comment": "a <b>fine</b> one", "time": "2026-01-01"}
+    manifest["cases"][labelled.cases[1]] |= {"status": "accepted", "review": review}
+    path.write_text(json.dumps(manifest))
+    page = report(601, num_processes=1).read_text(encoding="utf-8")
+    assert "<td>accepted; flagged; a &lt;b&gt;fine&lt;/b&gt; one</td>" in page
+
+
 def test_estimates_of_each_round_are_told(labelled: PhantomDataset, tmp_path: Path) -> None:
     folder = tmp_path / "raw" / "Dataset601_phantom_oneshot"
     manifest = json.loads((folder / "oneshot.json").read_text())
