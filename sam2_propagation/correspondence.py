@@ -8,11 +8,13 @@ whose labels are first completed that way where they are sparse.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ from sam2_propagation.correspondence_learning import Learned, learn
 from sam2_propagation.correspondence_stack import Stack, annotated_slices, plane_of_label, spoken, stack_of
 from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.errors import PropagationError
-from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
+from sam2_propagation.interface import BoolVolume, Image, LabelVolume, Propagation, Support
 from sam2_propagation.views import natural_plane, present
 
 _BATCH = 8
@@ -64,7 +66,7 @@ class CorrespondencePropagator:
         self._device = str(check_device(device))
         self._cache = cache
         self._learned: Learned | None = None
-        self._known: dict[tuple[str, int], Known] = {}
+        self._known: dict[tuple[object, ...], Known] = {}
 
     def fit(self, images: Iterable[Image]) -> None:
         """Train on images without labels: minutes on two cores; a stopped training goes on where it was.
@@ -131,26 +133,30 @@ class CorrespondencePropagator:
 
     def _knowledge(self, support: Support, classes: tuple[int, ...], plane: str) -> Known:
         """A support's coarse features and labels, completed where it is sparse; made once."""
-        key = (support.image.case, id(support))
+        key = (support.image.case, plane, classes, _digest(support.image.data), _digest(support.label))
         if key not in self._known:
+            label, trusted = self._completed(support)
             stack = self._stack(support.image, plane)
-            maps = self._maps(stack)
-            shares, usable = self._completed(support, stack, maps, classes)
-            self._known[key] = Known(maps.coarse, shares, usable)
+            cells = [F.avg_pool2d(stack.enter(label, i, classes), 2) for i in range(len(stack))]
+            # Completed across another plane, little may be trusted of each slice; then all of them have to do.
+            share = stack.shown.forward(trusted).mean(axis=(1, 2))
+            usable = np.flatnonzero(share >= min(_TRUSTED, share.max()))
+            if len(self._known) >= 2 * _SUPPORTS:
+                self._known.clear()
+            self._known[key] = Known(self._maps(stack).coarse, torch.stack(cells), usable)
         return self._known[key]
 
-    def _completed(
-        self, support: Support, stack: Stack, maps: _Maps, classes: tuple[int, ...]
-    ) -> tuple[Tensor, np.ndarray]:
-        annotated = annotated_slices(support, stack.shown)
-        label, everything = _silenced(support), range(len(stack))
-        if len(annotated) == len(stack):
-            cells = torch.stack([F.avg_pool2d(stack.enter(label, i, classes), 2) for i in everything])
-            return cells, annotated
-        anchors = {int(i): stack.enter(label, int(i), classes) for i in annotated}
-        carried = chain(maps.joint, anchors, self.window)
-        trusted = np.flatnonzero(carried.precision.numpy() >= _TRUSTED)
-        return F.avg_pool2d(carried.shares, 2), trusted
+    def _completed(self, support: Support) -> tuple[LabelVolume, BoolVolume]:
+        """A label of every voxel, and which of it may be copied: (Z, Y, X) both."""
+        if spoken(support).all():
+            return support.label, np.ones(support.label.shape, bool)
+        found = self._through(support)
+        names = np.array([0, *support.classes], np.int16)
+        slices = [names[found.stack.leave(shares).argmax(dim=0).numpy()] for shares in found.joint.shares]
+        trusted = (found.joint.precision >= _TRUSTED).numpy()[:, None, None]
+        shown = found.stack.shown
+        label = np.where(spoken(support), support.label, shown.inverse(np.stack(slices)))
+        return label.astype(np.int16), shown.inverse(np.broadcast_to(trusted, (len(slices), *found.stack.size)))
 
     def _stack(self, image: Image, plane: str) -> Stack:
         if self._learned is None:
@@ -225,6 +231,10 @@ def _anchors(own: Support, stack: Stack) -> dict[int, Tensor]:
 def _silenced(support: Support) -> LabelVolume:
     """The label with background where it is silent."""
     return np.where(spoken(support), support.label, 0).astype(np.int16)
+
+
+def _digest(data: npt.NDArray[np.generic]) -> int:
+    return zlib.crc32(np.ascontiguousarray(data).tobytes())
 
 
 def _evenly(supports: Sequence[Support], most: int) -> list[Support]:

@@ -234,6 +234,10 @@ def test_a_slice_drawn_across_another_axis_is_carried_along_it(taught: Correspon
     found = next(iter(taught.propagate([Support(image, kept, IGNORE)], [image], ["joint"])))
     assert found.label is not None
     np.testing.assert_array_equal(found.label[:, 18], truth[:, 18])
+    query, other = body(2)
+    carried = next(iter(taught.propagate([Support(image, kept, IGNORE)], [query], ["joint"])))
+    assert carried.label is not None, "and to other volumes"
+    assert overlap(carried.label, other, 1) > 0.4
 
 
 def test_a_volume_whose_own_slice_is_empty_is_labelled_from_others(taught: CorrespondencePropagator) -> None:
