@@ -1,0 +1,223 @@
+"""OneShotTrainer does what nnUNetTrainer does: regions, cascade, channels, architectures, resuming, validation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args, run_training
+from tiny_dataset import preprocess_in_process, write_dataset
+
+import _nnunet_oneshot_path
+from nnunet_oneshot.losses import divergence
+from nnunet_oneshot.settings import PRESETS, SMALL_PLANS, LossSettings, Schedule
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+NAME = "Dataset901_Tiny"
+REGIONS = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+EVERYTHING = LossSettings(ramp_start=0.0, end_weight=0.5, guess_share=0.3, annotated_share=0.3, cross_patch=0.5)
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Writes and preprocesses a tiny dataset; returns its preprocessed folder."""
+    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / root).mkdir()
+        monkeypatch.setenv(root, str(tmp_path / root))
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    _nnunet_oneshot_path.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def dataset(configuration: str = "2d", channels: int = 1, **content: Any) -> Path:
+        folder = write_dataset(tmp_path / "nnUNet_raw", NAME, **content)
+        add_channels(folder, channels)
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+        preprocess_in_process(NAME, [configuration])
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        return tmp_path / "nnUNet_preprocessed" / NAME
+
+    yield dataset
+    torch.set_num_threads(threads)
+
+
+def add_channels(folder: Path, channels: int) -> None:
+    """Every image once more for each further channel."""
+    path = folder / "dataset.json"
+    content = json.loads(path.read_text())
+    content["channel_names"] = {str(number): "MRI" for number in range(channels)}
+    for entry in content["dataset"].values():
+        first = entry["images"][0]
+        entry["images"] = [first.replace("_0000", f"_{number:04d}") for number in range(channels)]
+        for copy in entry["images"][1:]:
+            shutil.copy(folder / first, folder / copy)
+    path.write_text(json.dumps(content))
+
+
+def trainer(configuration: str = "2d", fold: Any = "all") -> Any:
+    """OneShotTrainer with every part of its loss and augmentation on, half way through its training."""
+    arguments = ("901", configuration, fold, "OneShotTrainer_tiny", SMALL_PLANS)
+    made = get_trainer_from_args(*arguments, device=torch.device("cpu"))
+    made.loss_settings = EVERYTHING
+    made.current_epoch = made.num_epochs // 2
+    return made
+
+
+def train(one: Any, steps: int = 6) -> list[dict[str, Any]]:
+    """A few steps and one validation step."""
+    one.on_train_start()
+    one.on_epoch_start()
+    one.on_train_epoch_start()
+    outputs = [one.train_step(next(one.dataloader_train)) for _ in range(steps)]
+    with torch.no_grad():
+        one.on_validation_epoch_start()
+        assert np.isfinite(one.validation_step(next(one.dataloader_val))["loss"])
+    assert all(np.isfinite(output["loss"]) for output in outputs)
+    return outputs
+
+
+def change_plan(preprocessed: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = preprocessed / f"{SMALL_PLANS}.json"
+    plans = json.loads(path.read_text())
+    change(plans["configurations"])
+    path.write_text(json.dumps(plans))
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_regions_with_ignore(write: Write, configuration: str) -> None:
+    write(configuration, labels=REGIONS, regions_class_order=[1, 2])
+    outputs = train(trainer(configuration))
+    assert max(output["divergence"] for output in outputs) > 0
+    assert max(output["consistency"] for output in outputs) > 0
+
+
+def test_several_channels(write: Write) -> None:
+    write(channels=2)
+    one = trainer()
+    train(one)
+    assert next(one.dataloader_train)["data"].shape[1] == 2
+
+
+def test_without_deep_supervision(write: Write) -> None:
+    write()
+    one = trainer()
+    one.enable_deep_supervision = False
+    assert max(output["consistency"] for output in train(one)) > 0
+
+
+def test_patches_that_are_not_square_are_flipped_and_not_turned(write: Write) -> None:
+    write(shape=(8, 24, 40))
+    one = trainer()
+    assert max(output["consistency"] for output in train(one)) > 0
+    assert not one.view_choice.rotations
+    assert "without rotations" in Path(one.log_file).read_text()
+
+
+def test_residual_encoder_plans(write: Write) -> None:
+    def residual(configurations: dict[str, Any]) -> None:
+        architecture = configurations["2d"]["architecture"]
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        blocks = architecture["arch_kwargs"].pop("n_conv_per_stage")
+        architecture["arch_kwargs"]["n_blocks_per_stage"] = blocks
+
+    change_plan(write(), residual)
+    assert max(output["consistency"] for output in train(trainer())) > 0
+
+
+def test_the_cascade_sees_the_stage_before(write: Write, tmp_path: Path) -> None:
+    def cascade(configurations: dict[str, Any]) -> None:
+        configurations["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
+        configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+
+    preprocessed = write("3d_fullres")
+    change_plan(preprocessed, cascade)
+    stage = f"OneShotTrainer_tiny__{SMALL_PLANS}__3d_lowres/predicted_next_stage/3d_cascade_fullres"
+    predicted = tmp_path / "nnUNet_results" / NAME / stage
+    predicted.mkdir(parents=True)
+    for file in (preprocessed / f"{SMALL_PLANS}_3d_fullres").glob("*_seg.b2nd"):
+        seg = blosc2.open(urlpath=str(file), mode="r")[:][0]
+        target = predicted / file.name.replace("_seg", "")
+        blosc2.asarray(np.ascontiguousarray(np.where(seg == 3, 0, seg)), urlpath=str(target))
+    one = trainer("3d_cascade_fullres")
+    train(one)
+    assert next(one.dataloader_train)["data"].shape[1] == 1 + 2
+
+
+def test_a_sparse_label_trains(write: Write) -> None:
+    preprocessed = write("3d_fullres", cases=2, annotated=["case_000", "case_001"]) / f"{SMALL_PLANS}_3d_fullres"
+    for file in preprocessed.glob("*_seg.b2nd"):
+        seg = blosc2.open(urlpath=str(file), mode="r")[:]
+        seg[:, 1:] = np.where(np.arange(1, seg.shape[1]) == seg.shape[1] // 2, 1, 0)[:, None, None] * seg[:, 1:]
+        seg[:, np.arange(seg.shape[1]) != seg.shape[1] // 2] = 3
+        file.unlink()
+        blosc2.asarray(seg, urlpath=str(file))
+    outputs = train(trainer("3d_fullres"))
+    assert min(output["divergence"] for output in outputs) > 0.5
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the number of epochs of the tiny preset."""
+
+    def epochs(number: int) -> None:
+        monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], schedule=Schedule(number, 2, 1, 1)))  # type: ignore[arg-type]
+
+    return epochs
+
+
+def run(fold: int = 0, **arguments: Any) -> None:
+    """What nnUNetv2_train calls."""
+    run_training("901", "2d", fold, "OneShotTrainer_tiny", SMALL_PLANS, device=torch.device("cpu"), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_resuming_validating_and_starting_from_other_weights(
+    write: Write, short: Callable[[int], None], tmp_path: Path
+) -> None:
+    write()
+    model = tmp_path / "nnUNet_results" / NAME / f"OneShotTrainer_tiny__{SMALL_PLANS}__2d"
+    short(1)
+    run()
+    (model / "fold_0" / "checkpoint_final.pth").rename(model / "fold_0" / "checkpoint_latest.pth")
+    for log in (model / "fold_0").glob("training_log*"):
+        log.unlink()
+    short(2)
+    run(continue_training=True)
+    log = next((model / "fold_0").glob("training_log*")).read_text()
+    assert "Epoch 1" in log
+    assert "Epoch 0" not in log
+    run(only_run_validation=True, export_validation_probabilities=True)
+    assert list((model / "fold_0" / "validation").glob("*.npz"))
+    final = model / "fold_0" / "checkpoint_final.pth"
+    short(1)
+    run(fold=1, pretrained_weights=str(final), disable_checkpointing=True)
+    assert not (model / "fold_1" / "checkpoint_final.pth").exists()
+
+
+def test_an_ignore_channel_of_regions_is_where_the_label_was(write: Write) -> None:
+    write(labels=REGIONS, regions_class_order=[1, 2], annotated=[], oneshot={"schema": 1})
+    one = trainer()
+    one.loss_settings = replace(EVERYTHING, guess_share=0.0, cross_patch=0.0)
+    one.initialize()
+    loader, _ = one.get_dataloaders()
+    target = next(loader)["target"][0]
+    assert target.shape[1] == 3
+    mask = divergence(target, 3, regions=True)
+    assert mask.any()
+    assert not target[:, :2][mask.expand(-1, 2, -1, -1)].any()
