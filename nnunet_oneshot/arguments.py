@@ -47,6 +47,12 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         help="fine-tune SAM2 for N steps on warps of the annotated case first (default: 0)",
     )
     parser.add_argument("-recipe", metavar="NAME", help="set sam2 up as a publication did: yoloseg or ssl_medsam2")
+    parser.add_argument(
+        "--reverse_check",
+        action="store_true",
+        help="carry registered labels back to the annotated case too: a third more time, and a better estimate of "
+        "their Dice",
+    )
     parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
 
 

@@ -471,6 +471,7 @@ def _propagator_options(arguments: argparse.Namespace) -> Any:
         mode=arguments.mode,
         adapt=arguments.adapt,
         recipe=arguments.recipe,
+        reverse_check=arguments.reverse_check,
     )
 
 

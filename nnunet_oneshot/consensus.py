@@ -19,6 +19,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import create_output
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.quality import Opinions, by_source, estimate
+from nnunet_oneshot.quality_opinions import view_scores
 from nnunet_oneshot.store import CaseRecord, Manifest, Source, Status, Store, ViewRecord, WorkerRecord
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.consensus import enough_views, fuse
@@ -116,7 +117,9 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
     _publish(task, target, guess)
     record = CaseRecord(status=_status(human, labels), views=views, divergence=round(float(1 - agreed.mean()), 6))
     record.reason = "; ".join(reasons) or None
-    record.quality = estimate(guess, Opinions(by_source(views, labels))) if labels else None
+    if labels:
+        known = Opinions(by_source(views, labels), scores=view_scores(task.store, views, case.name))
+        record.quality = estimate(guess, known)
     return case.name, record
 
 

@@ -10,8 +10,8 @@ from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.quality import estimate
 from nnunet_oneshot.quality_gate import gate
+from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.refine_changes import Look, Taken, look_at
-from nnunet_oneshot.relabel import opinions
 from nnunet_oneshot.rounds import is_kept, keep, put_in_force, target_path
 from nnunet_oneshot.store import CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
@@ -134,9 +135,18 @@ def _add_to(done: Any, share: float) -> None:
         done.value += share
 
 
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next case for ever, or write beside the run that resumes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start_worker(threads: int, done: Any, setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what then happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _METER[0] = _Meter(partial(_add_to, done))
     # For libraries that load later, and for torch where the setup's own imports have brought it already; importing it
     # here would cost every worker seconds that label arithmetic does not need.

@@ -19,11 +19,13 @@ from nnunet_oneshot.parallel import advance, default_processes, over_cases
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
     NEEDS_WHOLE_LABEL,
+    REVERSIBLE,
     PropagatorOptions,
     choose_views,
     describe,
     make_propagator,
 )
+from nnunet_oneshot.quality import reverse_scores
 from nnunet_oneshot.store import Manifest, Store, ViewRecord, WorkerRecord
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
@@ -37,6 +39,7 @@ class Job:
     store: Store
     propagator: Propagator
     views: tuple[str, ...]
+    reverse_check: bool = False
 
 
 @dataclass
@@ -101,7 +104,8 @@ def propagate(
     store = create_output(raw, output, settings, overwrite)
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         for name, propagator in _in_order(made, raw, store).items():
-            carry(Job(raw, store, propagator, chosen[name]), _queries(raw)[part_id::num_parts], processes)
+            job = Job(raw, store, propagator, chosen[name], options.reverse_check and name in REVERSIBLE)
+            carry(job, _queries(raw)[part_id::num_parts], processes)
         outcome = Outcome(store, None, warnings)
         if _all_done(raw, store, tuple(made)):
             # Two shards may end at once: the second finds the labels fused.
@@ -188,8 +192,10 @@ def _carry_case(case: Case) -> None:
     job: Job = _AT_WORK["job"]
     supports: list[Support] = _AT_WORK["supports"]
     begin = time.monotonic()
-    results = list(job.propagator.propagate(supports, [job.dataset.read_image(case)], job.views))
-    _write(job, case, results, time.monotonic() - begin)
+    image = job.dataset.read_image(case)
+    results = list(job.propagator.propagate(supports, [image], job.views))
+    reverse = reverse_scores(job.propagator, supports, image, results) if job.reverse_check else {}
+    _write(job, case, results, time.monotonic() - begin, reverse)
 
 
 def _carry_whole_set(job: Job, cases: Sequence[Case]) -> None:
@@ -208,13 +214,15 @@ def _images(dataset: RawDataset, cases: Sequence[Case]) -> Iterator[Image]:
     return (dataset.read_image(case) for case in cases)
 
 
-def _write(job: Job, case: Case, results: Sequence[Propagation], seconds: float) -> None:
+def _write(
+    job: Job, case: Case, results: Sequence[Propagation], seconds: float, reverse: Mapping[str, float] | None = None
+) -> None:
     name, views = job.propagator.name, {}
     for result in results:
         if result.label is not None:
             job.store.write_label(job.dataset, result.label, job.store.view_path(name, result.view, case.name), case)
         views[result.view] = ViewRecord(
-            label=result.label is not None, reason=result.reason, scores=_rounded(result.scores)
+            label=result.label is not None, reason=result.reason, scores=_rounded({**result.scores, **(reverse or {})})
         )
     # The record comes last: a case without one is done again.
     job.store.write_worker(WorkerRecord(case=case.name, source=name, views=views, seconds=round(seconds, 3)))

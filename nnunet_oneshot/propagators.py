@@ -19,6 +19,8 @@ RECIPE = Recipe()
 """How the network of `correspondence` is trained."""
 NEEDS_WHOLE_LABEL = ("registration",)
 """Propagators that can only start from a case whose every voxel is labelled."""
+REVERSIBLE = ("registration",)
+"""Propagators whose labels are carried back for a reverse check."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class PropagatorOptions:
         mode: of the sam2 propagator; the one that fits the data when None.
         adapt: fine-tuning steps of SAM2 on warps of the annotated case before it is carried.
         recipe: a published procedure, `yoloseg` or `ssl_medsam2`, which sets sam2 up as published.
+        reverse_check: carry each label back to the annotated case too, which tells how far it can be trusted.
     """
 
     device: str = "cpu"
@@ -39,6 +42,7 @@ class PropagatorOptions:
     mode: str | None = None
     adapt: int = 0
     recipe: str | None = None
+    reverse_check: bool = False
 
     def settings(self) -> dict[str, str | int]:
         """What decides the labels, for the manifest; the device does not."""

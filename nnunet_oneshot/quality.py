@@ -15,7 +15,8 @@ from math import exp, log
 import numpy as np
 
 from nnunet_oneshot.quality_rules import FITTED
-from sam2_propagation.interface import Image, LabelVolume, Propagator, Support
+from sam2_propagation.consensus import fuse
+from sam2_propagation.interface import Image, LabelVolume, Propagation, Propagator, Support
 
 VIEWS, SOURCES, CHANGE, REVERSE = "views", "sources", "change", "reverse"
 KINDS = (VIEWS, SOURCES, CHANGE, REVERSE)
@@ -194,6 +195,21 @@ def reverse_dice(
     drawn = np.ones(back.shape, bool) if support.ignore is None else support.label != support.ignore
     dice = dice_by_class(support.label[drawn], back[drawn], support.classes)
     return {f"{REVERSE_SCORE}_{value}": d for value, d in dice.items()}
+
+
+def reverse_scores(
+    propagator: Propagator, supports: Sequence[Support], query: Image, results: Sequence[Propagation]
+) -> dict[str, float]:
+    """The reverse check of what a propagator said of a query, by its first view; nothing where it said nothing.
+
+    A label can be carried back only to an annotated case whose every voxel is labelled: the first such one is taken.
+    """
+    said = [result for result in results if result.label is not None]
+    whole = [support for support in supports if support.ignore is None]
+    if not said or not whole:
+        return {}
+    fused = fuse([result.label for result in said if result.label is not None]).label
+    return reverse_dice(propagator, whole[0], query, fused, said[0].view)
 
 
 def _sigmoid(value: float) -> float:

@@ -6,7 +6,6 @@ the voxel becomes ignore for the next training, and the model's word is the best
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.quality import Opinions, dice_by_class, estimate, foreground
+from nnunet_oneshot.quality import dice_by_class, estimate, foreground
 from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
+from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.rounds import (
     HUMAN_WORD,
     Placement,
@@ -174,19 +174,6 @@ def mean_dice(first: LabelVolume, second: LabelVolume) -> float:
     """Mean Dice over the foreground labels present in either; 1 where neither has any."""
     dice = dice_by_class(first, second, foreground([first, second]))
     return float(np.mean(list(dice.values()))) if dice else 1.0
-
-
-def opinions(dataset: RawDataset, store: Store, name: str, record: CaseRecord, before: LabelVolume | None) -> Opinions:
-    """What a case's label is judged by: its views on disk, their scores, and the label of the round before."""
-    views: dict[str, list[LabelVolume]] = defaultdict(list)
-    scores = []
-    for source, view in (entry.split("/", 1) for entry in record.views):
-        path, worker = store.view_path(source, view, name), store.read_worker(source, name)
-        if path.is_file():
-            views[source].append(dataset.read_label(path))
-        if worker is not None and view in worker.views:
-            scores.append(worker.views[view].scores)
-    return Opinions(views, before, scores)
 
 
 def _record(task: Task, agreed: BoolVolume, guess: LabelVolume, before: LabelVolume) -> CaseRecord:

@@ -1,7 +1,8 @@
 """A trial before a night's work: a few cases that span the set, carried, and what to expect of all of them.
 
-A trial makes no dataset in nnUNet_raw. Everything it makes lies in one folder of the working directory: nnU-Net's
-folders with the few cases (their images referenced, not copied), a picture, and the figures as JSON.
+Registered labels are carried back to the annotated case as well (`--reverse_check`), which tells most of how far they
+can be trusted. A trial makes no dataset in nnUNet_raw. Everything it makes lies in one folder of the working directory:
+nnU-Net's folders with the few cases (their images referenced, not copied), a picture, and the figures as JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Trial:
         quality: estimated mean Dice of the set, each case weighed by its share; None where nothing was labelled.
         divergence: expected share of voxels that training ignores.
         divergence_of_foreground: the same of the voxels in and around the structures.
-        minutes: expected wall-clock of the whole run with as many processes.
+        minutes: expected wall-clock of the whole run with as many processes and with the reverse check.
         megabytes: expected disk of the whole run's labels.
         annotate_next: the case whose annotation would help most if one label is not enough.
         warnings: what a user should know.
@@ -120,12 +121,13 @@ def trial(
     find_output(dataset, output)
     place = (folder or Path(f"oneshot_trial_{raw.id:03d}")).resolve()
     processes = num_processes or default_processes()
+    checked = replace(options or PropagatorOptions(), reverse_check=True)
     chosen = _choose(raw, cases, processes)
     _make_place(place)
     with _nnunet_folders(place):
         _lay_out(raw, [raw.case(c.case) for c in chosen])
         outcome = propagate(
-            raw.id, output, propagators=propagators, views=views, options=options, num_processes=processes
+            raw.id, output, propagators=propagators, views=views, options=checked, num_processes=processes
         )
         small = open_dataset(raw.id)
         found = [_found(small, outcome.store, entry) for entry in chosen]

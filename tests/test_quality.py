@@ -22,6 +22,7 @@ from nnunet_oneshot.quality import (
     estimate,
     gather,
     reverse_dice,
+    reverse_scores,
     rule_for,
 )
 from nnunet_oneshot.quality_gate import gate, mean_quality, needs_review
@@ -155,3 +156,15 @@ def test_mean_quality_is_that_of_program_made_labels() -> None:
     cases = {**records(a=0.6, b=0.8), "x": CaseRecord(status="accepted", quality={"mean": 0.0})}
     assert mean_quality(Manifest(source_dataset="x", cases=cases)) == pytest.approx(0.7)
     assert mean_quality(Manifest(source_dataset="x")) is None
+
+
+def test_what_all_views_said_is_carried_back_by_the_first() -> None:
+    image = Image("s", np.zeros((1, *LABEL.shape), np.float32))
+    support, query, fake = Support(image, LABEL), Image("q", image.data), FakePropagator()
+    results = list(fake.propagate([support], [query], ["still", "shifted"]))
+    scores = reverse_scores(fake, [support], query, results)
+    assert scores == {"reverse_dice_1": 1.0, "reverse_dice_2": 1.0}
+    sparse = Support(image, LABEL, ignore=3)
+    assert reverse_scores(fake, [sparse], query, results) == {}
+    nothing = list(fake.propagate([support], [Image("bad", image.data)], ["still"]))
+    assert reverse_scores(fake, [support], query, nothing) == {}

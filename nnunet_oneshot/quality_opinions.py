@@ -1,0 +1,32 @@
+"""What a case's label is judged by, as it lies in the pseudo-label dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nnunet_oneshot.dataset import RawDataset
+from nnunet_oneshot.quality import Opinions, by_source
+from nnunet_oneshot.store import CaseRecord, Store
+from sam2_propagation.interface import LabelVolume
+
+
+def opinions(dataset: RawDataset, store: Store, name: str, record: CaseRecord, before: LabelVolume | None) -> Opinions:
+    """A case's views on disk, their scores, and the label of the round before."""
+    there = {f"{source}/{view}": store.view_path(source, view, name) for source, view in _named(record.views)}
+    views = {view: path for view, path in there.items() if path.is_file()}
+    labels = [dataset.read_label(path) for path in views.values()]
+    return Opinions(by_source(list(views), labels), before, view_scores(store, record.views, name))
+
+
+def view_scores(store: Store, views: Sequence[str], name: str) -> list[dict[str, float]]:
+    """Label-free figures of the propagation of each view `source/view`."""
+    named = _named(views)
+    workers = {source: store.read_worker(source, name) for source, _ in named}
+    known = ((workers[source], view) for source, view in named)
+    return [worker.views[view].scores for worker, view in known if worker is not None and view in worker.views]
+
+
+def _named(views: Sequence[str]) -> list[tuple[str, str]]:
+    """Source and name of each view `source/view`."""
+    split = [view.partition("/") for view in views]
+    return [(source, view) for source, _, view in split]
