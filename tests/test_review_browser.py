@@ -230,6 +230,7 @@ def test_files_for_other_programs(page: Page, folder: Path) -> None:
     page["checkout"].click()
     page.until(lambda: page["files"].is_displayed(), "paths")
     assert "itksnap -g" in page["paths"].text
+    assert "download label.nii.gz" in page["paths"].text
     page["checkin"].click()
     page.until(lambda: "none that changed" in page.message, "nothing to take back")
 

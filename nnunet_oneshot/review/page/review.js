@@ -221,6 +221,12 @@ const checkOut = () => attempt("writing files …", async () => {
     [pair[0].textContent, pair[1].textContent] = [term, text];
     return pair;
   }));
+  $("paths").append(...["image.nii.gz", "label.nii.gz"].map((file) => {
+    const entry = document.createElement("dd"), link = document.createElement("a");
+    Object.assign(link, { href: casePath(state.current.name, file), download: `${state.current.name}_${file}`, textContent: `download ${file}` });
+    entry.append(link);
+    return entry;
+  }));
   $("files").hidden = false;
   $("files").open = true;
   return "open the label, correct it, save it under the same name, then take it back";
