@@ -89,6 +89,9 @@ METHODS: dict[str, Method] = {
     "lever_not_own_slice": _self(own_slice=False),
     "lever_support2": _self(support_slices=2),
     "lever_repeat2": _self(repeats=2),
+    "lever_whole": _self(zoom=None),
+    "lever_zoom50": _self(zoom=0.5),
+    "lever_zoom100": _self(zoom=1.0),
     "lever_across": Method({"mode": "retrieve"}, views=("identity",)),
     "lever_across_line": Method({"mode": "retrieve", "matching": "line"}, views=("identity",)),
     "lever_across_similarity": Method({"mode": "retrieve", "matching": "similarity"}, views=("identity",)),
@@ -132,6 +135,7 @@ class Row:
     annotated: str
     method: str
     checkpoint: str
+    config: str | None
     digest: str
     work: Path
 
@@ -178,7 +182,7 @@ def make_propagator(row: Row, cases: Sequence[str]) -> Sam2Propagator:
     """SAM2 as the row's method asks for it, adapted where it says so to what the method is given."""
     method = METHODS[row.method]
     settings = dataclasses.replace(Sam2Settings(), **method.settings)
-    made = Sam2Propagator(row.checkpoint, adapt=method.adapt, prompter=Recorded(), settings=settings)
+    made = Sam2Propagator(row.checkpoint, row.config, adapt=method.adapt, prompter=Recorded(), settings=settings)
     if method.adapt:
         in_slices = method.settings["mode"] == "slice"
         supports = [_sparse(row, case) for case in cases] if in_slices else [_support(row.name, row.annotated)]
@@ -360,6 +364,7 @@ def main() -> None:
     parser.add_argument("--annotated", choices=("default", "all"), default="default")
     parser.add_argument("--cases", type=int, help="only the first N pool cases of each set")
     parser.add_argument("--checkpoint", default="builtin", help="name or file")
+    parser.add_argument("--config", help="configuration of a file that nothing else identifies")
     parser.add_argument("-np", type=int, default=2, help="processes, each of one thread")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -369,7 +374,7 @@ def main() -> None:
             for method in arguments.methods:
                 if name == "hc18_us" and METHODS.get(method, Method()).settings.get("mode") == "slice":
                     continue  # one slice is all that there is
-                row = Row(name, annotated, method, arguments.checkpoint, known, arguments.work)
+                row = Row(name, annotated, method, arguments.checkpoint, arguments.config, known, arguments.work)
                 rows.append(run_row(row, cases[: arguments.cases], arguments.np))
     print(table(rows))
 

@@ -18,7 +18,16 @@ from sam2_propagation.intensities import ImageSlices, scale
 from sam2_propagation.interface import BoolVolume, ChannelVolume, Image, LabelVolume, Propagation, Propagator, Support
 from sam2_propagation.matching import similarity
 from sam2_propagation.sam2_labels import Finished, finish
-from sam2_propagation.sam2_memory import Bank, Tools, Viewed, ViewedSupport, Votes, remember
+from sam2_propagation.sam2_memory import (
+    Bank,
+    Tools,
+    Viewed,
+    ViewedSupport,
+    Votes,
+    Window,
+    remember,
+    window_around,
+)
 from sam2_propagation.sam2_modes import insert, itself, retrieve, sequence, through_volume
 from sam2_propagation.sam2_settings import Sam2Settings
 from sam2_propagation.tracker import Tracker
@@ -93,29 +102,39 @@ class Sam2Engine:
         mode = self.settings.mode or ("slice" if own is not None else self._default_mode)
         if mode == "slice":
             return self._slice(own, query, view, natural, progress)
-        seen = self._viewed(query, scaled, view, natural, progress)
         classes = sorted({c for support in supports for c in support.classes})
+        prompt = prompts.label() if mode == "self" else None
+        if prompt is not None and not np.isin(prompt, classes).any():
+            prompt = None
+        window = self._window(query, view, natural, prompt, classes)
+        seen = self._viewed(query, scaled, view, natural, progress, window)
         known = [self._support(support, view, natural) for support in supports]
         if mode == "insert":
             rng = np.random.default_rng([seed, zlib.crc32(query.case.encode())])
             votes = insert(self._tools, [support for support, _ in known], seen, classes, rng)
         else:
-            votes = self._from_memory(mode, known, seen, prompts, classes)
+            votes = self._from_memory(known, seen, prompt, classes)
         return self._finished(votes, seen, view)
+
+    def _window(
+        self, query: Image, view: str, natural: str, prompt: LabelVolume | None, classes: Sequence[int]
+    ) -> Window | None:
+        if prompt is None or self.settings.zoom is None:
+            return None
+        return window_around(present(query, view, natural).forward(prompt), classes, self.settings.zoom)
 
     def _from_memory(
         self,
-        mode: str,
         known: Sequence[tuple[ViewedSupport, Bank]],
         seen: Viewed,
-        prompts: Prompts,
+        prompt: LabelVolume | None,
         classes: Sequence[int],
     ) -> Votes:
         supports, banks = [support for support, _ in known], [bank for _, bank in known]
-        label = prompts.label() if mode == "self" else None
-        if label is None or not np.isin(label, classes).any():
+        if prompt is None:
             return retrieve(self._tools, supports, banks, seen, classes)
-        shown = seen.shown.forward(label)
+        shown = seen.shown.forward(prompt)
+        shown = shown if seen.window is None else seen.window.cut(shown)
         for again in range(self.settings.repeats):
             votes = itself(self._tools, supports, banks, seen, shown, classes)
             if again + 1 < self.settings.repeats:
@@ -190,11 +209,13 @@ class Sam2Engine:
         view: str,
         natural: str,
         progress: Callable[[int], None] = lambda _: None,
+        window: Window | None = None,
     ) -> Viewed:
         shown = present(image, view, natural)
         seen = shown.forward(scaled)
+        seen = seen if window is None else window.cut(seen)
         frames = self._encoder.encode(ImageSlices(seen, self.loaded.image_size), progress)
-        return Viewed(image.case, frames, (seen.shape[-2], seen.shape[-1]), shown)
+        return Viewed(image.case, frames, (seen.shape[-2], seen.shape[-1]), shown, window)
 
     def _support(self, support: Support, view: str, natural: str) -> tuple[ViewedSupport, Bank]:
         """A support in a view, with every annotated slice remembered; made once."""
@@ -213,7 +234,11 @@ class Sam2Engine:
         return ViewedSupport(image, image.shown.forward(label), image.shown.forward(annotated))
 
     def _finished(self, votes: Votes, seen: Viewed, view: str) -> Propagation:
-        return _propagation(seen.case, view, seen.shown, finish(votes, seen.size, self.settings))
+        result = finish(votes, seen.size, self.settings)
+        if seen.window is not None:
+            label, confidence = seen.window.paste(result.label, 0), seen.window.paste(result.confidence, 1.0)
+            result = replace(result, label=label, confidence=confidence)
+        return _propagation(seen.case, view, seen.shown, result)
 
 
 def _propagation(case: str, view: str, shown: Presentation, result: Finished) -> Propagation:

@@ -19,9 +19,57 @@ from sam2_propagation.tracker import Memories, Outcome, Tracker, prompt_masks
 from sam2_propagation.views import Presentation
 
 Item = TypeVar("Item")
+Value = TypeVar("Value", bound=np.generic)
 
 _CERTAIN = 32.0
 """Logits are clipped to this before they are averaged; an absent object's -1024 would outvote everything."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of every slice of a stack.
+
+    Attributes:
+        rows, columns: first and one past the last.
+        size: (Y, X) of the whole slice.
+    """
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    size: tuple[int, int]
+
+    def cut(self, stack: npt.NDArray[Value]) -> npt.NDArray[Value]:
+        """(..., Y, X) to the window."""
+        return stack[..., slice(*self.rows), slice(*self.columns)]
+
+    def paste(self, stack: npt.NDArray[Value], outside: float) -> npt.NDArray[Value]:
+        """What was made of the window, (N, y, x), in whole slices, (N, Y, X)."""
+        whole = np.full((len(stack), *self.size), outside, stack.dtype)
+        self.cut(whole)[...] = stack
+        return whole
+
+
+def window_around(label: LabelVolume, classes: Sequence[int], margin: float) -> Window:
+    """The smallest window with all objects of a stack and a margin, at least a square where the slice has room.
+
+    Args:
+        label: int16 (N, Y, X) as shown, with at least one voxel of `classes`.
+        classes: label values that count.
+        margin: on each side, as a share of the objects' extent.
+    """
+    drawn = np.logical_or.reduce(np.isin(label, classes), axis=0)
+    ends = [np.flatnonzero(drawn.any(axis=other))[[0, -1]] + (0, 1) for other in (1, 0)]
+    side = max(last - first for first, last in ends) * (1 + 2 * margin)
+    sizes = drawn.shape
+    spans = [_span((first + last) / 2, side, size) for (first, last), size in zip(ends, sizes, strict=True)]
+    return Window(spans[0], spans[1], (sizes[0], sizes[1]))
+
+
+def _span(centre: float, side: float, size: int) -> tuple[int, int]:
+    """As long as `side` where there is room, moved inside rather than cut."""
+    length = min(size, int(np.ceil(side)))
+    first = min(max(0, round(centre - length / 2)), size - length)
+    return first, first + length
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +79,16 @@ class Viewed:
     Attributes:
         case: the case identifier.
         frames: its N slices.
-        size: (Y, X) of a slice as seen.
+        size: (Y, X) of what was encoded of a slice.
         shown: how it is shown.
+        window: where in the slice as shown that lies; None where it is all of it.
     """
 
     case: str
     frames: EmbeddedStack
     size: tuple[int, int]
     shown: Presentation
+    window: Window | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,6 +39,8 @@ class Sam2Settings:
         own_slice: in `self`, whether a slice's own prompted label is among its memory.
         support_slices: in `self`, matching support slices that are remembered as well.
         margin: in `self`, how many slices beyond the prompted ones an object is looked for.
+        zoom: in `self`, look only at the part of the slices around the prompted objects, with so much margin on each
+            side, as a share of their extent; None to look at whole slices.
         repeats: in `self`, how often; each time prompted with what the time before gave.
         insertions: in `insert`, how often each support is inserted.
         positions: where, as fractions of the query's stack; drawn from the seed when None.
@@ -64,6 +66,7 @@ class Sam2Settings:
     own_slice: bool = True
     support_slices: int = 0
     margin: int = 1
+    zoom: float | None = 0.25
     repeats: int = 1
     insertions: int = 1
     positions: tuple[float, ...] | None = None

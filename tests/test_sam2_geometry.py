@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sam2_tiny import balls
 from torch import Tensor
 
 from sam2_propagation.embeddings import Features
 from sam2_propagation.interface import Image, Propagation, Support
 from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.sam2_memory import window_around
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
 from sam2_propagation.tracker import Memories, Memory, Outcome, Tracker
 from sam2_propagation.views import VIEWS
@@ -175,3 +178,25 @@ def test_sets_of_2d_images_of_several_sizes(order: str, background: bool) -> Non
     for result in Sam2Propagator(settings=settings).propagate([support], queries, ("identity", "rot90", "rot180")):
         assert result.label is not None
         assert _dice(result.label, truth[result.case][1]) > 0.75
+
+
+@given(
+    size=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    corner=st.tuples(st.integers(0, 39), st.integers(0, 39)),
+    extent=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    margin=st.floats(0, 2),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_window_holds_the_objects_and_pastes_back_where_it_was_cut(
+    size: tuple[int, int], corner: tuple[int, int], extent: tuple[int, int], margin: float
+) -> None:
+    label = np.zeros((2, *size), np.int16)
+    rows, columns = (min(c, n - 1) for c, n in zip(corner, size, strict=True))
+    label[1, rows : rows + extent[0], columns : columns + extent[1]] = 5
+    label[0, 0, 0] = 7  # another structure, which is not looked for
+    window = window_around(label, [5], margin)
+    cut = window.cut(label)
+    assert (cut == 5).sum() == (label == 5).sum()
+    np.testing.assert_array_equal(window.paste(cut, 0) == 5, label == 5)
+    height, width = cut.shape[-2:]
+    assert height == width or height == size[0] or width == size[1], "a square where the slice has room"
