@@ -35,6 +35,7 @@ from nnunet_oneshot import nnunet
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.phantom import write_phantom_dataset
 from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.propagators import PropagatorOptions
 from nnunet_oneshot.quality import (
     CHANGE,
     KINDS,
@@ -47,7 +48,6 @@ from nnunet_oneshot.quality import (
     reverse_dice,
     rule_for,
 )
-from nnunet_oneshot.propagators import PropagatorOptions
 from nnunet_oneshot.quality_opinions import view_scores
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.settings import PRESETS
@@ -243,15 +243,16 @@ def predicted(parameters: Sequence[float], kinds: Sequence[str], row: Row) -> fl
     return float(1 / (1 + np.exp(-total)))
 
 
+def key_of(kinds: Sequence[str]) -> str:
+    """A tuple as the formatter writes it."""
+    return f"({', '.join(json.dumps(kind) for kind in kinds)}{',' if len(kinds) == 1 else ''})"
+
+
 def write_rules(rules: Mapping[tuple[str, ...], tuple[float, ...]]) -> None:
     """Write the constants as a module."""
-    entries = "".join(
-        f"    {json.dumps(list(k)).replace('[', '(').replace(']', ',)')}: {v},\n" for k, v in rules.items()
-    )
-    head, tail = (
-        RULES_FILE.read_text().split("] = {\n")[0],
-        '}\n"""By kinds of evidence: the bias, then the weight of each kind."""\n',
-    )
+    entries = "".join(f"    {key_of(kinds)}: {values},\n" for kinds, values in rules.items())
+    head = RULES_FILE.read_text().split("] = {\n")[0]
+    tail = '}\n"""By kinds of evidence: the bias, then the weight of each kind."""\n'
     RULES_FILE.write_text(f"{head}] = {{\n{entries}{tail}")
 
 
