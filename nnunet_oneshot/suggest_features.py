@@ -46,7 +46,7 @@ class Described:
     axis: int
 
 
-def describe(image: Image, feature: str = "edges") -> Described:
+def describe(image: Image, feature: str = "both") -> Described:
     """Vectors of an image and of its slices, slices in the order of the array.
 
     Args:
@@ -101,4 +101,7 @@ FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "edges": _edges,
     "both": _both,
 }
-"""From scaled channels as seen, (C, N, Y, X), to maps on a coarse grid, (C', N, G, G)."""
+"""From scaled channels as seen, (C, N, Y, X), to maps on a coarse grid, (C', N, G, G).
+
+`both` is the default because it suggested the best cases on two of three sets' other sets (benchmarks/suggest.py).
+"""

@@ -97,12 +97,12 @@ def test_after_a_round_the_doubtful_case_comes_first(toy: Path, fakes: dict, cal
     assert call(cli.propagate, *PROPAGATE).code == 0
     folder = toy.parent / "Dataset601_toy_oneshot"
     manifest = json.loads((folder / "oneshot.json").read_text())
-    manifest["cases"]["case_1"]["divergence"] = 0.01
-    manifest["cases"]["case_2"].update(divergence=0.5)
+    manifest["cases"]["case_1"].update(divergence=0.01, quality={"mean": 0.99})
+    manifest["cases"]["case_2"].update(divergence=0.5, quality={"mean": 0.2})
     (folder / "oneshot.json").write_text(json.dumps(manifest))
     found = suggest(601, num_processes=1).rows
     assert [row.case for row in found] == ["case_2", "case_1"]
-    assert found[0].doubt == 1
+    assert found[0].doubt == pytest.approx(0.9), "of its divergence, the set's largest, and 1 - quality"
     assert read_manifest(folder / "oneshot.json").cases["case_2"].divergence == 0.5, "nothing is written to it"
 
 
