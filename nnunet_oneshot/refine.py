@@ -331,7 +331,7 @@ class _Work:
                     nnunet.preprocess(self.name, plan.plans, *arguments, overwrite=True)
                 else:
                     nnunet.plan_and_preprocess(self.name, PRESETS[plan.preset], *arguments, overwrite=True)
-                note_preprocessed(self.name)
+                note_preprocessed(self.name, plan.plans, [plan.configuration])
             self.record.mark("preprocess")
         refresh(self.name, self.processes)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_oneshot.nnunet import dataset_name, root
+from nnunet_oneshot.nnunet import dataset_name, preprocessed_folder, root
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.refresh_case import MASKS, Target, make_whole, nonzero, remove_leftovers, replacing, rewrite_label
 from nnunet_oneshot.refresh_ledger import CaseFiles, Ledger, Need, hash_of
@@ -86,17 +86,22 @@ def refresh(dataset: int | str, num_processes: int | None = None) -> Refreshed:
     )
 
 
-def note_preprocessed(dataset: int | str) -> None:
-    """Remember that nnU-Net has just preprocessed every case; without that a refresh rewrites every label once."""
+def note_preprocessed(dataset: int | str, plans: str, configurations: Sequence[str]) -> None:
+    """Remember that nnU-Net has just preprocessed every case for some configurations.
+
+    Without that a refresh rewrites every label once.
+    """
     name = dataset_name(dataset)
     base = root("nnUNet_preprocessed") / name
+    made = {preprocessed_folder(name, plans, configuration) for configuration in configurations}
+    targets = [target for target in preprocessed_targets(base) if target.folder in made]
     ledger = Ledger.read(base)
+    for target in targets:
+        ledger.forget_other_plans(target)
     for case in training_cases(name):
-        label_hash, truth = hash_of(case.label), _truth(base, case)
-        for target in preprocessed_targets(base):
-            ledger.forget_other_plans(target)
-            if truth.is_file() and hash_of(truth) == label_hash:
-                ledger.note(target, case, label_hash)
+        label_hash = hash_of(case.label)
+        for target in targets:
+            ledger.note(target, case, label_hash)
     ledger.write()
 
 
@@ -138,7 +143,9 @@ def preprocessed_targets(base: Path) -> list[Target]:
 
 
 def _tasks(base: Path, cases: Sequence[CaseFiles], targets: Sequence[Target], ledger: Ledger) -> list[Task]:
-    dataset_json = json.loads((base / "dataset.json").read_text())
+    content = json.loads((base / "dataset.json").read_text())
+    # The list of all cases is of no use to one of them, and every task carries this to a worker.
+    dataset_json = {key: value for key, value in content.items() if key != "dataset"}
     stale = {target for target in targets if ledger.forget_other_plans(target)}
     tasks = []
     for case in cases:

@@ -22,6 +22,7 @@ from nnunet_oneshot import refresh as refresh_module
 from nnunet_oneshot import refresh_case
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.refresh import Refreshed, note_preprocessed, preprocessed_targets, refresh, training_cases
+from nnunet_oneshot.settings import SMALL_PLANS
 
 NAME = "Dataset901_Tiny"
 CASES = ("case_a", "case_b", "case_c")
@@ -202,7 +203,7 @@ def ready(roots: Roots) -> tuple[Path, Path]:
     """A raw dataset, preprocessed for 3d_fullres and known to the ledger; its two folders."""
     folder = write(roots)
     base = prepare(roots, ("3d_fullres",))
-    note_preprocessed(NAME)
+    note_preprocessed(NAME, SMALL_PLANS, ["3d_fullres"])
     return folder, base
 
 
@@ -220,6 +221,24 @@ def test_only_changed_cases_are_touched(ready: tuple[Path, Path]) -> None:
     touched = {name for name, time in whole_files(base).items() if before[name] != time}
     assert {Path(name).name for name in touched} == {"case_b_seg.b2nd", "case_b.pkl"}
     assert refresh(NAME, 1) == Refreshed(kept=3)
+
+
+def test_what_nnunet_made_for_one_configuration_says_nothing_of_another(roots: Roots) -> None:
+    """Labels changed, and nnU-Net's own command brought one configuration up to date: the other one is behind."""
+    folder = write(roots)
+    base = prepare(roots, ("3d_fullres", "2d"))
+    refresh(NAME, 1)
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=3)
+    flat = next(target for target in preprocessed_targets(base) if target.folder.name.endswith("2d"))
+    kept = base / "kept"
+    shutil.copytree(flat.folder, kept)
+    preprocess_fully(base)
+    full = content(base)
+    shutil.rmtree(flat.folder)
+    kept.rename(flat.folder)
+    note_preprocessed(NAME, SMALL_PLANS, ["3d_fullres"])
+    assert refresh(NAME, 1).labels == CASES
+    assert content(base) == {name: value for name, value in full.items() if not name.startswith("kept")}
 
 
 def test_the_image_is_read_once(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
