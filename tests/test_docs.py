@@ -104,14 +104,6 @@ def _annotated(folder: Path, cases: int = 4) -> Path:
     return write_phantom_dataset(raw, 501, truth=folder / "truth", cases=cases, shape=(10, 64, 64)).folder
 
 
-def _labelled(folder: Path) -> None:
-    _tools(folder)
-    command = [sys.executable, "-c", "from nnunet_oneshot import cli; cli.consensus()", "-d", "501", "-o", "601", "-i"]
-    subprocess.run(
-        [*command, "tool_a", "tool_b"], cwd=folder, check=True, env=_environment(folder), capture_output=True
-    )
-
-
 def _tools(folder: Path) -> None:
     _annotated(folder)
     for tool, by in (("tool_a", 0), ("tool_b", 1)):
@@ -166,7 +158,6 @@ def _challenge(folder: Path) -> None:
 
 PREPARE: dict[str, Callable[[Path], object]] = {
     "tutorial.md": _tutorial,
-    "howto/correcting.md": _labelled,
     "howto/slices.md": _drawn_slices,
     "howto/other_tools.md": _tools,
     "howto/cluster.md": _annotated,
