@@ -241,7 +241,8 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
     labels = _sam2(row, supports, query, _prompt(method, carried))
     seconds = time.process_time() - begin
     if method.with_registration:
-        labels |= {f"registration/{view}": label for view, label in carried.items()}
+        # First, as `propagate` has them: ties go to registration.
+        labels = {**{f"registration/{view}": label for view, label in carried.items()}, **labels}
     left_out = annotated_slice(truth()) if in_slices else None
     return {"case": case, "seconds": seconds, **figures(labels, truth(), left_out)}
 
