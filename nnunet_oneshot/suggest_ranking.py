@@ -34,7 +34,8 @@ def rank(
     weight = weight / max(weight.sum(), 1e-12)
     # Below any similarity, so that the first choice is the item most alike to all others.
     covered = alike[:, sorted(chosen)].max(axis=1) if chosen else np.full(len(alike), -1.0)
-    left, ranking = sorted(set(candidates) - set(chosen)), []
+    left = sorted(set(candidates) - set(chosen))
+    ranking: list[tuple[int, float]] = []
     while left and len(ranking) < count:
         gains = weight @ np.maximum(alike[:, left] - covered[:, None], 0)
         best = left.pop(int(gains.argmax()))

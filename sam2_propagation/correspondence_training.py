@@ -152,7 +152,7 @@ class Learner:
         volumes: Sequence[Tensor],
         save: Path | None = None,
         every: int = 50,
-        tick: Callable[[float], None] = float,
+        tick: Callable[[float], object] = float,
     ) -> None:
         """Train to the end.
 
@@ -201,8 +201,8 @@ class Learner:
         targets, sources = (torch.stack(side).to(self._device) for side in zip(*pairs, strict=True))
         seen = torch.cat([self._shown(targets, draws, 0), self._shown(sources, draws, 1)])
         features = self.network(seen)
-        halves = [Features(f, c) for f, c in zip(features.fine.chunk(2), features.coarse.chunk(2), strict=True)]
-        loss = rebuilding_loss(*halves, targets, sources, recipe.radius)
+        one, other = (Features(f, c) for f, c in zip(features.fine.chunk(2), features.coarse.chunk(2), strict=True))
+        loss = rebuilding_loss(one, other, targets, sources, recipe.radius)
         for group in self._optimiser.param_groups:
             group["lr"] = recipe.rate * 0.5 * (1 + math.cos(math.pi * self.step / recipe.steps))
         self._optimiser.zero_grad()

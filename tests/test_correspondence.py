@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
-from sam2_propagation.correspondence_training import Recipe
+from sam2_propagation.correspondence_training import Learner, Recipe
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Propagator, Support
 
@@ -182,6 +182,26 @@ def test_training_is_kept_and_taken_up_again(
     other = CorrespondencePropagator(recipe=QUICK, cache=folder)
     other.fit([body(7)[0]])
     assert "learn correspondence" in capsys.readouterr().err, "other images, another network"
+
+
+def test_a_stopped_training_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    recipe = Recipe(steps=4, batch=1, crop=32, radius=2)
+    volumes = [torch.rand(4, 1, 40, 48, generator=torch.Generator().manual_seed(s)) for s in range(2)]
+    unbroken, stopped = (Learner(recipe, 1, torch.device("cpu")) for _ in range(2))
+    unbroken.train(volumes)
+
+    def stop(_: float) -> None:
+        if stopped.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(volumes, tmp_path / "net.pt", every=2, tick=stop)
+    resumed = Learner(recipe, 1, torch.device("cpu"))
+    resumed.restore(tmp_path / "net.pt")
+    assert resumed.step == 2
+    resumed.train(volumes, tmp_path / "net.pt")
+    for one, other in zip(unbroken.network.state_dict().values(), resumed.network.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_multi_channel_images_and_single_slices_can_be_learnt(tmp_path: Path) -> None:
