@@ -298,7 +298,9 @@ def run_row(row: Row, cases: list[str], processes: int) -> dict[str, Any]:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             entries[entry["case"]] = entry
-    return write_row(row.file, summary(row, [entries[case] for case in cases], processes))
+    done = write_row(row.file, summary(row, [entries[case] for case in cases], processes))
+    partial.unlink()
+    return done
 
 
 def summary(row: Row, entries: list[dict[str, Any]], processes: int) -> dict[str, Any]:
