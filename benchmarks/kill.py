@@ -220,6 +220,8 @@ class Experiment:
         end = time.monotonic() + 120
         while not holder.is_file() and time.monotonic() < end:
             time.sleep(0.05)
+        # Held where it is, lock and all: it might end before the second has even loaded.
+        os.kill(first.pid, signal.SIGSTOP)
         second = self.start(folder, "refine")
         code, said = second.wait(120), self._log(folder)
         os.kill(first.pid, signal.SIGKILL)
