@@ -39,7 +39,7 @@ def prepare(work: Path) -> None:
     if not (work / "truth").is_dir():
         write_phantom_dataset(work / "nnUNet_raw", SOURCE, truth=work / "truth")
     if not any((work / "nnUNet_raw").glob(f"Dataset{LABELLED}_*")):
-        propagate(SOURCE, LABELLED, ["registration"])
+        propagate(SOURCE, LABELLED, propagators=["registration"])
     nnunet.plan_and_preprocess(LABELLED, TINY, [CONFIGURATION], 2)
 
 

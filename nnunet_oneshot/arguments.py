@@ -30,7 +30,7 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="what carries the labels: registration, sam2, correspondence; several are fused (default: "
-        "registration; with a -recipe sam2)",
+        "registration sam2; with a -recipe sam2)",
     )
     parser.add_argument("-sam2_chk", metavar="NAME", help="SAM2 weights: builtin, sam2.1_hiera_tiny, ..., or a file")
     parser.add_argument("-sam2_cfg", metavar="YAML", help="configuration of a weights file that nothing identifies")

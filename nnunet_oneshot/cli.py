@@ -476,7 +476,7 @@ def _propagator_options(arguments: argparse.Namespace) -> Any:
 
 
 def _propagators(arguments: argparse.Namespace) -> list[str]:
-    return arguments.propagator or ["registration" if arguments.recipe is None else "sam2"]
+    return arguments.propagator or _function("propagators", "default_names")(arguments.recipe)
 
 
 def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nnunet_oneshot.output import create_output
 from nnunet_oneshot.parallel import advance, default_processes, over_cases
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
+    DEFAULT,
     NEEDS_WHOLE_LABEL,
     REVERSIBLE,
     PropagatorOptions,
@@ -63,7 +64,7 @@ def propagate(
     dataset: int | str,
     output: int,
     *,
-    propagators: Sequence[str] = ("registration",),
+    propagators: Sequence[str] = DEFAULT,
     views: Sequence[str] | None = None,
     options: PropagatorOptions | None = None,
     num_processes: int | None = None,

@@ -17,6 +17,8 @@ from sam2_propagation.sam2_settings import recipe
 NAMES = ("registration", "sam2", "correspondence")
 RECIPE = Recipe()
 """How the network of `correspondence` is trained."""
+DEFAULT = ("registration", "sam2")
+"""Fused, they were at least as good as registration alone on every real set (benchmarks/builtin_checkpoint.py)."""
 NEEDS_WHOLE_LABEL = ("registration",)
 """Propagators that can only start from a case whose every voxel is labelled."""
 REVERSIBLE = ("registration",)
@@ -47,6 +49,11 @@ class PropagatorOptions:
     def settings(self) -> dict[str, str | int]:
         """What decides the labels, for the manifest; the device does not."""
         return {key: value for key, value in asdict(self).items() if value and key != "device"}
+
+
+def default_names(recipe: str | None) -> list[str]:
+    """What carries labels unless told otherwise; a published procedure knows of SAM2 alone."""
+    return ["sam2"] if recipe else list(DEFAULT)
 
 
 def make_propagator(name: str, options: PropagatorOptions) -> Propagator:

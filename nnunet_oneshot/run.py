@@ -11,6 +11,7 @@ from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.evaluate import evaluate, format_table
 from nnunet_oneshot.output import find_output
 from nnunet_oneshot.propagate import PropagatorOptions, propagate
+from nnunet_oneshot.propagators import DEFAULT
 from nnunet_oneshot.refine import Refinement, check_no_results, make_plan, open_store, refine
 from nnunet_oneshot.store import Manifest, Store
 
@@ -30,7 +31,7 @@ def run(
     output: int,
     configuration: str,
     *,
-    propagators: Sequence[str] = ("registration",),
+    propagators: Sequence[str] = DEFAULT,
     views: Sequence[str] | None = None,
     options: PropagatorOptions | None = None,
     training: Mapping[str, Any] | None = None,

@@ -24,6 +24,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import NNUNET_ROOTS, find_output
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.propagate import PropagatorOptions, propagate
+from nnunet_oneshot.propagators import DEFAULT
 from nnunet_oneshot.report_pictures import Overlay
 from nnunet_oneshot.store import CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
@@ -95,7 +96,7 @@ def trial(
     output: int,
     cases: int = 5,
     *,
-    propagators: Sequence[str] = ("registration",),
+    propagators: Sequence[str] = DEFAULT,
     views: Sequence[str] | None = None,
     options: PropagatorOptions | None = None,
     num_processes: int | None = None,
