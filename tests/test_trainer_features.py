@@ -1,11 +1,10 @@
-"""OneShotTrainer does what nnUNetTrainer does: regions, cascade, channels, architectures, resuming, validation."""
+"""OneShotTrainer does what nnUNetTrainer does: regions, cascade, channels, architectures, sparse labels."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from nnunetv2.run.run_training import get_trainer_from_args, run_training
+from nnunetv2.run.run_training import get_trainer_from_args
 from tiny_dataset import preprocess_in_process, write_dataset
 
 import _nnunet_oneshot_path
-from nnunet_oneshot.losses import divergence
-from nnunet_oneshot.settings import PRESETS, SMALL_PLANS, LossSettings, Schedule
+from nnunet_oneshot.settings import SMALL_PLANS, LossSettings
 
 pytestmark = [
     pytest.mark.slow,
@@ -169,55 +167,3 @@ def test_a_sparse_label_trains(write: Write) -> None:
         blosc2.asarray(seg, urlpath=str(file))
     outputs = train(trainer("3d_fullres"))
     assert min(output["divergence"] for output in outputs) > 0.5
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets the number of epochs of the tiny preset."""
-
-    def epochs(number: int) -> None:
-        monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], schedule=Schedule(number, 2, 1, 1)))  # type: ignore[arg-type]
-
-    return epochs
-
-
-def run(fold: int = 0, **arguments: Any) -> None:
-    """What nnUNetv2_train calls."""
-    run_training("901", "2d", fold, "OneShotTrainer_tiny", SMALL_PLANS, device=torch.device("cpu"), **arguments)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_resuming_validating_and_starting_from_other_weights(
-    write: Write, short: Callable[[int], None], tmp_path: Path
-) -> None:
-    write()
-    model = tmp_path / "nnUNet_results" / NAME / f"OneShotTrainer_tiny__{SMALL_PLANS}__2d"
-    short(1)
-    run()
-    (model / "fold_0" / "checkpoint_final.pth").rename(model / "fold_0" / "checkpoint_latest.pth")
-    for log in (model / "fold_0").glob("training_log*"):
-        log.unlink()
-    short(2)
-    run(continue_training=True)
-    log = next((model / "fold_0").glob("training_log*")).read_text()
-    assert "Epoch 1" in log
-    assert "Epoch 0" not in log
-    run(only_run_validation=True, export_validation_probabilities=True)
-    assert list((model / "fold_0" / "validation").glob("*.npz"))
-    final = model / "fold_0" / "checkpoint_final.pth"
-    short(1)
-    run(fold=1, pretrained_weights=str(final), disable_checkpointing=True)
-    assert not (model / "fold_1" / "checkpoint_final.pth").exists()
-
-
-def test_an_ignore_channel_of_regions_is_where_the_label_was(write: Write) -> None:
-    write(labels=REGIONS, regions_class_order=[1, 2], annotated=[], oneshot={"schema": 1})
-    one = trainer()
-    one.loss_settings = replace(EVERYTHING, guess_share=0.0, cross_patch=0.0)
-    one.initialize()
-    loader, _ = one.get_dataloaders()
-    target = next(loader)["target"][0]
-    assert target.shape[1] == 3
-    mask = divergence(target, 3, regions=True)
-    assert mask.any()
-    assert not target[:, :2][mask.expand(-1, 2, -1, -1)].any()
