@@ -97,7 +97,9 @@ def _here(
 
 
 def _show(bar: tqdm[Any], done: float) -> None:
-    bar.update(round(done, 2) - bar.n)
+    shown = round(done, 2)
+    bar.n = int(shown) if shown.is_integer() else shown  # "3/11" rather than "3.0/11"
+    bar.update(0)
 
 
 def _work(function: Callable[[Item], Result], item: Item) -> Result:

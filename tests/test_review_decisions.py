@@ -205,11 +205,11 @@ def test_a_crash_before_the_manifest_leaves_the_old_decision(
     reviewed: Reviewed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = reviewed.store.manifest_path.read_bytes()
-    monkeypatch.setattr(Store, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        reviewed.decide("case_3", "accept")
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            reviewed.decide("case_3", "accept")
     assert reviewed.store.manifest_path.read_bytes() == before
-    monkeypatch.undo()
     reviewed.decide("case_3", "accept")
     reviewed.decide("case_3", "undo")
     assert (reviewed.target("case_3") == IGNORE).any(), "the machine's label was put aside before anything changed"
