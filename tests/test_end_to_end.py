@@ -49,7 +49,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def test_run_labels_trains_relabels_and_repeats_nothing(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phantom = _phantom(folders, "thick_slices", (10, 64, 64), 5)
-    command = ["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-device", "cpu", "-json", "--all_rounds"]
+    command = ["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-device", "cpu"]
+    command += ["-json", "--all_rounds"]
     with opened_files(phantom.truth) as opened:
         cli.run(command)
     assert not opened, "labels of un-annotated cases were read while labels were made and a model trained"
