@@ -82,7 +82,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs the extra docs: pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings", reason="needs the extra docs: pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert 'id="nnunet_oneshot.propagate.propagate"' in reference

@@ -142,7 +142,9 @@ def test_nothing_from_outside(page: Client) -> None:
 def test_list_is_worst_first(page: Client, folder: Path) -> None:
     shown = page.get("/api/dataset").json()
     assert [case["name"] for case in shown["cases"]] == ["case_3", "case_2", "case_1", "case_0"]
-    assert shown["cases"][0]["score"] == pytest.approx(1 - record(folder, "case_3")["divergence"])
+    scores = [case["score"] for case in shown["cases"] if case["score"] is not None]
+    assert scores == sorted(scores)
+    assert shown["cases"][0]["score"] == pytest.approx(record(folder, "case_3")["quality"]["mean"])
     manifest = json.loads((folder / "oneshot.json").read_text())
     manifest["cases"]["case_1"]["quality"] = {"mean": 0.2}
     manifest["cases"]["case_2"] |= {"status": "failed", "reason": "no overlap"}
