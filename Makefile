@@ -8,13 +8,16 @@ DEMO_OUTPUT ?= demo_output
 TEST_PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: demo test test-fast lint install clean
+.PHONY: demo test test-long test-fast lint install clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/nnUNetv2_oneshot_demo -o $(DEMO_OUTPUT) --overwrite
 
 test: $(VENV)/.dev lint
-	$(PYTEST)
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -m long
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow and not real"

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_kills_change_no_byte_and_leave_nothing(tmp_path: Path) -> None:
     """Labels, manifest, preprocessed data, files and processes; SIGINT; a second refinement at once."""
