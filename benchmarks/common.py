@@ -115,5 +115,5 @@ def _processor() -> str:
 
 def _commit() -> str:
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return done.stdout.strip() or "unknown"

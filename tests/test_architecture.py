@@ -80,5 +80,5 @@ def test_a_user_may_still_initialise_hydra_afterwards() -> None:
         "from hydra import initialize_config_module\n"
         "initialize_config_module('sam2', version_base='1.2')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr

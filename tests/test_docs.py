@@ -194,7 +194,7 @@ def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
         input=code,
         cwd=tmp_path,
         env=_environment(tmp_path),
-        text=True,
+        encoding="utf-8",
         capture_output=True,
     )
     assert shell.returncode == 0, f"{shell.stdout[-3000:]}\n{shell.stderr[-3000:]}"

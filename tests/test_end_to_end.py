@@ -79,7 +79,7 @@ def test_rgb_images_go_through_and_a_stock_trainer_takes_the_dataset(folders: Pa
     assert _dice(phantom, store.fused_path("x").parent) > 0.4
     train = Path(sys.executable).with_name("nnUNetv2_train")
     stock = ["601", "2d", "0", "-tr", "nnUNetTrainer_1epoch", "-p", "nnUNetOneShotSmallPlans", "-device", "cpu"]
-    done = subprocess.run([train, *stock], capture_output=True, text=True, check=False)
+    done = subprocess.run([train, *stock], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     model = results_folder(601, "nnUNetTrainer_1epoch", "nnUNetOneShotSmallPlans", "2d")
     assert (model / "fold_0" / "checkpoint_final.pth").is_file()

@@ -254,7 +254,9 @@ def test_container_files(results: Path, tmp_path: Path) -> None:
     shell = shutil.which("sh")
     if shell:
         subprocess.run([shell, "-n", str(tmp_path / "box" / "run.sh")], check=True)
-        refused = subprocess.run([shell, str(tmp_path / "box" / "run.sh"), "only_one"], capture_output=True, text=True)
+        refused = subprocess.run(
+            [shell, str(tmp_path / "box" / "run.sh"), "only_one"], capture_output=True, encoding="utf-8"
+        )
         assert refused.returncode == 2
         assert "INPUT OUTPUT" in refused.stderr
 
@@ -278,7 +280,7 @@ def without_this_package(code: str, *arguments: str, results: Path) -> subproces
         [sys.executable, "-I", "-S", "-c", prelude + code, *arguments],
         env={**environment, "nnUNet_results": str(results), "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 
@@ -303,13 +305,17 @@ def test_stock_nnunet_installs_and_predicts_without_this_package(results: Path, 
 def test_container_selftest_and_entry_run_without_docker(results: Path, tmp_path: Path) -> None:
     train()
     export(777, "3d_fullres", tmp_path / "model.zip", container=tmp_path / "box")
-    done = subprocess.run([sys.executable, str(tmp_path / "box" / "selftest.py")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "box" / "selftest.py")], capture_output=True, encoding="utf-8"
+    )
     assert "selftest passed" in done.stdout, done.stderr
     write_image(tmp_path / "in" / "any name.nii.gz")
     entry = [sys.executable, str(tmp_path / "box" / "predict.py")]
-    done = subprocess.run([*entry, str(tmp_path / "in"), str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run([*entry, str(tmp_path / "in"), str(tmp_path / "out")], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["any name.nii.gz"]
-    done = subprocess.run([*entry, str(tmp_path / "nowhere"), str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*entry, str(tmp_path / "nowhere"), str(tmp_path / "out")], capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 2
     assert "expected images" in done.stderr

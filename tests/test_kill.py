@@ -18,6 +18,6 @@ ROOT = Path(__file__).parents[1]
 def test_kills_change_no_byte_and_leave_nothing(tmp_path: Path) -> None:
     """Labels, manifest, preprocessed data, files and processes; SIGINT; a second refinement at once."""
     command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "-o", str(tmp_path / "work"), "--no_row"]
-    done = subprocess.run([*command, "--stand_in", "--kills", "3"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--stand_in", "--kills", "3"], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["kills"] >= 3

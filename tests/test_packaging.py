@@ -127,6 +127,6 @@ def _python(environment: Path) -> Path:
 
 def _run(command: Sequence[str], **options: object) -> str:
     run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
-    done = run(command, capture_output=True, text=True, **options)
+    done = run(command, capture_output=True, encoding="utf-8", **options)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

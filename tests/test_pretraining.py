@@ -112,6 +112,7 @@ def test_parts_of_one_tone_look_alike_and_those_of_another_do_not() -> None:
     subject = flat_subject(disc(-0.5, -0.5, 0.3, tone=3), disc(0.5, 0.5, 0.3, tone=3), disc(-0.5, 0.5, 0.3, tone=4))
     rng = np.random.default_rng(0)
     plain = replace(draw_look(rng), noise=0, grainy_noise=0, speckle=0, bias=0, streak=0, ghost=0, fan=(0, 2), blur=0)
+    plain = replace(plain, coarse=1)
     plain.tones[[4, 5]] = 0.3, 0.8
     plain.textures[:] = 0
     slices = Slices([subject], [0], [0.0])
@@ -119,6 +120,20 @@ def test_parts_of_one_tone_look_alike_and_those_of_another_do_not() -> None:
     image = render(values, part_radius(slices, CPU), [subject], [plain], torch.Generator().manual_seed(0))[0]
     assert image[16, 16] == pytest.approx(float(image[48, 48]), abs=1e-3)
     assert abs(image[48, 16] - image[16, 16]) > 0.2
+
+
+def test_an_image_of_few_pixels_is_smooth_between_them_and_keeps_its_level() -> None:
+    subject = flat_subject(disc(0, 0, 0.6))
+    look = replace(draw_look(np.random.default_rng(0)), noise=0.2, blur=0, fan=(0, 2))
+    slices = Slices([subject], [0], [0.0])
+    values, radius = implicit_functions(slices, 96, CPU), part_radius(slices, CPU)
+    fine, coarse = (
+        render(values, radius, [subject], [replace(look, coarse=c)], torch.Generator().manual_seed(0))[0]
+        for c in (1, 4)
+    )
+    steps = [float((image[:, 1:] - image[:, :-1]).abs().mean()) for image in (fine, coarse)]
+    assert steps[1] < 0.3 * steps[0]
+    assert float(coarse.mean()) == pytest.approx(float(fine.mean()), rel=0.02)
 
 
 def test_the_same_contrast_is_nearer_than_another_contrast() -> None:
@@ -169,7 +184,11 @@ def test_groups_do_not_depend_on_how_many_workers_share_them() -> None:
     recipe = replace(SMALL, groups=2)
     alone, *_ = step_batch(recipe, 5, Worker(), CPU)
     first, *_ = step_batch(recipe, 5, Worker(0, 2), CPU)
-    assert torch.allclose(alone.images[:4].mean(), first.images.mean(), atol=0.02)
+    second, *_ = step_batch(recipe, 5, Worker(1, 2), CPU)
+    # The noise differs, what is shown does not.
+    shown = torch.stack([alone.images[:4].flatten(), first.images.flatten(), second.images.flatten()])
+    like, unlike = torch.corrcoef(shown)[0, 1:]
+    assert like > 0.8 > unlike + 0.3
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -288,3 +307,17 @@ def test_command_trains_and_exports_half_precision_weights_that_fit(tmp_path: Pa
     weights = load_file(path)
     assert {t.dtype for t in weights.values()} == {torch.float16}
     begin(TINY_RUN, CPU).model.load_state_dict(weights)
+
+
+def test_command_begins_with_weights_that_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--steps", "1", "--groups", "1", "--elements", "1", "--validation-batches", "0", "--learning-rate", "0"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["-o", str(first), "--seed", "4", *flags]) == 0
+    given = ["--begin-with", str(first / "checkpoint.safetensors"), "--practised", "1000"]
+    assert main(["-o", str(second), *given, *flags]) == 0
+    before, after = (load_file(folder / "checkpoint.safetensors") for folder in (first, second))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["-o", str(second), "--resume", "--practised", "1000", *flags]) == 2
+    assert "weights" in capsys.readouterr().err
+    assert main(["-o", str(tmp_path / "third"), "--begin-with", str(tmp_path / "none")]) == 2
+    assert "found none" in capsys.readouterr().err

@@ -278,7 +278,7 @@ def test_port_that_is_taken(folder: Path, call: Callable[..., Answer]) -> None:
 def test_missing_extra_is_named(folder: Path) -> None:
     code = "import sys; sys.modules['starlette'] = None; from nnunet_oneshot import cli; cli.review()"
     command = [sys.executable, "-c", code, "-d", "601", "--no_browser", "-device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2
     assert 'pip install "nnunet-oneshot[review]"' in done.stderr
     assert "Traceback" not in done.stderr
@@ -287,7 +287,7 @@ def test_missing_extra_is_named(folder: Path) -> None:
 def test_the_command_serves_until_it_is_stopped(folder: Path) -> None:
     code = "from nnunet_oneshot import cli; cli.review()"
     command = [sys.executable, "-c", code, "-d", "601", "--no_browser", "-device", "cpu", "--port", "0", "-json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as server:
         assert server.stderr is not None
         address = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", server.stderr.readline())
         assert address

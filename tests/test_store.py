@@ -182,7 +182,7 @@ def test_a_lock_dies_with_its_process(store: Store) -> None:
     path = store.state_folder / "locks" / "refine.lock"
     path.parent.mkdir(parents=True)
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     worker = _join_workers()
     try:
-        run = train(options.o, _recipe(options), _schedule(options), worker, torch.device(options.device))
+        device = torch.device(options.device)
+        run = train(options.o, _recipe(options), _schedule(options), worker, device, weights=options.begin_with)
     except RecipeMismatch as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -58,7 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation-batches", type=int, default=4, help="of each kind of task; 0 for no validation")
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
     parser.add_argument("-device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument(
+        "--begin-with",
+        type=Path,
+        metavar="SAFETENSORS",
+        help="weights to begin with (see --practised), not random ones",
+    )
     for f in fields(Recipe):
+        if f.name == "weights":
+            continue
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
     return parser
 
@@ -69,12 +79,16 @@ def _problem(options: argparse.Namespace) -> str | None:
         return f"{options.o} already holds a run; expected a new folder, or --resume to go on with it"
     if options.resume and not has_state(options.o):
         return f"--resume expects a run in {options.o}, found none; start without --resume"
+    if options.begin_with is not None and not options.begin_with.is_file():
+        return f"--begin-with expects a file of weights, found none at {options.begin_with}; correct the path"
     options.o.mkdir(parents=True, exist_ok=True)
     return None
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    return Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
+    chosen = {f.name: getattr(options, f.name) for f in fields(Recipe) if f.name != "weights"}
+    weights = hashlib.sha256(options.begin_with.read_bytes()).hexdigest() if options.begin_with else ""
+    return Recipe(**chosen, weights=weights)
 
 
 def _schedule(options: argparse.Namespace) -> Schedule:

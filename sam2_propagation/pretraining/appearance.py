@@ -17,6 +17,10 @@ from sam2_propagation.pretraining.parts import FloatArray, Subject
 MAX_TONES = 64
 TEXTURE_GRAINS = (1, 3, 8)
 """Side of a texture's grain in pixels."""
+COARSE_SHARE = 0.4
+"""Share of the volumes that were acquired with fewer pixels than the network sees."""
+MOST_COARSE = 5.5
+"""An image of 35 pixels a side, seen at 192."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Look:
         ghost, ghost_shift: strength and shift (pixels, y and x) of a motion ghost.
         fan: (half angle in radians, depth) of an ultrasound sector; half angle 0 for none.
         window: (low, high) shift of the percentile window, as left by other slices of the volume.
+        coarse: pixels of the image for each pixel that was acquired, 1 or more: a small image is interpolated.
     """
 
     tones: FloatArray
@@ -51,6 +56,7 @@ class Look:
     ghost_shift: tuple[int, int]
     fan: tuple[float, float]
     window: tuple[float, float]
+    coarse: float
 
 
 def draw_look(rng: np.random.Generator) -> Look:
@@ -77,6 +83,7 @@ def draw_look(rng: np.random.Generator) -> Look:
         ghost_shift=(int(rng.integers(-30, 31)), int(rng.integers(-4, 5))),
         fan=(float(rng.uniform(0.5, 1.0)), float(rng.uniform(1.7, 2.2))) if ultrasound else (0.0, 2.0),
         window=(float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.05, 0.3))),
+        coarse=float(rng.uniform(1.3, MOST_COARSE) if rng.random() < COARSE_SHARE else 1),
     )
 
 
@@ -92,6 +99,7 @@ def same_contrast(rng: np.random.Generator, look: Look, amount: float) -> Look:
         softness=look.softness,
         speckle=look.speckle,
         fan=look.fan,
+        coarse=look.coarse,
     )
     if amount > 0.5:
         return modality
@@ -135,6 +143,7 @@ def render(
     image = _ghost(image, looks)
     image = _blurred(image, looks)
     image = _add_noise(image, looks, generator)
+    image = _acquired(image, looks)
     return _fan(image, looks)
 
 
@@ -250,6 +259,23 @@ def _add_noise(image: torch.Tensor, looks: Sequence[Look], generator: torch.Gene
     speckle = F.avg_pool2d(white.flip(1)[:, None], (1, 5), 1, (0, 2))[:, 0] * 2.2
     image = image + _column(looks, "noise", image) * white + _column(looks, "grainy_noise", image) * grainy
     return image * (1 + _column(looks, "speckle", image) * speckle).clamp(min=0)
+
+
+def _acquired(image: torch.Tensor, looks: Sequence[Look]) -> torch.Tensor:
+    """Averaged over the pixels of the acquisition, then interpolated between them."""
+    size = image.shape[-1]
+    frames = [
+        F.interpolate(
+            F.adaptive_avg_pool2d(frame[None, None], round(size / look.coarse)),
+            size=(size, size),
+            mode="bilinear",
+            align_corners=False,
+        )[0, 0]
+        if look.coarse > 1
+        else frame
+        for frame, look in zip(image, looks, strict=True)
+    ]
+    return torch.stack(frames)
 
 
 def _fan(image: torch.Tensor, looks: Sequence[Look]) -> torch.Tensor:

@@ -23,6 +23,8 @@ class Recipe:
         ema: decay of the averaged weights that are exported.
         hop_share: share of the steps where a prediction becomes memory of the next slice.
         soft_share: share of the steps where prompts lose the decoder's resolution before they become memory.
+        weights: sha256 of the weights that the run begins with, empty for random ones.
+        practised: steps behind those weights; the curriculum goes on from there.
     """
 
     seed: int = 1
@@ -37,6 +39,8 @@ class Recipe:
     ema: float = 0.998
     hop_share: float = 0.2
     soft_share: float = 0.6
+    weights: str = ""
+    practised: int = 0
 
 
 @dataclass(frozen=True)

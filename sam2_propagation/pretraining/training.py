@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from sam2.modeling.sam2_base import SAM2Base
 from torch import nn
 
@@ -66,10 +67,12 @@ class Run:
     recent: list[float] = field(default_factory=list)
 
 
-def begin(recipe: Recipe, device: torch.device) -> Run:
-    """A run before its first step."""
+def begin(recipe: Recipe, device: torch.device, weights: Path | None = None) -> Run:
+    """A run before its first step, from random weights or from those of a file."""
     torch.manual_seed(recipe.seed)
     model, average = build_model().to(device), build_model().to(device).eval()
+    if weights is not None:
+        model.load_state_dict(load_file(weights, device=str(device)))
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
     return Run(model.train(), average, _optimiser(model, recipe))
@@ -103,13 +106,14 @@ def train(
     worker: Worker,
     device: torch.device,
     report: Callable[[str], None] = print,
+    weights: Path | None = None,
 ) -> Run:
     """Train to `schedule.steps`, resuming from `folder` where it holds a state of the same recipe.
 
     Raises:
         RecipeMismatch: the folder's state is of another recipe or model configuration.
     """
-    run = begin(recipe, device)
+    run = begin(recipe, device, weights)
     if has_state(folder):
         resume(run, folder, recipe)
     since = time.perf_counter()
@@ -126,9 +130,9 @@ def step_batch(recipe: Recipe, step: int, worker: Worker, device: torch.device) 
 
     Groups are drawn from (seed, step, group), so that they do not depend on how many workers share them.
     """
-    difficulty = curriculum(step)
+    difficulty = curriculum(step + recipe.practised)
     common = np.random.default_rng((recipe.seed, step))
-    shares = memory_shares(step)
+    shares = memory_shares(step + recipe.practised)
     memories = int(common.choice(list(shares), p=list(shares.values())))
     hop = int(common.integers(1, MOST_HOPS + 1)) if common.random() < recipe.hop_share else 0
     soft = bool(common.random() < recipe.soft_share)
