@@ -141,12 +141,15 @@ def published_procedure(
 
 def _tracked(stock: SAM2VideoPredictor, state: Any, label: LabelVolume, position: int, slices: int) -> torch.Tensor:
     last = position + len(label) - 1
+    # Slices of the stack without a mask do not prompt: they are tracked like the query's.
+    drawn = [i for i, mask in enumerate(label) if mask.any()]
     out = torch.zeros(slices, stock.image_size, stock.image_size)
     for reverse in (False, True):
         stock.reset_state(state)
-        for i, mask in enumerate(label):
-            stock.add_new_mask(state, position + i, 1, torch.from_numpy(mask > 0))
-        for frame, _, logits in stock.propagate_in_video(state, last if reverse else position, reverse=reverse):
+        for i in drawn:
+            stock.add_new_mask(state, position + i, 1, torch.from_numpy(label[i] > 0))
+        start = position + (drawn[-1] if reverse else drawn[0])
+        for frame, _, logits in stock.propagate_in_video(state, start, reverse=reverse):
             if frame < position or frame > last:
                 at = frame if frame < position else frame - len(label)
                 out[at] = logits[0, 0].sigmoid()
