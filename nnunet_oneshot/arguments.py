@@ -40,6 +40,21 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         help="how sam2 works (default: slice where a label is sparse, else self)",
     )
     parser.add_argument(
+        "-window",
+        nargs="+",
+        metavar="W",
+        help="intensities that sam2 sees: abdomen, lung, brain, bone (CT), or LOW HIGH (default: percentiles)",
+    )
+    parser.add_argument(
+        "-channels",
+        nargs="+",
+        metavar="C",
+        help="channels that sam2 sees, from 0: one, three (as colours) or mean (default: colours of 2D images, or 0)",
+    )
+    parser.add_argument(
+        "-sam2_batch", type=int, default=8, metavar="N", help="slices that sam2 works on at once (default: %(default)s)"
+    )
+    parser.add_argument(
         "-adapt",
         type=int,
         default=0,

@@ -471,8 +471,15 @@ def _propagator_options(arguments: argparse.Namespace) -> Any:
         mode=arguments.mode,
         adapt=arguments.adapt,
         recipe=arguments.recipe,
+        window=_joined(arguments.window),
+        channels=_joined(arguments.channels),
+        batch_size=arguments.sam2_batch,
         reverse_check=arguments.reverse_check,
     )
+
+
+def _joined(words: Sequence[str] | None) -> str | None:
+    return None if words is None else " ".join(words)
 
 
 def _propagators(arguments: argparse.Namespace) -> list[str]:

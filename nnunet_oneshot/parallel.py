@@ -9,10 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from nnunet_oneshot.errors import OneShotError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,7 +90,7 @@ def _here(
 
     def add(share: float) -> None:
         done[0] += share
-        _show(bar, done[0])
+        show(bar, done[0])
 
     _METER[0] = _Meter(add)
     if setup is not None and items:
@@ -96,7 +99,8 @@ def _here(
         yield _work(function, item)
 
 
-def _show(bar: tqdm[Any], done: float) -> None:
+def show(bar: tqdm[Any], done: float) -> None:
+    """Set a bar to a number of items, the last of which may be done in part."""
     shown = round(done, 2)
     bar.n = int(shown) if shown.is_integer() else shown  # "3/11" rather than "3.0/11"
     bar.update(0)
@@ -125,8 +129,14 @@ def _in_processes(
         waiting: set[Future[Result]] = {pool.submit(_work, function, item) for item in items}
         while waiting:
             ended, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
-            _show(bar, done.value)
+            show(bar, done.value)
             yield from (future.result() for future in ended)
+    except BrokenProcessPool as error:
+        # The system's own way to say that memory is used up is to kill a process.
+        raise OneShotError(
+            f"expected {processes} processes to last, found one ended by the system, most often for lack of memory; "
+            "lower -np, or -sam2_batch of sam2; what is done is kept, and the same command goes on from there"
+        ) from error
     finally:
         # After an interruption the cases that have not begun are dropped; those under way are whole or absent.
         pool.shutdown(wait=True, cancel_futures=True)

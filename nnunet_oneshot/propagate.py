@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -15,7 +16,7 @@ from nnunet_oneshot.consensus import build
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import create_output
-from nnunet_oneshot.parallel import advance, default_processes, over_cases
+from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
     DEFAULT,
@@ -99,6 +100,7 @@ def propagate(
     _check_whole_sets(made, num_parts)
     _check_supports(raw, made)
     chosen = choose_views(made, views)
+    _check_sam2(raw, made.get("sam2"), chosen)
     processes = num_processes or default_processes()
     check_images(raw, processes)
     settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}, **options.settings()}
@@ -127,12 +129,13 @@ def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> 
     sam2, prompter = made.get("sam2"), "registration"
     if isinstance(sam2, Sam2Propagator):
         sam2.progress = _advance_slices
+        sam2.keep_own = bool(raw.unannotated)
         if sam2.prompter is not None and prompter in made:
             sam2.prompter = CarriedLabels(raw, store, prompter)
     return dict(sorted(made.items(), key=lambda entry: entry[0] == "sam2"))
 
 
-def _advance_slices(done: int, of: int) -> None:
+def _advance_slices(done: float, of: int) -> None:
     advance(done / of)
 
 
@@ -166,6 +169,21 @@ def _check_supports(dataset: RawDataset, propagators: Collection[str]) -> None:
         )
 
 
+def _check_sam2(dataset: RawDataset, propagator: Propagator | None, chosen: Mapping[str, tuple[str, ...]]) -> None:
+    """PropagationError where annotated cases, views or the mode do not fit each other, before anything is written."""
+    if not isinstance(propagator, Sam2Propagator):
+        return
+    supports = [dataset.support(case) for case in dataset.annotated]
+    propagator.check(supports, chosen["sam2"])
+    fit = propagator.settings.check_fit
+    for support in supports:
+        # An annotated case that is whole is no query: no mode asks it for a sparse label.
+        whole = not (support.label == support.ignore).any()
+        fit(support.image.case, support.image.shape, sparse=whole or bool(support.classes))
+    for case in dataset.unannotated[:1]:
+        fit(case.name, dataset.image_geometry(case)[0], sparse=False)
+
+
 def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
     """Run one propagator over the cases that are not done yet and write views and worker records.
 
@@ -181,8 +199,23 @@ def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
         _carry_whole_set(job, cases)
         return
     title = f"propagate by {name}"
-    for _ in over_cases(_carry_case, todo, processes=processes, title=title, setup=_set_up, setup_arguments=(job,)):
-        pass
+    with _shared_supports(job, min(processes, len(todo))):
+        for _ in over_cases(_carry_case, todo, processes=processes, title=title, setup=_set_up, setup_arguments=(job,)):
+            pass
+
+
+@contextmanager
+def _shared_supports(job: Job, processes: int) -> Iterator[None]:
+    """Several processes encode the annotated cases once, not each by itself."""
+    if processes < 2 or not isinstance(job.propagator, Sam2Propagator):
+        yield
+        return
+    with job.store.temporary_folder() as folder:
+        job.propagator.share(folder)
+        try:
+            yield
+        finally:
+            job.propagator.share(None)
 
 
 _AT_WORK: dict[str, Any] = {}
@@ -207,12 +240,25 @@ def _carry_whole_set(job: Job, cases: Sequence[Case]) -> None:
     supports = [job.dataset.support(case) for case in job.dataset.annotated]
     by_name, begin = {case.name: case for case in cases}, time.monotonic()
     results = job.propagator.propagate(supports, _images(job.dataset, cases), job.views)
-    bar = tqdm(total=len(cases), desc=f"propagate by {job.propagator.name}", unit="case")
-    with bar:
+    with tqdm(total=len(cases), desc=f"propagate by {job.propagator.name}", unit="case") as bar:
+        if isinstance(job.propagator, Sam2Propagator):
+            job.propagator.progress = _Steps(bar)
         for name, group in groupby(results, key=lambda result: result.case):
             _write(job, by_name[name], list(group), time.monotonic() - begin)
             begin = time.monotonic()
-            bar.update()
+        show(bar, float(len(cases)))
+
+
+class _Steps:
+    """Moves a bar of cases by the slices of the whole set: no case is done before all are."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
+        self._done = 0.0
+
+    def __call__(self, done: float, of: int) -> None:
+        self._done = min(self._done + done / of, 1.0)
+        show(self._bar, self._done * self._bar.total)
 
 
 def _images(dataset: RawDataset, cases: Sequence[Case]) -> Iterator[Image]:

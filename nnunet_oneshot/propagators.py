@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.store import Source
 from sam2_propagation.correspondence import CorrespondencePropagator
 from sam2_propagation.correspondence_training import Recipe
+from sam2_propagation.intensities import Intensities
 from sam2_propagation.interface import Propagator
 from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.sam2 import Sam2Propagator
-from sam2_propagation.sam2_settings import recipe
+from sam2_propagation.sam2_settings import Sam2Settings, recipe
+
+Number = TypeVar("Number", int, float)
 
 NAMES = ("registration", "sam2", "correspondence")
 RECIPE = Recipe()
@@ -35,6 +39,9 @@ class PropagatorOptions:
         mode: of the sam2 propagator; the one that fits the data when None.
         adapt: fine-tuning steps of SAM2 on warps of the annotated case before it is carried.
         recipe: a published procedure, `yoloseg` or `ssl_medsam2`, which sets sam2 up as published.
+        window: what sam2 sees of the intensities, a name of `CT_WINDOWS` or "LOW HIGH"; percentiles when None.
+        channels: which channels sam2 sees, "0", "2 0 1" (red, green and blue) or "mean"; its own choice when None.
+        batch_size: slices that sam2 works on at once.
         reverse_check: carry each label back to the annotated case too, which tells how far it can be trusted.
     """
 
@@ -44,11 +51,14 @@ class PropagatorOptions:
     mode: str | None = None
     adapt: int = 0
     recipe: str | None = None
+    window: str | None = None
+    channels: str | None = None
+    batch_size: int = 8
     reverse_check: bool = False
 
     def settings(self) -> dict[str, str | int]:
-        """What decides the labels, for the manifest; the device does not."""
-        return {key: value for key, value in asdict(self).items() if value and key != "device"}
+        """What decides the labels, for the manifest; how they are computed does not."""
+        return {key: value for key, value in asdict(self).items() if value and key not in ("device", "batch_size")}
 
 
 def default_names(recipe: str | None) -> list[str]:
@@ -83,7 +93,10 @@ def describe(propagator: Propagator, options: PropagatorOptions) -> Source:
 
 
 def _sam2(options: PropagatorOptions) -> Sam2Propagator:
+    if options.batch_size < 1:
+        raise OneShotError(f"expected -sam2_batch of 1 or more, found {options.batch_size}; leave it out")
     published = None if options.recipe is None else recipe(options.recipe)
+    settings = published or Sam2Settings()
     propagator = Sam2Propagator(
         options.checkpoint,
         options.config,
@@ -92,10 +105,37 @@ def _sam2(options: PropagatorOptions) -> Sam2Propagator:
         adapt=options.adapt,
         # A published procedure knows of no other propagator.
         prompter=RegistrationPropagator() if published is None else None,
-        settings=published,
+        batch_size=options.batch_size,
+        settings=replace(settings, intensities=_intensities(options, settings.intensities)),
     )
     propagator.prepare()
     return propagator
+
+
+def _intensities(options: PropagatorOptions, own: Intensities) -> Intensities:
+    """Those of the options, else sam2's own."""
+    if options.window is not None:
+        words = options.window.split()
+        limits = _numbers(words, float, "-window", "a name or two numbers, the lower first")
+        if limits is not None and (len(limits) != 2 or limits[0] >= limits[1]):
+            raise OneShotError(
+                f"expected two numbers for -window, the lower first, found {options.window}; correct them"
+            )
+        own = replace(own, window=options.window if limits is None else (limits[0], limits[1]))
+    if options.channels is not None:
+        indices = _numbers(options.channels.split(), int, "-channels", "mean, one number or three")
+        own = replace(own, channels=options.channels if indices is None else tuple(indices))
+    return own
+
+
+def _numbers(words: Sequence[str], kind: type[Number], flag: str, expected: str) -> list[Number] | None:
+    """The words as numbers, or None for a single word that is none."""
+    try:
+        return [kind(word) for word in words]
+    except ValueError as error:
+        if len(words) == 1:
+            return None
+        raise OneShotError(f"expected {expected} for {flag}, found {' '.join(words)}; correct it") from error
 
 
 def choose_views(propagators: Mapping[str, Propagator], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...]]:

@@ -78,7 +78,9 @@ def build_sam2(config: Config, video_settings: bool = False) -> SAM2Base:
     try:
         model = instantiate(OmegaConf.create(tree), _recursive_=True)
     except (InstantiationException, OmegaConfBaseException) as error:
-        raise PropagationError(f"expected a SAM2 configuration, found one that cannot be built: {error}") from error
+        raise PropagationError(
+            f"expected a SAM2 configuration, found one that cannot be built: {error}; correct -sam2_cfg"
+        ) from error
     return model.eval()
 
 
@@ -94,7 +96,9 @@ def read_configuration(path: Path) -> dict[str, Any]:
         tree = OmegaConf.select(loaded, "trainer.model") or OmegaConf.select(loaded, "model")
         config = OmegaConf.to_container(tree, resolve=True) if tree is not None else None
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise PropagationError(f"expected a SAM2 configuration in YAML at {path}, found: {error}") from error
+        raise PropagationError(
+            f"expected a SAM2 configuration in YAML at {path}, found: {error}; correct -sam2_cfg"
+        ) from error
     if not isinstance(config, dict):
         raise PropagationError(f"expected a `model:` tree in {path}, found none; write one in sam2's own form")
     return {"model": {str(key): value for key, value in config.items()}}
@@ -118,7 +122,9 @@ def known_configurations() -> dict[str, dict[str, Any]]:
 def at_size(config: Config, image_size: int) -> dict[str, Any]:
     """The same model for square inputs of `image_size` pixels (a multiple of 16)."""
     if image_size <= 0 or image_size % _STRIDE:
-        raise PropagationError(f"expected an image size that is a positive multiple of {_STRIDE}, found {image_size}")
+        raise PropagationError(
+            f"expected an image size that is a positive multiple of {_STRIDE}, found {image_size}; choose another"
+        )
     tree = copy.deepcopy(dict(_model_tree(config)))
     tree["image_size"] = image_size
     layer = tree["memory_attention"]["layer"]
@@ -141,7 +147,8 @@ def _check_targets(node: Any, where: str) -> None:
         # Only the root may be one of sam2's wrappers of SAM2Base; it is replaced by SAM2Base itself.
         if target is not None and not str(target).startswith(allowed if where == "model" else allowed[:1]):
             raise PropagationError(
-                f"expected only classes of sam2.modeling, found {target} at {where} of the configuration"
+                f"expected only classes of sam2.modeling in the configuration, found {target} at {where}; "
+                "correct -sam2_cfg"
             )
         for key, child in node.items():
             _check_targets(child, f"{where}.{key}")

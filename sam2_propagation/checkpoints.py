@@ -57,6 +57,10 @@ class LoadedCheckpoint:
     image_size: int
 
 
+Named = str | Path | Config
+"""A configuration: a known one's name, a YAML file or a mapping."""
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where weights come from: a file (None for random weights) and, where it is settled, the configuration."""
@@ -68,14 +72,15 @@ class _Source:
 
 
 def load_checkpoint(
-    name_or_path: str | Path, config: str | Path | Config | None = None, device: str = "cpu", cache: Path | None = None
+    name_or_path: str | Path, config: Named | None = None, device: str = "cpu", cache: Path | None = None
 ) -> LoadedCheckpoint:
     """Load a checkpoint.
 
     Args:
         name_or_path: see the module's head.
-        config: a known configuration's name, a YAML file or a mapping; needed for a file that nothing else identifies.
-            The configuration is settled by this, then by the file's sha256, its name, or a YAML file beside it.
+        config: a known configuration's name, a YAML file or a mapping, for a file that nothing else identifies. The
+            configuration is settled by the file's sha256, then its name, then this, then a YAML file beside it; a YAML
+            file or mapping also changes what a known file is used with (a name can only contradict it).
         device: "cpu", "cuda", "cuda:1", "mps".
         cache: folder of downloaded files; by default `$nnUNet_oneshot_checkpoints`, else the user's cache folder.
 
@@ -85,7 +90,7 @@ def load_checkpoint(
     """
     target = check_device(device)
     name = str(name_or_path)
-    source = _locate(name, None if config is None else _configuration(config), cache)
+    source = _locate(name, config, cache)
     model = _random_model(source) if source.file is None else _trained_model(source, source.file)
     return LoadedCheckpoint(model.to(target).eval(), name, source.sha256, model.image_size)
 
@@ -119,7 +124,7 @@ def check_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise PropagationError(f"expected a device such as cpu, cuda or mps, found {device!r}") from error
+        raise PropagationError(f"expected cpu, cuda or mps as device, found {device!r}; use -device cpu") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise PropagationError(f"expected a CUDA device for {device!r}, found none; use -device cpu")
     if found.type == "mps" and not torch.backends.mps.is_available():
@@ -166,42 +171,60 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise PropagationError(damaged) from error
     if not isinstance(loaded, dict):
-        raise PropagationError(f"expected tensors by name in {path}, found {type(loaded).__name__}")
+        raise PropagationError(
+            f"expected tensors by name in {path}, found {type(loaded).__name__}; is it a SAM2 checkpoint?"
+        )
     return loaded
 
 
-def _configuration(config: str | Path | Config) -> Config:
+def _configuration(config: Named) -> Config:
     if isinstance(config, Mapping):
         return config
     known = known_configurations()
     if str(config) in known:
         return known[str(config)]
     if not Path(config).is_file():
-        raise PropagationError(f"expected a YAML file or one of {', '.join(known)} as configuration, found {config}")
+        raise PropagationError(
+            f"expected a YAML file or one of {', '.join(known)} as configuration, found {config}; correct -sam2_cfg"
+        )
     return read_configuration(Path(config))
 
 
-def _locate(name: str, config: Config | None, cache: Path | None) -> _Source:
+def _locate(name: str, config: Named | None, cache: Path | None) -> _Source:
     if name.startswith(_RANDOM):
-        return _Source(None, config or _named(name.removeprefix(_RANDOM)), None, False)
+        own = _named(name.removeprefix(_RANDOM)) if config is None else _configuration(config)
+        return _Source(None, own, None, False)
     if name == "builtin":
         return _builtin(config)
     published = PUBLISHED.get(name.lower())
     if published is not None:
         path = _fetched(published, cache)
-        return _Source(path, config or _configuration(published.configuration), file_sum(path), True)
+        return _Source(path, _settled(published, config, path), file_sum(path), True)
     if Path(name).is_file():
         return _local(Path(name), config)
     raise PropagationError(
-        f"expected a checkpoint file or one of builtin, {', '.join(PUBLISHED)}, random:<configuration>, found {name!r}"
+        f"expected a checkpoint file or one of builtin, {', '.join(PUBLISHED)}, random:<configuration>, found "
+        f"{name!r}; correct -sam2_chk"
     )
+
+
+def _settled(published: Published, config: Named | None, path: Path) -> Config:
+    """The configuration of a known file. Tensors cannot tell MedSAM2 from SAM2.1 tiny; the hash and the name can."""
+    known = published.configuration
+    if config is None:
+        return _configuration(known)
+    if not isinstance(config, Mapping) and str(config) in known_configurations() and str(config) != known:
+        raise PropagationError(
+            f"expected -sam2_cfg {known}, the configuration of {path}, found {config}; leave -sam2_cfg out"
+        )
+    return _configuration(config)
 
 
 def _named(text: str) -> Config:
     """`<configuration>` or `<configuration>@<pixels>`."""
     name, _, pixels = text.partition("@")
     if pixels and not pixels.isdigit():
-        raise PropagationError(f"expected a number of pixels behind @, found {pixels!r}")
+        raise PropagationError(f"expected a number of pixels behind @, found {pixels!r}; correct -sam2_chk")
     config = read_configuration(_builtin_folder() / "builtin.yaml") if name == "builtin" else _configuration(name)
     return at_size(config, int(pixels)) if pixels else config
 
@@ -210,12 +233,14 @@ def _builtin_folder() -> Path:
     return Path(str(files("sam2_propagation").joinpath("builtin")))
 
 
-def _builtin(config: Config | None) -> _Source:
+def _builtin(config: Named | None) -> _Source:
+    if config is not None:
+        raise PropagationError(f"expected no configuration for builtin, found {config}; leave -sam2_cfg out")
     folder = _builtin_folder()
     path = folder / "builtin.safetensors"
     if not path.is_file():
         raise PropagationError(f"expected the built-in checkpoint at {path}, found none; reinstall nnunet-oneshot")
-    return _Source(path, config or read_configuration(folder / "builtin.yaml"), file_sum(path), False)
+    return _Source(path, read_configuration(folder / "builtin.yaml"), file_sum(path), False)
 
 
 def _fetched(published: Published, cache: Path | None) -> Path:
@@ -229,15 +254,18 @@ def _fetched(published: Published, cache: Path | None) -> Path:
     return path
 
 
-def _local(path: Path, config: Config | None) -> _Source:
-    sha256 = file_sum(path)
+def _local(path: Path, config: Named | None) -> _Source:
+    try:
+        sha256 = file_sum(path)
+    except OSError as error:
+        raise PropagationError(f"expected to read {path}, found {error.strerror}; change its permissions") from error
     published = by_sum(sha256) or by_file_name(path.name)
     beside = path.with_suffix(".yaml")
-    if config is None and published is not None:
-        config = _configuration(published.configuration)
-    elif config is None and beside.is_file():
-        config = read_configuration(beside)
-    return _Source(path, config, sha256, published is not None)
+    if published is not None:
+        return _Source(path, _settled(published, config, path), sha256, True)
+    if config is None and beside.is_file():
+        config = beside
+    return _Source(path, None if config is None else _configuration(config), sha256, False)
 
 
 def _random_model(source: _Source) -> SAM2Base:

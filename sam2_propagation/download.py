@@ -10,6 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from sam2_propagation.errors import PropagationError
@@ -34,15 +35,22 @@ def download(url: str, target: Path, sha256: str | None = None) -> None:
     Raises:
         PropagationError: the address cannot be read (it says where to put the file by hand), or the sum differs.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
     try:
-        _fetch(url, partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Shards that start at once would write into one partial file: the others wait, and find it done.
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.is_file():
+                _fetch(url, partial)
+                _keep(url, partial, target, sha256)
     except (urllib.error.URLError, HTTPException, OSError) as error:
         raise PropagationError(
             f"expected to download {url}, found {error}; fetch it by other means and put it as {target.name} "
             f"into {target.parent}"
         ) from error
+
+
+def _keep(url: str, partial: Path, target: Path, sha256: str | None) -> None:
     if sha256 is not None and (found := file_sum(partial)) != sha256:
         partial.unlink()
         raise PropagationError(f"expected sha256 {sha256} of {url}, found {found}; the file was removed, try again")

@@ -9,9 +9,10 @@ slices anew (what the stock predictor does) is not needed.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sam2_propagation.architecture import SAM2Base
+from sam2_propagation.errors import PropagationError
 
 DEFAULT_BUDGET = 3 << 30
 """Bytes of RAM for embeddings before they go to a file."""
@@ -83,6 +85,7 @@ class EmbeddedStack:
 
     def __init__(self, levels: list[Tensor], positions: list[Tensor]) -> None:
         self._levels = levels
+        self._encodings = positions
         self._positions = [p.flatten(2).permute(2, 0, 1) for p in positions]
         self._sizes = [(int(level.shape[-2]), int(level.shape[-1])) for level in levels]
         self._device = positions[-1].device
@@ -94,6 +97,15 @@ class EmbeddedStack:
     def nbytes(self) -> int:
         """Bytes of all features."""
         return sum(level.nbytes for level in self._levels)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """All of it as tensors on the CPU, for a file."""
+        return {"levels": self._levels, "positions": [p.cpu() for p in self._encodings]}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, list[Tensor]], device: torch.device) -> EmbeddedStack:
+        """The stack that `state` was taken of."""
+        return cls(state["levels"], [p.to(device) for p in state["positions"]])
 
     def features(self, indices: Sequence[int]) -> Features:
         """Features of the slices at `indices`, on the model's device."""
@@ -175,6 +187,7 @@ class Encoder:
         needed = sum(4 * int(np.prod(shape)) for shape in shapes)
         if self._in_use + needed <= self._budget:
             return [torch.empty(shape) for shape in shapes], None
+        _check_room(Path(self._folder or tempfile.gettempdir()), needed)
         directory = tempfile.TemporaryDirectory(prefix="sam2_embeddings_", dir=self._folder, ignore_cleanup_errors=True)
         paths = [Path(directory.name) / f"level{i}" for i in range(len(shapes))]
         mapped = [np.memmap(p, np.float32, "w+", shape=shape) for p, shape in zip(paths, shapes, strict=True)]
@@ -190,3 +203,13 @@ class Encoder:
 
     def _release(self, nbytes: int) -> None:
         self._in_use -= nbytes
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """A mapped file on a full disk would end the process without a word."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PropagationError(
+            f"expected {needed / 2**30:.1f} GiB free in {folder} for encoded slices, found {free / 2**30:.1f}; "
+            "set TMPDIR to a folder with more room, or use a checkpoint of smaller input"
+        )

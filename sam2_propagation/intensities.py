@@ -32,13 +32,15 @@ class Intensities:
 
     Attributes:
         window: (low, high) in stored units (CT), a name of `CT_WINDOWS`, or None for the 0.5 and 99.5 percentiles over
-            non-zero voxels (SSL-MedSAM2's; there zeros stay zero).
+            non-zero voxels (there zeros stay zero).
         channels: a channel's index, three indices for red, green and blue, "mean" of all channels, or None: three
             channels of a 2D image are colour, otherwise the first channel counts.
+        positive: percentiles over voxels above zero, as SSL-MedSAM2 takes them, rather than over all but zeros.
     """
 
     window: tuple[float, float] | str | None = None
-    channels: int | tuple[int, int, int] | str | None = None
+    channels: int | tuple[int, ...] | str | None = None
+    positive: bool = False
 
 
 class ImageSlices:
@@ -78,7 +80,7 @@ def scale(image: Image, intensities: Intensities | None = None) -> ChannelVolume
     """
     how = intensities or Intensities()
     chosen = np.nan_to_num(_channels(image, how.channels), posinf=0, neginf=0)
-    low, high = _limits(chosen, how.window)
+    low, high = _limits(chosen, how)
     if high <= low:
         return np.zeros_like(chosen)
     scaled = np.clip((chosen - low) / (high - low), 0, 1).astype(np.float32)
@@ -97,19 +99,23 @@ def _channels(image: Image, channels: int | tuple[int, ...] | str | None) -> Cha
     wanted = (channels,) if isinstance(channels, int) else channels
     if isinstance(wanted, str) or len(wanted) not in (1, 3) or not all(0 <= c < count for c in wanted):
         raise PropagationError(
-            f"expected a channel, three channels or 'mean' of the {count} of {image.case}, found {channels}"
+            f"expected a channel (counted from 0), three channels or mean of the {count} channels of {image.case}, "
+            f"found {channels}; choose among those"
         )
     return image.data[list(wanted)]
 
 
-def _limits(chosen: ChannelVolume, window: tuple[float, float] | str | None) -> tuple[float, float]:
+def _limits(chosen: ChannelVolume, how: Intensities) -> tuple[float, float]:
+    window = how.window
     if isinstance(window, str):
         if window not in CT_WINDOWS:
-            raise PropagationError(f"expected a window out of {', '.join(CT_WINDOWS)}, found {window!r}")
+            raise PropagationError(
+                f"expected a window out of {', '.join(CT_WINDOWS)}, or two numbers, found {window!r}; choose one"
+            )
         return CT_WINDOWS[window]
     if window is not None:
         return window
-    voxels = chosen[chosen != 0]
+    voxels = chosen[chosen > 0 if how.positive else chosen != 0]
     if voxels.size == 0:
         return 0.0, 0.0
     low, high = np.percentile(voxels, _PERCENTILES)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sam2_propagation.architecture import Config
-from sam2_propagation.checkpoints import LoadedCheckpoint, check_device, load_checkpoint, prepare_checkpoint
+from sam2_propagation.checkpoints import LoadedCheckpoint, load_checkpoint
 from sam2_propagation.embeddings import DEFAULT_BUDGET
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.intensities import scale
@@ -38,7 +38,11 @@ class Sam2Propagator:
         settings: everything else.
         budget: bytes of RAM for embeddings; beyond it they go to a temporary file.
         cache: folder of downloaded checkpoints.
-        progress: called whenever slices of a query were encoded, with their number and that of all its views together.
+        progress: called as work goes on, with the number of slices just encoded (in mode `sequence` also tracked) and
+            how many these will be for a query (in mode `sequence` the whole set) in all its views.
+
+    Attributes:
+        keep_own: keep a query that is completed from its own sparse label encoded, since others draw on it too.
 
     Raises:
         PropagationError: from every method, for bad input: one sentence.
@@ -59,7 +63,7 @@ class Sam2Propagator:
         settings: Sam2Settings | None = None,
         budget: int = DEFAULT_BUDGET,
         cache: Path | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[float, int], None] | None = None,
     ) -> None:
         chosen = settings or Sam2Settings()
         self.settings = chosen if mode is None else replace(chosen, mode=mode)
@@ -76,6 +80,8 @@ class Sam2Propagator:
         self._budget = budget
         self._cache = cache
         self.progress = progress
+        self.keep_own = False
+        self._shared: Path | None = None
         self._engine: Sam2Engine | None = None
         self._adapted: dict[str, torch.Tensor] | None = None
         if self.settings.mode == "self" and prompter is None:
@@ -85,9 +91,25 @@ class Sam2Propagator:
         return {**self.__dict__, "_engine": None}
 
     def prepare(self) -> None:
-        """Check the device and fetch the checkpoint, before workers are started that would all do so at once."""
-        check_device(self._device)
-        prepare_checkpoint(self.checkpoint, self._cache)
+        """Fetch and load the checkpoint now, before anything is written and before workers do so all at once."""
+        with _memory_errors(self._batch_size):
+            self._ready()
+
+    def check(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+        """Check that annotated images can be used as `propagate` would use them.
+
+        Raises:
+            PropagationError: as `propagate`.
+        """
+        usable = _usable(supports)
+        for support in usable:
+            scale(support.image, self.settings.intensities)
+            for view in views:
+                present(support.image, view, natural_plane(usable[0].image))
+
+    def share(self, folder: Path | None) -> None:
+        """Let processes that this is sent to share encoded supports in a folder that exists; None for no more."""
+        self._shared = folder
 
     def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
         """Adapt to the annotated cases now; workers that the propagator is sent to afterwards need not do it again.
@@ -98,8 +120,9 @@ class Sam2Propagator:
         """
         if self._adapt == 0:
             return
-        engine = self._ready()
-        engine.adapt(supports, views, self._adapt, self._seed)
+        with _memory_errors(self._batch_size):
+            engine = self._ready()
+            engine.adapt(_usable(supports), views, self._adapt, self._seed)
         self._adapted = {key: value.detach().cpu() for key, value in engine.loaded.model.state_dict().items()}
 
     def describe(self) -> LoadedCheckpoint:
@@ -122,25 +145,25 @@ class Sam2Propagator:
         Support slices are encoded once for all calls with the same supports, query slices once a view.
 
         Args:
-            supports: annotated images, of which sparse labels only count where they speak.
+            supports: annotated images; sparse labels only count where they speak, and those without foreground not.
             queries: images to label; one that is also a support with a sparse label is completed by mode `slice`.
             views: names out of `views`.
 
         Raises:
-            PropagationError: no support, a support without foreground, views or data that do not fit the mode, or too
-                little memory.
+            PropagationError: no support with foreground, views, channels or data that do not fit, or too little memory.
         """
-        _check_supports(supports)
+        supports = _usable(supports)
         natural = natural_plane(supports[0].image)
         for view in views:
             for support in supports:
                 present(support.image, view, natural)
-        with _memory_errors():
+        with _memory_errors(self._batch_size):
             engine = self._ready()
+            engine.keep_own = self.keep_own
             if self._adapt and self._adapted is None:
                 self.adapt(supports, views)
             if self.settings.mode == "sequence":
-                yield from engine.sequence(supports, list(queries), views)
+                yield from engine.sequence(supports, list(queries), views, self.progress or (lambda *_: None))
                 return
             for query in queries:
                 yield from self._one(engine, supports, query, views, natural)
@@ -162,29 +185,39 @@ class Sam2Propagator:
             loaded = load_checkpoint(self.checkpoint, self._config, self._device, self._cache)
             if self._adapted is not None:
                 loaded.model.load_state_dict(self._adapted)
-            self._engine = Sam2Engine(loaded, self.settings, self._batch_size, self._budget, self.prompter is not None)
+            self._engine = Sam2Engine(
+                loaded, self.settings, self._batch_size, self._budget, self.prompter is not None, self._shared
+            )
         return self._engine
 
 
-def _check_supports(supports: Sequence[Support]) -> None:
+def _usable(supports: Sequence[Support]) -> list[Support]:
+    """Supports with foreground: from the others nothing can be carried."""
     if not supports:
         raise PropagationError("expected at least one annotated case, found none; annotate one")
-    for support in supports:
-        if not support.classes:
-            raise PropagationError(
-                f"expected foreground in the label of {support.image.case}, found none; annotate another case"
-            )
+    usable = [support for support in supports if support.classes]
+    if not usable:
+        raise PropagationError(
+            f"expected foreground in the label of {', '.join(s.image.case for s in supports)}, found none; "
+            "annotate a case that shows the structures"
+        )
+    return usable
+
+
+_TOO_LITTLE_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""What torch says on GPUs, and on the CPU under Windows and Linux."""
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Too little memory is the user's to mend; torch has its own error for GPUs and a RuntimeError for the CPU."""
-    advice = "expected enough memory, found too little; lower the batch size, or use a smaller checkpoint"
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    """Too little memory is the user's to mend; torch has an error of its own for it on GPUs alone."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise PropagationError(advice) from error
-    except RuntimeError as error:
-        if "not enough memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        plain = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        if plain and not any(words in str(error).lower() for words in _TOO_LITTLE_MEMORY):
             raise
-        raise PropagationError(advice) from error
+        raise PropagationError(
+            f"expected enough memory, found too little; lower -sam2_batch (it is {batch_size}) or -np, or use a "
+            "smaller checkpoint; what is done is kept, and the same command goes on from there"
+        ) from error

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from sam2_propagation.adaptation import Example, adapt, example
 from sam2_propagation.checkpoints import LoadedCheckpoint
-from sam2_propagation.embeddings import Encoder, SplicedFrames
-from sam2_propagation.errors import PropagationError
+from sam2_propagation.embeddings import EmbeddedStack, Encoder, SplicedFrames
 from sam2_propagation.intensities import ImageSlices, scale
 from sam2_propagation.interface import BoolVolume, ChannelVolume, Image, LabelVolume, Propagation, Propagator, Support
 from sam2_propagation.matching import similarity
@@ -30,6 +33,7 @@ from sam2_propagation.sam2_memory import (
 )
 from sam2_propagation.sam2_modes import insert, itself, retrieve, sequence, through_volume
 from sam2_propagation.sam2_settings import Sam2Settings
+from sam2_propagation.sharing import Encoded, SharedSupports
 from sam2_propagation.tracker import Tracker
 from sam2_propagation.views import Presentation, natural_plane, present
 
@@ -54,10 +58,28 @@ class Prompts:
 
 
 class Sam2Engine:
-    """A loaded model with what it has encoded of the supports."""
+    """A loaded model with what it has encoded of the supports.
+
+    Args:
+        loaded: the model.
+        settings: how it works.
+        batch_size: slices, or (class, slice) pairs, at once.
+        budget: bytes of RAM for embeddings.
+        prompted: whether another propagator's labels may prompt.
+        shared: folder where several processes share encoded supports; None where this one is alone.
+
+    Attributes:
+        keep_own: whether a query that is completed from its own sparse label stays encoded, for others to draw on.
+    """
 
     def __init__(
-        self, loaded: LoadedCheckpoint, settings: Sam2Settings, batch_size: int, budget: int, prompted: bool
+        self,
+        loaded: LoadedCheckpoint,
+        settings: Sam2Settings,
+        batch_size: int,
+        budget: int,
+        prompted: bool,
+        shared: Path | None = None,
     ) -> None:
         self.loaded = loaded
         self.settings = settings
@@ -65,6 +87,9 @@ class Sam2Engine:
         self._encoder = Encoder(loaded.model, batch_size, budget)
         self._default_mode = "self" if prompted else "retrieve"
         self._supports: dict[tuple[Any, ...], tuple[ViewedSupport, Bank]] = {}
+        self._digests: weakref.WeakKeyDictionary[Support, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._shared = None if shared is None else SharedSupports(shared, loaded.model.device)
+        self.keep_own = False
         if settings.max_conditioning is not None:
             loaded.model.max_cond_frames_in_attn = settings.max_conditioning
 
@@ -108,7 +133,9 @@ class Sam2Engine:
             prompt = None
         window = self._window(query, view, natural, prompt, classes)
         seen = self._viewed(query, scaled, view, natural, progress, window)
-        known = [self._support(support, view, natural) for support in supports]
+        # A query that is its own memory needs no support.
+        needed = supports if prompt is None or self.settings.support_slices else []
+        known = [self._support(support, view, natural) for support in needed]
         if mode == "insert":
             rng = np.random.default_rng([seed, zlib.crc32(query.case.encode())])
             votes = insert(self._tools, [support for support, _ in known], seen, classes, rng)
@@ -144,33 +171,38 @@ class Sam2Engine:
     def _slice(
         self, own: Support | None, query: Image, view: str, natural: str, progress: Callable[[int], None]
     ) -> Propagation:
-        if own is None:
-            raise PropagationError(
-                f"expected a sparse label of {query.case} itself for mode slice, found none; annotate a slice of it, "
-                "or use mode retrieve"
-            )
-        seen = self._viewed_support(own, view, natural, progress)
+        self.settings.check_fit(query.case, query.shape, own is not None)
+        assert own is not None  # or the check had failed
+        bank: Bank | None = None
+        if self.keep_own:
+            seen, bank = self._support(own, view, natural, progress)
+        else:
+            seen = self._viewed_support(own, view, natural, progress)
         whole = seen.annotated[seen.slices].mean()
         if whole < 0.5:
             reason = f"the annotated slices lie across this view's plane (only {whole:.0%} of each is annotated)"
             return Propagation(query.case, view, None, reason=reason)
-        result = self._finished(through_volume(self._tools, seen, own.classes), seen.image, view)
+        result = self._finished(through_volume(self._tools, seen, own.classes, bank), seen.image, view)
         return _kept(result, own)
 
     def sequence(
-        self, supports: Sequence[Support], queries: list[Image], views: Sequence[str]
+        self,
+        supports: Sequence[Support],
+        queries: list[Image],
+        views: Sequence[str],
+        progress: Callable[[float, int], None] = lambda *_: None,
     ) -> Iterator[Propagation]:
-        """All views of a set of 2D images."""
+        """All views of a set of 2D images; `progress` is told of images encoded or tracked, and of how many in all."""
         for image in [*(s.image for s in supports), *queries]:
-            if image.shape[0] != 1:
-                raise PropagationError(
-                    f"expected 2D images for mode sequence, found {image.case} of shape {image.shape}; use mode insert "
-                    "or retrieve for volumes"
-                )
+            self.settings.check_fit(image.case, image.shape, sparse=True)
         natural = natural_plane(supports[0].image)
         annotated = {support.image.case: support for support in supports}
         images = {image.case: image for image in [*queries, *(s.image for s in supports)]}
-        tracked = {view: self._track_set(images, annotated, view, natural) for view in views}
+        steps = 2 * len(images) * len(views)
+        tracked = {
+            view: self._track_set(images, annotated, view, natural, lambda done: progress(done, steps))
+            for view in views
+        }
         for query in queries:
             for view in views:
                 votes, place, shown = tracked[view]
@@ -179,28 +211,34 @@ class Sam2Engine:
                 yield _propagation(query.case, view, shown[query.case], result)
 
     def _track_set(
-        self, images: Mapping[str, Image], annotated: Mapping[str, Support], view: str, natural: str
+        self,
+        images: Mapping[str, Image],
+        annotated: Mapping[str, Support],
+        view: str,
+        natural: str,
+        progress: Callable[[float], None],
     ) -> tuple[Votes, dict[str, int], dict[str, Presentation]]:
         """Votes for the whole set in one view, each case's place in its sequence, and how each is shown."""
-        intensities = self.settings.intensities
-        viewed = {c: self._viewed(images[c], scale(images[c], intensities), view, natural) for c in sorted(images)}
-        order = self._order(viewed, annotated)
-        place = {case: at for at, case in enumerate(order)}
-        frames = SplicedFrames([viewed[case].frames for case in order], [(at, 0) for at in range(len(order))])
-        labels = {place[c]: viewed[c].shown.forward(_spoken(s)[0]) for c, s in annotated.items()}
+        cases, shown = sorted(images), {c: present(images[c], view, natural) for c in images}
+        pictures = _Pictures([(images[c], shown[c]) for c in cases], self.settings, self.loaded.image_size)
+        encoded = self._encoder.encode(pictures, progress)
+        order = self._order(encoded, cases, annotated)
+        place = {cases[at]: i for i, at in enumerate(order)}
+        frames = SplicedFrames([encoded], [(0, at) for at in order])
+        labels = {place[c]: shown[c].forward(_spoken(s)[0]) for c, s in annotated.items()}
         classes = sorted({c for support in annotated.values() for c in support.classes})
         # As an object among the others, the background can win a pixel; it is then 0 like anything unclaimed.
         objects = [0, *classes] if self.settings.background else classes
-        return sequence(self._tools, frames, labels, objects), place, {c: v.shown for c, v in viewed.items()}
+        return sequence(self._tools, frames, labels, objects, progress), place, shown
 
-    def _order(self, viewed: Mapping[str, Viewed], annotated: Mapping[str, Support]) -> list[str]:
+    def _order(self, encoded: EmbeddedStack, cases: Sequence[str], annotated: Mapping[str, Support]) -> list[int]:
+        """Which of the cases, which are in the order of their files, comes when."""
         if self.settings.order == "file":
-            return sorted(viewed)
-        cases = sorted(viewed)
-        described = np.concatenate([viewed[case].frames.descriptors().numpy() for case in cases])
+            return list(range(len(cases)))
+        described = encoded.descriptors().numpy()
         known = [cases.index(case) for case in annotated]
         alike = similarity(described, described)[:, known].max(axis=1)
-        return [cases[i] for i in np.argsort(-alike, kind="stable")]
+        return [int(i) for i in np.argsort(-alike, kind="stable")]
 
     def _viewed(
         self,
@@ -217,21 +255,32 @@ class Sam2Engine:
         frames = self._encoder.encode(ImageSlices(seen, self.loaded.image_size), progress)
         return Viewed(image.case, frames, (seen.shape[-2], seen.shape[-1]), shown, window)
 
-    def _support(self, support: Support, view: str, natural: str) -> tuple[ViewedSupport, Bank]:
+    def _support(
+        self, support: Support, view: str, natural: str, progress: Callable[[int], None] = lambda _: None
+    ) -> tuple[ViewedSupport, Bank]:
         """A support in a view, with every annotated slice remembered; made once."""
-        key = (support.image.case, view, natural, _digest(support.image.data), _digest(support.label))
-        if key not in self._supports:
-            seen = self._viewed_support(support, view, natural)
+        key = (support.image.case, view, natural, *self._digest(support))
+
+        def make() -> Encoded:
+            seen = self._viewed_support(support, view, natural, progress)
             bank = remember(self._tools, seen.image.frames, seen.label, support.classes, seen.slices)
-            self._supports[key] = seen, bank
+            return seen.image.frames, bank
+
+        if key not in self._supports:
+            frames, bank = make() if self._shared is None else self._shared.get(key, make)
+            self._supports[key] = _as_seen(support, frames, present(support.image, view, natural)), bank
         return self._supports[key]
+
+    def _digest(self, support: Support) -> tuple[int, int]:
+        if support not in self._digests:
+            self._digests[support] = _sum(support.image.data), _sum(support.label)
+        return self._digests[support]
 
     def _viewed_support(
         self, support: Support, view: str, natural: str, progress: Callable[[int], None] = lambda _: None
     ) -> ViewedSupport:
         image = self._viewed(support.image, scale(support.image, self.settings.intensities), view, natural, progress)
-        label, annotated = _spoken(support)
-        return ViewedSupport(image, image.shown.forward(label), image.shown.forward(annotated))
+        return _as_seen(support, image.frames, image.shown)
 
     def _finished(self, votes: Votes, seen: Viewed, view: str) -> Propagation:
         result = finish(votes, seen.size, self.settings)
@@ -239,6 +288,32 @@ class Sam2Engine:
             label, confidence = seen.window.paste(result.label, 0), seen.window.paste(result.confidence, 1.0)
             result = replace(result, label=label, confidence=confidence)
         return _propagation(seen.case, view, seen.shown, result)
+
+
+class _Pictures:
+    """One slice of each of several 2D images, made ready when it is encoded."""
+
+    def __init__(self, images: Sequence[tuple[Image, Presentation]], settings: Sam2Settings, image_size: int) -> None:
+        self._images = images
+        self._intensities = settings.intensities
+        self._size = image_size
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        return torch.cat([self._slice(i) for i in indices])
+
+    def _slice(self, index: int) -> Tensor:
+        image, shown = self._images[index]
+        return ImageSlices(shown.forward(scale(image, self._intensities)), self._size).batch([0])
+
+
+def _as_seen(support: Support, frames: EmbeddedStack, shown: Presentation) -> ViewedSupport:
+    label, annotated = _spoken(support)
+    seen = shown.forward(label)
+    image = Viewed(support.image.case, frames, (seen.shape[-2], seen.shape[-1]), shown)
+    return ViewedSupport(image, seen, shown.forward(annotated))
 
 
 def _propagation(case: str, view: str, shown: Presentation, result: Finished) -> Propagation:
@@ -264,5 +339,5 @@ def _kept(result: Propagation, own: Support) -> Propagation:
     return replace(result, label=kept, confidence=np.where(annotated, 1, result.confidence).astype(np.float32))
 
 
-def _digest(data: npt.NDArray[Any]) -> int:
+def _sum(data: npt.NDArray[Any]) -> int:
     return zlib.crc32(np.ascontiguousarray(data).tobytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from sam2_propagation.architecture import NO_OBJ_SCORE
 from sam2_propagation.embeddings import EmbeddedStack, Frames
 from sam2_propagation.interface import BoolVolume, LabelVolume
 from sam2_propagation.sam2_settings import Sam2Settings
-from sam2_propagation.tracker import Memories, Outcome, Tracker, prompt_masks
+from sam2_propagation.tracker import Memories, Outcome, Tracker, at_slice_size, prompt_masks
 from sam2_propagation.views import Presentation
 
 Item = TypeVar("Item")
@@ -127,6 +127,18 @@ class Bank:
         self._rows = {key: row for row, key in enumerate(keys)}
         self._memories = memories
 
+    def state(self) -> dict[str, Any]:
+        """All of it as lists and tensors on the CPU, for a file."""
+        kept = self._memories
+        tensors = None if kept is None else (kept.features.cpu(), kept.pointers.cpu())
+        return {"keys": list(self._rows), "memories": tensors}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], device: torch.device) -> Bank:
+        """The bank that `state` was taken of."""
+        kept = state["memories"]
+        return cls(state["keys"], None if kept is None else Memories(*(tensor.to(device) for tensor in kept)))
+
     def __contains__(self, key: Hashable) -> bool:
         return key in self._rows
 
@@ -140,10 +152,8 @@ class Bank:
         return self._memories.take([self._rows[key] for key in keys])
 
 
-def remember(
-    tools: Tools, frames: Frames, label: LabelVolume, classes: Sequence[int], slices: Iterable[int], empty: bool = False
-) -> Bank:
-    """Prompt slices with a label's masks, each class by itself.
+def remember(tools: Tools, frames: Frames, label: LabelVolume, classes: Sequence[int], slices: Iterable[int]) -> Bank:
+    """Prompt slices with a label's masks, each class by itself; a slice without a class is passed over for it.
 
     Args:
         tools: the tracker and how much it does at once.
@@ -151,9 +161,8 @@ def remember(
         label: int16 (N, Y, X).
         classes: label values that become objects.
         slices: which slices prompt.
-        empty: whether a slice without a class prompts its absence, or is passed over.
     """
-    keys = [(value, int(i)) for i in slices for value in classes if empty or (label[i] == value).any()]
+    keys = [(value, int(i)) for i in slices for value in classes if (label[i] == value).any()]
     parts = [
         tools.tracker.prompt(frames.features([i for _, i in chunk]), _masks(tools, label, chunk))[0]
         for chunk in batches(keys, tools.batch_size)
@@ -179,16 +188,17 @@ class Votes:
     Args:
         classes: K label values.
         slices: N.
-        side: of the square logits.
+        size: (Y, X) of what is averaged: the logits' own, or the slices'.
         average: "logits" or "probabilities".
     """
 
-    def __init__(self, classes: Sequence[int], slices: int, side: int, average: str = "logits") -> None:
+    def __init__(self, classes: Sequence[int], slices: int, size: tuple[int, int], average: str = "logits") -> None:
         self.classes = tuple(classes)
         self.slices = slices
         self._objects = {value: k for k, value in enumerate(self.classes)}
         self._average = average
-        self._sum = torch.zeros(len(self.classes), slices, side, side)
+        self._size = size
+        self._sum = torch.zeros(len(self.classes), slices, *size)
         self._count = torch.zeros(len(self.classes), slices)
         # Predicted IoU, object score, stability.
         self._said = torch.zeros(3, len(self.classes), slices)
@@ -197,7 +207,7 @@ class Votes:
         """Count an outcome of B (class, slice) pairs."""
         k = torch.tensor([self._objects[value] for value, _ in where])
         n = torch.tensor([i for _, i in where])
-        logits = outcome.logits.float().cpu()
+        logits = at_slice_size(outcome.logits.float().cpu(), self._size)
         vote = logits.sigmoid() if self._average == "probabilities" else logits.clamp(-_CERTAIN, _CERTAIN)
         said = torch.stack([outcome.predicted_iou, outcome.object_score, outcome.stability]).float().cpu()
         self._sum.index_put_((k, n), vote, accumulate=True)
@@ -206,7 +216,7 @@ class Votes:
             total.index_put_((k, n), values, accumulate=True)
 
     def logits(self, index: int) -> Tensor:
-        """(K, s, s) of slice `index`; an object without a vote is absent."""
+        """(K, Y, X) of slice `index`; an object without a vote is absent."""
         count = self._count[:, index, None, None]
         mean = self._sum[:, index] / count.clamp(min=1)
         if self._average == "probabilities":

@@ -8,7 +8,7 @@ and classes go through the model in batches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,9 +24,10 @@ Key = tuple[int, int, int]
 _OWN = -1
 
 
-def empty_votes(tools: Tools, classes: Sequence[int], slices: int) -> Votes:
-    """Votes for the masks of `classes` on so many slices."""
-    return Votes(classes, slices, tools.tracker.model.image_size // 4, tools.settings.average)
+def empty_votes(tools: Tools, classes: Sequence[int], slices: int, size: tuple[int, int] | None = None) -> Votes:
+    """Votes for the masks of `classes` on so many slices, at the decoder's resolution or at `size`."""
+    side = tools.tracker.model.image_size // 4
+    return Votes(classes, slices, size or (side, side), tools.settings.average)
 
 
 def insert(
@@ -37,11 +38,13 @@ def insert(
     rng: np.random.Generator,
 ) -> Votes:
     """Insert each support's annotated slices into the query's sequence, and track out of them both ways."""
-    votes = empty_votes(tools, classes, len(query.frames))
+    # Logits may be averaged before they are enlarged; probabilities would not be the same then.
+    size = query.size if tools.settings.average == "probabilities" else None
+    votes = empty_votes(tools, classes, len(query.frames), size)
     for support in supports:
         chosen = _inserted_slices(tools, support, classes)
         own = [c for c in classes if (support.label[chosen] == c).any()]
-        bank = remember(tools, support.image.frames, support.label, own, chosen, tools.settings.prompt_empty)
+        bank = remember(tools, support.image.frames, support.label, own, chosen)
         for position in _positions(tools, len(query.frames), rng):
             before = [(0, i) for i in range(position)]
             after = [(0, i) for i in range(position, len(query.frames))]
@@ -63,7 +66,8 @@ def _positions(tools: Tools, slices: int, rng: np.random.Generator) -> list[int]
     settings = tools.settings
     if settings.positions is not None:
         return [round(fraction * slices) for fraction in settings.positions]
-    return [int(p) for p in rng.integers(0, slices + 1, settings.insertions)]
+    # Drawn without putting back, as published, for as long as there are places left.
+    return [int(p) for p in rng.choice(slices, settings.insertions, replace=settings.insertions > slices)]
 
 
 def sequence(
@@ -71,6 +75,7 @@ def sequence(
     frames: Frames,
     labels: Mapping[int, LabelVolume],
     classes: Sequence[int],
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Votes:
     """Track a set of 2D images as one sequence, both ways from the annotated ones.
 
@@ -79,21 +84,23 @@ def sequence(
         frames: every image, in the sequence's order.
         labels: int16 (1, Y, X) of the annotated ones, by their place in the sequence.
         classes: label values.
+        progress: is told of images tracked.
     """
     votes = empty_votes(tools, classes, len(frames))
     banks = {at: remember(tools, SplicedFrames([frames], [(0, at)]), lab, classes, [0]) for at, lab in labels.items()}
     others = {at: at for at in range(len(frames)) if at not in labels}
-    for where, values in _grouped({v: [at for at in banks if (v, 0) in banks[at]] for v in classes}).items():
+    groups = _grouped({v: [at for at in banks if (v, 0) in banks[at]] for v in classes})
+    for where, values in groups.items():
         prompted = {at: banks[at].take([(value, 0) for value in values]) for at in where}
-        _track_objects(tools, frames, values, prompted, votes, others)
+        _track_objects(tools, frames, values, prompted, votes, others, lambda done: progress(done / len(groups)))
     return votes
 
 
-def through_volume(tools: Tools, own: ViewedSupport, classes: Sequence[int]) -> Votes:
-    """Carry the annotated slices of a volume through that volume."""
+def through_volume(tools: Tools, own: ViewedSupport, classes: Sequence[int], bank: Bank | None = None) -> Votes:
+    """Carry the annotated slices of a volume through that volume; `bank` is their memory where it is there already."""
     frames = own.image.frames
     votes = empty_votes(tools, classes, len(frames))
-    bank = remember(tools, frames, own.label, classes, own.slices)
+    bank = bank or remember(tools, frames, own.label, classes, own.slices)
     prompts = {c: {i: i for i in bank.slices(c)} for c in classes}
     _track_both_ways(tools, frames, bank, prompts, votes, {i: i for i in range(len(frames))})
     return votes
@@ -138,6 +145,7 @@ def _track_objects(
     prompted: Mapping[int, Memories],
     votes: Votes,
     counted: Mapping[int, int],
+    progress: Callable[[float], None] = lambda _: None,
 ) -> None:
     first, last, recent = min(prompted), max(prompted), tools.settings.recent
     for reverse, order in ((False, range(first, len(frames))), (True, range(last, -1, -1))):
@@ -145,6 +153,7 @@ def _track_objects(
         for frame, outcome in tools.tracker.track(frames, Memory(prompted), order, reverse, recent=recent):
             if frame in counted:
                 votes.add([(value, counted[frame]) for value in values], outcome)
+                progress(1)
 
 
 def retrieve(

@@ -16,7 +16,8 @@ MATCHINGS = ("position", "line", "similarity")
 
 def _one_of(what: str, found: str | None, known: tuple[str | None, ...]) -> None:
     if found not in known:
-        raise PropagationError(f"expected {what} out of {', '.join(str(k) for k in known)}, found {found!r}")
+        names = ", ".join(str(k) for k in known if k is not None)
+        raise PropagationError(f"expected {what} out of {names}, found {found!r}; choose one of those")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,6 @@ class Sam2Settings:
         insertions: in `insert`, how often each support is inserted.
         positions: where, as fractions of the query's stack; drawn from the seed when None.
         whole_stack: in `insert`, insert every annotated slice, not only those with foreground.
-        prompt_empty: in `insert`, whether slices without an object prompt its absence (the built-in checkpoint was
-            never trained with such memories).
         average: of the votes of insertions, supports and directions: of `logits` or of `probabilities`.
         background: in `sequence`, the background is an object of its own.
         order: in `sequence`, `file` (by case identifier) or `similarity` (to the support's embedding).
@@ -71,7 +70,6 @@ class Sam2Settings:
     insertions: int = 1
     positions: tuple[float, ...] | None = None
     whole_stack: bool = False
-    prompt_empty: bool = False
     average: str = "logits"
     background: bool = False
     order: str = "file"
@@ -91,6 +89,28 @@ class Sam2Settings:
         if self.max_conditioning is not None and self.max_conditioning < 2:
             raise PropagationError(f"expected max_conditioning of at least 2, found {self.max_conditioning}")
 
+    def check_fit(self, case: str, shape: tuple[int, ...], sparse: bool) -> None:
+        """Check that an image fits the mode.
+
+        Args:
+            case: its identifier, for the message.
+            shape: (Z, Y, X).
+            sparse: whether it has a sparse label of its own, with foreground.
+
+        Raises:
+            PropagationError: a volume in mode `sequence`, or no sparse label in mode `slice`.
+        """
+        if self.mode == "sequence" and shape[0] != 1:
+            raise PropagationError(
+                f"expected 2D images for mode sequence, found {case} of shape {shape}; use mode insert or retrieve for "
+                "volumes"
+            )
+        if self.mode == "slice" and not sparse:
+            raise PropagationError(
+                f"expected a sparse label of {case} itself, with foreground, for mode slice, found none; annotate a "
+                "slice of it, or use mode retrieve"
+            )
+
 
 _RECIPES = {
     # YoloSeg (Medical Image Analysis 2026): the image set as a video in file order, background included, three views,
@@ -102,15 +122,16 @@ _RECIPES = {
         intensities=Intensities(window=(0.0, 255.0)),
         background=True,
     ),
-    # SSL-MedSAM2 (CARE-LiSeg at MICCAI 2025): the whole annotated stack inserted at five random positions, every slice
-    # of it prompting, probabilities averaged, the largest component kept.
+    # SSL-MedSAM2 (CARE-LiSeg at MICCAI 2025): the whole annotated stack inserted at five random positions, every mask
+    # of it prompting (slices without one are tracked as the query's are), probabilities averaged, the largest component
+    # kept.
     "ssl_medsam2": Sam2Settings(
         mode="insert",
         checkpoint="medsam2_latest",
         views=("identity",),
+        intensities=Intensities(positive=True),
         insertions=5,
         whole_stack=True,
-        prompt_empty=True,
         average="probabilities",
         largest_component=True,
     ),

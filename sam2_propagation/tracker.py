@@ -111,14 +111,13 @@ class Tracker:
         out, iou = self._track_step(features, masks[:, None], 0, empty, 1, False, False)
         logits = self._filled(out["pred_masks"])
         size = (self.model.image_size, self.model.image_size)
-        stored, positions = self.model._encode_new_memory(
+        stored, _ = self.model._encode_new_memory(
             current_vision_feats=features.maps,
             feat_sizes=features.sizes,
             pred_masks_high_res=F.interpolate(logits, size=size, mode="bilinear", align_corners=False),
             object_score_logits=out["object_score_logits"],
             is_mask_from_pts=True,
         )
-        self._position = positions[-1][:1]
         memories = Memories(stored.to(torch.bfloat16), out["obj_ptr"])
         return memories, Outcome(logits[:, 0], iou, out["object_score_logits"][:, 0], memories)
 
@@ -209,7 +208,9 @@ class Tracker:
         return out, iou.to(out["pred_masks"].device)
 
     def _stored(self, memories: Memories) -> dict[str, Any]:
-        assert self._position is not None  # a memory exists, so a frame has been prompted
+        if self._position is None:
+            # It depends on the map's size alone; the memories may come from another process.
+            self._position = self.model.memory_encoder.position_encoding(memories.features[:1].float())
         position = self._position.expand(len(memories.pointers), -1, -1, -1)
         return {
             # Stacked with float32 pointers, bfloat16 features would become float32 anyhow; without pointers they
@@ -271,6 +272,8 @@ def prompt_masks(masks: Tensor, image_size: int) -> Tensor:
 
 def at_slice_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring mask logits (K, s, s) to a slice's own (Y, X), as sam2 does: (K, Y, X)."""
+    if logits.shape[-2:] == size:
+        return logits
     return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
 
 

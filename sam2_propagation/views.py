@@ -114,7 +114,7 @@ def plane_of(view: str) -> str | None:
 
 def _parse(view: str) -> tuple[str | None, str]:
     if view not in VIEWS:
-        raise PropagationError(f"expected views out of {', '.join(VIEWS)}, found {view!r}")
+        raise PropagationError(f"expected views out of {', '.join(VIEWS)}, found {view!r}; choose among those")
     first, _, turn = view.partition("_")
     return (None, first) if first in TURNS else (first, turn or "identity")
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -109,6 +110,38 @@ def test_the_file_name_settles_what_shapes_cannot(tmp_path: Path) -> None:
     assert loaded.model.binarize_mask_from_pts_for_mem_enc
 
 
+OFFICIAL = [name for name in PUBLISHED if "large" not in name and "base" not in name]
+
+
+@pytest.mark.parametrize(
+    "name", [*OFFICIAL, *(pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED if n not in OFFICIAL)]
+)
+def test_random_weights_in_each_official_format_are_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = PUBLISHED[name]
+    own = build_sam2(known_configurations()[published.configuration])
+    path = tmp_path / published.file_name
+    torch.save({"model": own.state_dict()}, path)
+    monkeypatch.setitem(PUBLISHED, name, replace(published, sha256=file_sum(path)))
+    # By its name in the cache folder, and as a local file that only its hash tells.
+    loaded = load_checkpoint(name, cache=tmp_path)
+    assert _same(loaded.model, own.state_dict())
+    assert loaded.image_size == (512 if name.startswith("medsam2") else 1024)
+    renamed = path.rename(tmp_path / "renamed.pt")
+    assert load_checkpoint(renamed).image_size == loaded.image_size
+
+
+def test_a_known_file_contradicted_by_name_is_refused_and_changed_by_yaml(
+    tmp_path: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / "MedSAM2_latest.pt"
+    torch.save({"model": weights}, path)
+    with pytest.raises(PropagationError, match=r"expected -sam2_cfg medsam2.*found sam2_hiera_tiny"):
+        load_checkpoint(path, "sam2_hiera_tiny")
+    assert load_checkpoint(path, tiny_config()).image_size == 64
+
+
 def test_a_known_hash_settles_the_configuration_under_any_name(
     tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +189,7 @@ def test_a_published_checkpoint_is_downloaded_once(
     assert _same(load_checkpoint("sam2_hiera_tiny", cache=tmp_path / "cache").model, weights)
     source.unlink()
     assert _same(load_checkpoint("sam2_hiera_tiny", cache=tmp_path / "cache").model, weights)
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["sam2_hiera_tiny.pt"]
+    assert [p.name for p in (tmp_path / "cache").glob("[!.]*")] == ["sam2_hiera_tiny.pt"]
 
 
 def test_a_wrong_hash_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +198,7 @@ def test_a_wrong_hash_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     _publish(monkeypatch, source, "0" * 64)
     with pytest.raises(PropagationError, match="expected sha256 0000"):
         load_checkpoint("sam2_hiera_tiny", cache=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").glob("[!.]*")) == []
 
 
 def test_offline_names_address_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +250,15 @@ def test_an_interrupted_download_is_continued(tmp_path: Path, server: tuple[str,
     download(url, tmp_path / "file", hashlib.sha256(content).hexdigest())
     assert (tmp_path / "file").read_bytes() == content
     assert asked == [1000]
+
+
+def test_downloads_at_once_fetch_once(tmp_path: Path, server: tuple[str, bytes, list[int]]) -> None:
+    """As shards do that are started together."""
+    url, content, asked = server
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: download(url, tmp_path / "file", hashlib.sha256(content).hexdigest()), range(4)))
+    assert (tmp_path / "file").read_bytes() == content
+    assert asked == [0]
 
 
 def test_a_partial_file_that_is_too_long_is_begun_again(tmp_path: Path, server: tuple[str, bytes, list[int]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sam2_tiny import tiny_model
 from torch import Tensor
 
 from sam2_propagation.embeddings import Encoder, SplicedFrames
+from sam2_propagation.errors import PropagationError
 
 
 class _Noise:
@@ -79,6 +81,15 @@ def test_the_budget_is_shared_and_given_back(model: Any, tmp_path: Path) -> None
     third = encoder.encode(_Noise(2))
     assert list(tmp_path.iterdir()) == []
     assert len(third) == 2
+
+
+def test_a_disk_without_room_is_said_before_it_is_written(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(PropagationError, match="TMPDIR"):
+        Encoder(model, budget=0, folder=tmp_path).encode(_Noise(2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_spliced_frames_are_the_frames_they_name(model: Any) -> None:

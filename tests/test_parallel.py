@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def test_the_bar_moves_within_an_item_and_ends_whole(processes: int, capsys: pyt
     shown = capsys.readouterr().err
     assert "0.5/2" in shown or "1/2" in shown, "both half done, or the first"
     assert "100%" in shown.rsplit("\r", 1)[-1]
+
+
+def die(item: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_the_system_kills_is_said() -> None:
+    """What a machine does that is out of memory."""
+    with pytest.raises(OneShotError, match="lack of memory; lower -np"):
+        list(over_cases(die, [1, 2], processes=2, title=""))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,10 @@ from sam2_tiny import balls, tiny_config, tiny_model
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.sam2_labels import largest_components
+from sam2_propagation.sam2_memory import Votes
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
+from sam2_propagation.tracker import at_slice_size
 from sam2_propagation.views import VIEWS
 
 SHAPE = (6, 12, 14)
@@ -291,7 +295,7 @@ def test_bad_input_is_answered_in_one_sentence(checkpoint: Path) -> None:
     with pytest.raises(PropagationError, match="at least one annotated case"):
         _run(checkpoint, [], query)
     with pytest.raises(PropagationError, match="foreground in the label of support"):
-        _run(checkpoint, [support, blank], query)
+        _run(checkpoint, [blank, blank], query)
     with pytest.raises(PropagationError, match="2D images for mode sequence"):
         _run(checkpoint, [support], query, mode="sequence")
     with pytest.raises(PropagationError, match="sparse label of query itself"):
@@ -310,7 +314,13 @@ def test_bad_input_is_answered_in_one_sentence(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), torch.OutOfMemoryError()],
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory"),
+        torch.OutOfMemoryError(),
+    ],
 )
 def test_too_little_memory_is_said(error: Exception, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     propagator = Sam2Propagator(checkpoint)
@@ -319,12 +329,127 @@ def test_too_little_memory_is_said(error: Exception, checkpoint: Path, monkeypat
         raise error
 
     monkeypatch.setattr(propagator.describe().model, "forward_image", fail)
-    with pytest.raises(PropagationError, match="lower the batch size"):
+    with pytest.raises(PropagationError, match=r"lower -sam2_batch \(it is 8\) or -np"):
         list(propagator.propagate([_support()], [_volume("query")[0]], ("identity",)))
+
+
+def test_another_error_of_torch_is_not_taken_for_too_little_memory(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propagator = Sam2Propagator(checkpoint)
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(propagator.describe().model, "forward_image", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        list(propagator.propagate([_support()], [_volume("query")[0]], ("identity",)))
+
+
+def test_a_support_without_foreground_is_passed_over(checkpoint: Path) -> None:
+    support, query = _support(), _volume("query")[0]
+    blank = Support(_volume("blank")[0], np.zeros_like(support.label))
+    for mode in ("retrieve", "insert"):
+        alone, both = (
+            next(Sam2Propagator(checkpoint, mode=mode).propagate(given, [query], ("identity",)))
+            for given in ([support], [blank, support])
+        )
+        assert np.array_equal(alone.confidence, both.confidence)
+
+
+def test_self_looks_at_no_support_that_it_does_not_need(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, truth = _volume("query", 0.1)
+    propagator = Sam2Propagator(checkpoint, mode="self", prompter=_Prompter(truth))
+    passes = _count_passes(propagator, monkeypatch)
+    list(propagator.propagate([_support("a"), _support("bb")], [query], ("identity",)))
+    assert sum(passes) == SHAPE[0]
 
 
 def test_recipes_are_as_published() -> None:
     yoloseg, ssl = recipe("yoloseg"), recipe("ssl_medsam2")
     assert (yoloseg.mode, yoloseg.background, yoloseg.order) == ("sequence", True, "file")
+    assert (yoloseg.views, ssl.views) == (("identity", "rot90", "rot180"), ("identity",))
     assert (ssl.mode, ssl.insertions, ssl.whole_stack, ssl.average) == ("insert", 5, True, "probabilities")
-    assert ssl.largest_component
+    assert (ssl.largest_component, ssl.intensities.positive, ssl.checkpoint) == (True, True, "medsam2_latest")
+
+
+def _spied_tracks(propagator: Sam2Propagator, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int], bool]]:
+    """(frames of the sequence, prompted frames, reverse) of every pass."""
+    tracker = propagator._ready()._tools.tracker
+    track, seen = tracker.track, []
+
+    def spy(frames: Any, memory: Any, order: Any, reverse: bool = False, **more: Any) -> Any:
+        seen.append((len(frames), sorted(memory.prompted), reverse))
+        return track(frames, memory, order, reverse, **more)
+
+    monkeypatch.setattr(tracker, "track", spy)
+    return seen
+
+
+def test_ssl_medsam2_inserts_the_whole_stack_at_five_places(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    support, query = _support(shape=(7, 12, 14)), _volume("query")[0]
+    label = np.where(support.label == 2, 0, support.label)
+    label[:2] = 0
+    propagator = Sam2Propagator(checkpoint, settings=recipe("ssl_medsam2"))
+    seen = _spied_tracks(propagator, monkeypatch)
+    list(propagator.propagate([Support(support.image, label)], [query], ("identity",)))
+    drawn = np.flatnonzero((label == 1).any(axis=(1, 2)))
+    assert [reverse for *_, reverse in seen] == [False, True] * 5
+    assert {count for count, *_ in seen} == {SHAPE[0] + 7}, "the whole stack is inserted, empty slices too"
+    places = [prompted[0] - int(drawn[0]) for _, prompted, _ in seen[::2]]
+    assert len(set(places)) == 5, "drawn without putting back"
+    assert set(places) <= set(range(SHAPE[0]))
+    for _, prompted, _ in seen:
+        assert [f - prompted[0] for f in prompted] == [int(i - drawn[0]) for i in drawn], "every mask prompts"
+
+
+def test_ssl_medsam2_averages_probabilities_at_the_slices_own_size(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = _volume("query")[0]
+    propagator = Sam2Propagator(checkpoint, settings=recipe("ssl_medsam2"))
+    tracker, logits = propagator._ready()._tools.tracker, []
+    step = tracker.step
+    monkeypatch.setattr(tracker, "step", lambda *a, **k: logits.append(step(*a, **k)) or logits[-1])
+    support = _support()
+    support = Support(support.image, np.where(support.label == 2, 0, support.label).astype(np.int16))
+    result = next(propagator.propagate([support], [query], ("identity",)))
+    # Frames of the query, by the order in which they are tracked: forward and backward of each insertion.
+    frames = _tracked_slices(support, query)
+    total, count = np.zeros(SHAPE), np.zeros(SHAPE[0])
+    for index, outcome in zip(frames, logits, strict=True):
+        if index is not None:
+            total[index] += at_slice_size(outcome.logits, SHAPE[1:])[0].sigmoid().numpy()
+            count[index] += 1
+    assert (count == 5).all()
+    mean = total / 5
+    expected = largest_components((mean > 0.5).astype(np.int16))
+    assert np.mean(result.label != expected) < 0.01
+
+
+def _tracked_slices(support: Support, query: Image) -> list[int | None]:
+    """The query's slice of every step that `ssl_medsam2` makes with its own random places, None for the stack's."""
+    rng = np.random.default_rng([0, zlib.crc32(query.case.encode())])
+    drawn = np.flatnonzero((support.label == 1).any(axis=(1, 2)))
+    depth, frames = len(support.label), []
+    for place in rng.choice(SHAPE[0], 5, replace=False):
+        which = [*range(place), *[None] * depth, *range(place, SHAPE[0])]
+        prompted = {int(place + i) for i in drawn}
+        forward = [f for f in range(min(prompted), len(which)) if f not in prompted]
+        backward = [f for f in range(max(prompted), -1, -1) if f not in prompted]
+        frames += [which[f] for f in (*forward, *backward)]
+    return frames
+
+
+def test_yoloseg_prompts_the_background_too_and_takes_the_largest_positive_logit(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = _pictures(4)
+    support = Support(pictures[1], balls((1, 33, 17), 0.05)[1])
+    propagator = Sam2Propagator(checkpoint, settings=recipe("yoloseg"))
+    seen = _spied_tracks(propagator, monkeypatch)
+    add, objects = Votes.add, []
+    monkeypatch.setattr(Votes, "add", lambda votes, where, out: objects.append(len(where)) or add(votes, where, out))
+    list(propagator.propagate([support], [p for p in pictures if p.case != "p1"], propagator.default_views))
+    assert seen == [(4, [1], False), (4, [1], True)] * 3, "one reset between directions, once a view"
+    assert objects == [3] * 3 * 3, "background and two classes, each an object of its own"

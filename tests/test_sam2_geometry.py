@@ -120,7 +120,7 @@ MODES = {
     "self": Sam2Settings(mode="self", support_slices=1),
     "self twice": Sam2Settings(mode="self", repeats=2),
     "insert": Sam2Settings(mode="insert", insertions=2),
-    "insert whole, absence prompted": Sam2Settings(mode="insert", whole_stack=True, prompt_empty=True),
+    "insert whole": Sam2Settings(mode="insert", whole_stack=True),
     "ssl_medsam2": recipe("ssl_medsam2"),
 }
 

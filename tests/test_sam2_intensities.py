@@ -26,6 +26,14 @@ def test_percentiles_leave_out_zeros_and_outliers() -> None:
     assert abs(np.median(scaled[0, 1:3]) - 0.5) < 0.01
 
 
+def test_percentiles_over_positive_voxels_alone() -> None:
+    data = np.concatenate([np.full(5000, -100.0), np.zeros(1000), np.linspace(1, 101, 5000)]).reshape(1, 1, 100, 110)
+    published = scale(_image(data), Intensities(positive=True)).ravel()
+    assert (published[:6000] == 0).all()
+    assert abs(np.median(published[6000:]) - 0.5) < 0.01
+    assert np.median(scale(_image(data)).ravel()[6000:]) > 0.7, "negative voxels count unless told otherwise"
+
+
 def test_levels_between_8_bit_steps_survive() -> None:
     data = np.linspace(1, 2, 4096).reshape(1, 1, 64, 64)
     assert len(np.unique(scale(_image(data)))) > 4000
