@@ -97,6 +97,7 @@ METHODS: dict[str, Method] = {
     "lever_across_similarity": Method({"mode": "retrieve", "matching": "similarity"}, views=("identity",)),
     "lever_across_memory2": Method({"mode": "retrieve", "memory_slices": 2}, views=("identity",)),
     "lever_across_memory8": Method({"mode": "retrieve", "memory_slices": 8}, views=("identity",)),
+    "lever_across_aligned": Method({"mode": "retrieve", "align": True}, views=("identity",)),
     "lever_across_tracked": Method({"mode": "retrieve", "track": True}, views=("identity",)),
     "lever_insert1": Method({"mode": "insert", "insertions": 1}, views=("identity",)),
     "lever_insert5": Method({"mode": "insert", "insertions": 5}, views=("identity",)),

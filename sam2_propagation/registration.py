@@ -105,6 +105,19 @@ class RegistrationPropagator:
             yield from propagations
 
 
+def affinely_aligned(support: Support, query: Image) -> Support:
+    """The support on the query's grid by the affine registration alone, intensities in [0, 1].
+
+    Where it cannot be registered, or the affine loses its foreground, the support comes back as it is.
+    """
+    try:
+        data, label = Pair(source_of(support), channels_of(query)).aligned()
+    except RegistrationFailed:
+        return support
+    image = Image(support.image.case, data, query.spacing, query.direction)
+    return Support(image, label, support.ignore) if label.any() else support
+
+
 def _sources(supports: Sequence[Support]) -> tuple[list[Source], list[str]]:
     """Usable supports, and the reasons why the others are not."""
     sources, refused = [], []

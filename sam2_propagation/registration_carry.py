@@ -108,6 +108,14 @@ class Pair:
         scores["folding"] = folding_share(field, draft > 0)
         return Carried(self.frame.leave(label), scores, problem_of(scores))
 
+    def aligned(self) -> tuple[Array, LabelVolume]:
+        """The source's channels (C, Z, Y, X) and label (Z, Y, X) on the query's grid, by the affine alone."""
+        back, source = self._affine("correlation").GetInverse(), self.source
+        channels = [centred(channel, source.channels.frame.spacing) for channel in source.channels.data]
+        moved = [sitk.GetArrayFromImage(sitk.Resample(c, self.query, back, sitk.sitkLinear, 0.0)) for c in channels]
+        label = carried_label(source.label, source.classes, self.query, back)
+        return np.stack([self.frame.leave(channel) for channel in moved]), self.frame.leave(label)
+
     def _scores(self, label: LabelVolume, before: float, after: float) -> dict[str, float]:
         volume = _volume(_array(self.source.label), self.source.label)
         return {

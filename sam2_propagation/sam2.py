@@ -16,6 +16,7 @@ from sam2_propagation.embeddings import DEFAULT_BUDGET
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
+from sam2_propagation.registration import affinely_aligned
 from sam2_propagation.sam2_engine import Prompts, Sam2Engine
 from sam2_propagation.sam2_settings import Sam2Settings
 from sam2_propagation.views import VIEWS, natural_plane, present
@@ -172,6 +173,9 @@ class Sam2Propagator:
         self, engine: Sam2Engine, supports: Sequence[Support], query: Image, views: Sequence[str], natural: str
     ) -> Iterator[Propagation]:
         prompts, scaled = Prompts(self.prompter, supports, query), scale(query, self.settings.intensities)
+        if self.settings.align:
+            supports = [affinely_aligned(support, query) for support in supports]
+            engine.forget_supports()
         total = sum(query.shape[present(query, view, natural).axes[0]] for view in views)
         for view in views:
             yield engine.carry(supports, query, scaled, view, natural, prompts, self._seed, self._told_of(total))
@@ -185,9 +189,9 @@ class Sam2Propagator:
             loaded = load_checkpoint(self.checkpoint, self._config, self._device, self._cache)
             if self._adapted is not None:
                 loaded.model.load_state_dict(self._adapted)
-            self._engine = Sam2Engine(
-                loaded, self.settings, self._batch_size, self._budget, self.prompter is not None, self._shared
-            )
+            shared = None if self.settings.align else self._shared
+            prompted = self.prompter is not None
+            self._engine = Sam2Engine(loaded, self.settings, self._batch_size, self._budget, prompted, shared)
         return self._engine
 
 

@@ -36,6 +36,8 @@ class Sam2Settings:
         memory_slices: slices that each query slice remembers in `retrieve` and `self`.
         matching: `position` (relative position in the stack), `line` (the straight line of slice numbers along which
             embeddings are most alike) or `similarity` (of embeddings, slice by slice).
+        align: in `insert` and `retrieve`, bring supports onto the query's grid by registration's affine first; they are
+            then other slices for every query, and are encoded anew.
         track: in `retrieve`, also remember the query's neighbouring slices, tracked both ways.
         own_slice: in `self`, whether a slice's own prompted label is among its memory.
         support_slices: in `self`, matching support slices that are remembered as well.
@@ -61,6 +63,7 @@ class Sam2Settings:
     intensities: Intensities = field(default_factory=Intensities)
     memory_slices: int = 4
     matching: str = "position"
+    align: bool = False
     track: bool = False
     own_slice: bool = True
     support_slices: int = 0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
-from sam2_propagation.registration import RegistrationPropagator
+from sam2_propagation.registration import RegistrationPropagator, affinely_aligned
 from sam2_propagation.registration_carry import carried_label, problem_of
 from sam2_propagation.registration_demons import folding_share
 from sam2_propagation.registration_similarity import matched
@@ -106,6 +106,22 @@ def test_an_organ_far_from_its_place_is_found() -> None:
     result = one(support, query)
     assert result.label is not None, result.reason
     assert dice(result.label, np.pad(label, far)) > 0.9
+
+
+def test_an_aligned_support_lies_where_the_query_is() -> None:
+    image, label = body((16, 26, 26))
+    far = ((0, 0), (0, 0), (16, 0))
+    query = Image("q", np.pad(image, far)[None])
+    aligned = affinely_aligned(Support(Image("s", image[None]), label), query)
+    assert (aligned.image.case, aligned.image.shape) == ("s", query.shape)
+    assert dice(aligned.label, np.pad(label, far)) > 0.9
+    assert np.corrcoef(aligned.image.data.ravel(), query.data.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("case", [lambda: _sparse(), lambda: _with_image(np.zeros_like)])
+def test_a_support_that_cannot_be_aligned_stays_as_it_is(case) -> None:
+    support, query = case()
+    assert affinely_aligned(support, query) is support
 
 
 @settings(max_examples=3, deadline=None)

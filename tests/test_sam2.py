@@ -131,6 +131,17 @@ def test_supports_are_encoded_once_over_calls(checkpoint: Path, monkeypatch: pyt
     assert sum(passes) == 4 * SHAPE[0]
 
 
+def test_aligned_supports_are_encoded_for_each_query_and_not_kept(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support, queries = _support(), [_volume(f"q{i}", shift)[0] for i, shift in enumerate((0.1, 0.2))]
+    propagator = Sam2Propagator(checkpoint, settings=Sam2Settings(mode="retrieve", align=True))
+    passes = _count_passes(propagator, monkeypatch)
+    labels = [result.label for result in propagator.propagate([support], queries, ["identity"])]
+    assert all(label is not None and label.shape == query.shape for label, query in zip(labels, queries, strict=True))
+    assert sum(passes) == 2 * (queries[0].shape[0] + queries[0].shape[0])
+
+
 def test_another_label_of_the_same_case_is_not_taken_from_the_cache(checkpoint: Path) -> None:
     propagator, support, query = Sam2Propagator(checkpoint), _support(), _volume("query")[0]
     swapped = Support(support.image, np.array([0, 2, 1], np.int16)[support.label])

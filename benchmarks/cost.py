@@ -1,0 +1,204 @@
+"""What labelling costs as work grows: seconds and peak memory of `propagate` and of relabelling.
+
+    python benchmarks/cost.py -o WORK [--axes cases slices classes supports] [--most 150]
+    python benchmarks/cost.py --table
+
+From a base of 4 un-annotated phantoms of 30 x 64 x 64 voxels with 4 classes and one annotated case, one number grows at
+a time: un-annotated cases, slices of every volume, classes, annotated cases. Each point is one small JSON in
+benchmarks/results/ and is not computed again. `propagate` is the command with its default propagators and one worker,
+relabelling one round of `relabel` on predictions that are round 0's labels moved by a voxel. Seconds are those of the
+processor, children included, so other work on the machine does not count; memory is the largest process's resident
+peak. A slope is that of a straight line through logarithms: 1 is proportional. Seed 0; nothing is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import SimpleITK as sitk
+from common import REPOSITORY, RESULTS, markdown, use_folders, write_row
+
+from nnunet_oneshot.phantom import write_phantom_dataset
+
+AXES: dict[str, tuple[int, ...]] = {
+    "cases": (5, 15, 50, 150),
+    "slices": (30, 120, 300, 600),
+    "classes": (1, 2, 4, 8),
+    "supports": (1, 2, 4, 8),
+}
+PICTURE = REPOSITORY / "docs" / "pictures" / "cost.png"
+SOURCE, OUTPUT = 501, 601
+RELABEL = """
+import sys
+from pathlib import Path
+from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.relabel import relabel
+store, raw = open_store(int(sys.argv[1]))
+relabel(raw, store, Path(sys.argv[2]), 1, 1)
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work there is: un-annotated cases, slices of each volume, classes, annotated cases."""
+
+    cases: int = 4
+    slices: int = 30
+    classes: int = 4
+    supports: int = 1
+
+
+def lay_out(work: Path, size: Size) -> None:
+    """Phantoms in nnUNet_raw, the first ones annotated, with as many classes as asked for."""
+    shutil.rmtree(work, ignore_errors=True)
+    use_folders(work)
+    made = write_phantom_dataset(
+        work / "nnUNet_raw",
+        SOURCE,
+        truth=work / "truth",
+        cases=size.cases + size.supports,
+        shape=(size.slices, 64, 64),
+    )
+    for path in (made.folder / "labelsTr").iterdir():
+        path.unlink()
+    for case in made.cases[: size.supports]:
+        label = sitk.ReadImage(str(made.truth / f"{case}.nii.gz"))
+        _write_like(
+            label, banded(sitk.GetArrayFromImage(label), size.classes), made.folder / "labelsTr" / f"{case}.nii.gz"
+        )
+    content = json.loads((made.folder / "dataset.json").read_text(encoding="utf-8"))
+    content["labels"] = {"background": 0, **{f"class {i}": i for i in range(1, size.classes + 1)}}
+    content["numTraining"] = size.supports
+    (made.folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def banded(label: np.ndarray, classes: int) -> np.ndarray:
+    """The foreground of (Z, Y, X), cut along x into `classes` bands of equal size."""
+    columns = np.nonzero(label)[2]
+    edges = np.quantile(columns, np.arange(1, classes) / classes)
+    bands = 1 + np.searchsorted(edges, np.arange(label.shape[2]), side="left")
+    return np.where(label > 0, bands[None, None], 0).astype(np.uint8)
+
+
+def _write_like(image: sitk.Image, array: np.ndarray, path: Path) -> None:
+    made = sitk.GetImageFromArray(array)
+    made.CopyInformation(image)
+    sitk.WriteImage(made, str(path))
+
+
+def measured(command: list[str], log: Path) -> dict[str, float]:
+    """Processor seconds and peak resident memory (GiB) of a command and its children."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed; see {log}")
+    return {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "peak_gib": round(used.ru_maxrss / 2**20, 3)}
+
+
+def moved_labels(work: Path) -> Path:
+    """Predictions for relabelling: round 0's labels, moved by one voxel."""
+    source = next((work / "nnUNet_raw").glob(f"Dataset{OUTPUT}_*")) / "pseudoTr" / "fused"
+    folder = work / "predictions"
+    folder.mkdir()
+    for path in source.glob("*.nii.gz"):
+        label = sitk.ReadImage(str(path))
+        _write_like(label, np.roll(sitk.GetArrayFromImage(label), 1, axis=2), folder / path.name)
+    return folder
+
+
+def point(work: Path, axis: str, value: int) -> dict[str, Any]:
+    """One row, from its file if it is there."""
+    path = RESULTS / f"{_key(axis, value)}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    size = replace(Size(), **{axis: value})
+    lay_out(work, size)
+    command = Path(sys.executable).with_name("nnUNetv2_oneshot_propagate")
+    log = work / "log.txt"
+    propagated = measured([str(command), "-d", str(SOURCE), "-o", str(OUTPUT), "-np", "1", "-device", "cpu"], log)
+    relabelled = measured([sys.executable, "-c", RELABEL, str(OUTPUT), str(moved_labels(work))], log)
+    row = {"axis": axis, **vars(size), "propagate": propagated, "relabel": relabelled, "seed": 0}
+    return write_row(_key(axis, value), row)
+
+
+def _key(axis: str, value: int) -> str:
+    return f"cost_{axis}_{value:03d}"
+
+
+def found() -> dict[str, list[dict[str, Any]]]:
+    """All finished points, by axis."""
+    rows = [[RESULTS / f"{_key(axis, value)}.json" for value in values] for axis, values in AXES.items()]
+    return {
+        axis: [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        for axis, paths in zip(AXES, rows, strict=True)
+    }
+
+
+def slope(rows: list[dict[str, Any]], axis: str, stage: str, figure: str) -> float:
+    """Exponent of the growth between the points: 1 is proportional, 0 constant."""
+    x, y = [row[axis] for row in rows], [row[stage][figure] for row in rows]
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def table(points: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown, a line for each axis and stage."""
+    lines = []
+    for axis, rows in points.items():
+        for stage in ("propagate", "relabel") if len(rows) > 1 else ():
+            seconds = ", ".join(f"{row[axis]}: {row[stage]['cpu_seconds']}" for row in rows)
+            memory = ", ".join(f"{row[stage]['peak_gib']}" for row in rows)
+            slopes = [f"{slope(rows, axis, stage, figure):.2f}" for figure in ("cpu_seconds", "peak_gib")]
+            lines.append([axis, stage, seconds, slopes[0], memory, slopes[1]])
+    return markdown(["grows", "stage", "CPU s", "slope", "peak GiB", "slope"], lines)
+
+
+def draw(points: dict[str, list[dict[str, Any]]]) -> None:
+    """Seconds and memory against each axis, logarithmic."""
+    figure, axes = plt.subplots(2, len(points), figsize=(11, 5), sharey="row", constrained_layout=True)
+    for column, (axis, rows) in enumerate(points.items()):
+        for stage in ("propagate", "relabel"):
+            for line, name in enumerate(("cpu_seconds", "peak_gib")):
+                place = axes[line, column]
+                place.loglog([row[axis] for row in rows], [row[stage][name] for row in rows], "o-", label=stage)
+                place.set_xlabel(axis)
+    axes[0, 0].set_ylabel("CPU seconds")
+    axes[1, 0].set_ylabel("peak GiB")
+    axes[0, 0].legend()
+    figure.savefig(PICTURE, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure what is missing, then print the table and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=sorted(AXES))
+    parser.add_argument("--most", type=int, default=600, help="leave out points beyond this")
+    parser.add_argument("-o", type=Path, help="working folder; it is emptied")
+    parser.add_argument("--table", action="store_true", help="only print and draw what is there")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        if arguments.o is None:
+            parser.error("-o is needed to measure")
+        for axis in arguments.axes:
+            for value in AXES[axis]:
+                if value <= arguments.most:
+                    point(arguments.o.resolve() / "cost", axis, value)
+    points = found()
+    print(table(points))
+    if all(points.values()):
+        draw(points)
+
+
+if __name__ == "__main__":
+    main()
