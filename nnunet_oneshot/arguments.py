@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 CONFIGURATIONS = "2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres"
 
@@ -52,6 +53,13 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="carry registered labels back to the annotated case too: a third more time, and a better estimate of "
         "their Dice",
+    )
+    parser.add_argument(
+        "-same_patient",
+        type=Path,
+        metavar="FILE",
+        help="JSON or CSV of un-annotated cases and the annotated case of the same patient, whose label they get by "
+        "their place in space",
     )
     parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
 

@@ -310,11 +310,14 @@ def _do_propagate(arguments: argparse.Namespace) -> Summary:
         num_parts=arguments.num_parts,
         part_id=arguments.part_id,
         overwrite=arguments.overwrite,
+        same_patient=arguments.same_patient,
     )
     return _function("summary", "propagation_summary")(outcome)
 
 
 def _do_trial(arguments: argparse.Namespace) -> Summary:
+    if arguments.same_patient is not None:
+        raise OneShotError("expected --trial or -same_patient, found both; leave one out: a trial is of other images")
     result = _function("trial")(
         arguments.d,
         arguments.o,
@@ -352,6 +355,7 @@ def _do_run(arguments: argparse.Namespace) -> Summary:
         training=_training_options(arguments),
         num_processes=arguments.np,
         overwrite=arguments.overwrite,
+        same_patient=arguments.same_patient,
         reference=arguments.ref,
     )
     return _function("summary", "run_summary")(result)
