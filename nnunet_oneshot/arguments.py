@@ -101,6 +101,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--weight_by_quality", action="store_true", help="draw cases in training as often as their estimated Dice says"
     )
     parser.add_argument(
+        "-self_opinion",
+        metavar="NAME",
+        help="SAM2 weights (builtin, ...) for one more opinion in relabelling: self mode, prompted by the model's "
+        "prediction (default: none)",
+    )
+    parser.add_argument(
+        "-min_margin",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="margin between the model's first two classes below which a voxel becomes ignore (default: %(default)s)",
+    )
+    parser.add_argument(
         "-preset",
         choices=("default", "small", "tiny"),
         default="default",

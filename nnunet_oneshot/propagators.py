@@ -98,6 +98,17 @@ def _sam2(options: PropagatorOptions) -> Sam2Propagator:
     return propagator
 
 
+def self_prompted(checkpoint: str, device: str, prompter: Propagator) -> Sam2Propagator:
+    """SAM2 in `self` mode, prompted by whatever labels there are.
+
+    Raises:
+        PropagationError: weights or a device that cannot be had.
+    """
+    propagator = Sam2Propagator(checkpoint, mode="self", device=device, prompter=prompter)
+    propagator.prepare()
+    return propagator
+
+
 def choose_views(propagators: Mapping[str, Propagator], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
     """The views of each propagator: its defaults, or those of `wanted` that it offers.
 
