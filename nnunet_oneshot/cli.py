@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ Summary = Mapping[str, Any]
 """What a command ends with: "lines" for people, all else for `-json`."""
 Execute = Callable[[argparse.Namespace], Summary]
 
+_KEPT = "what is whole is kept"
 INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
 
 
@@ -509,6 +511,10 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
             summary = execute(arguments)
     except USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        parser.exit(2, f"{parser.prog}: error: {_no_space(error)}\n")
     except NnunetFailureError as error:
         parser.exit(1, f"{parser.prog}: failed: {error}\n")
     except KeyboardInterrupt:
@@ -517,6 +523,11 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
         print(json.dumps({key: value for key, value in summary.items() if key != "lines"}, indent=2))
     else:
         print("\n".join(summary["lines"]))
+
+
+def _no_space(error: OSError) -> str:
+    where = f" for {error.filename}" if error.filename else ""
+    return f"expected free disk space{where}, found none left; free some and run the same command again: {_KEPT}"
 
 
 @contextlib.contextmanager

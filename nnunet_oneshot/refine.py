@@ -24,7 +24,7 @@ from nnunet_oneshot.refine_models import Models
 from nnunet_oneshot.refine_record import Plan, Record, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
-from nnunet_oneshot.rounds import finish_switch, kept_manifest, put_in_force, record_path
+from nnunet_oneshot.rounds import check_room, finish_switch, kept_manifest, put_in_force, record_path
 from nnunet_oneshot.second_opinion import ask_sam2, check_sam2, forget_opinions
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
@@ -277,6 +277,7 @@ class _Work:
         """Predict the un-annotated cases by the last model and make round `number`'s labels."""
         predictions = self._predictions(number)
         if (agreement := self.record.value(f"relabel-{number}")) is None:
+            check_room(self.store, number - 1)
             manifest = self.store.read_manifest()
             cases = cases_to_predict(self.raw, manifest)
             self.models.predict(cases, manifest, predictions, probabilities=self.plan.min_margin > 0)

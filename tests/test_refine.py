@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
 
-from nnunet_oneshot import nnunet, refine_changes, second_opinion
+from nnunet_oneshot import cli, nnunet, refine_changes, second_opinion
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.errors import OneShotError
@@ -305,6 +307,49 @@ def test_probabilities_for_the_margin_are_gone_when_labels_are_made(fake: FakeNn
     assert (read(store.label_path("case_1")) == IGNORE).all(), "0.6 is the margin everywhere"
     np.testing.assert_array_equal(read(store.fused_path("case_1")), label_array(1))
     assert not list(store.state_folder.rglob("*.npz"))
+
+
+def test_a_full_disk_is_said_before_anything_is_predicted(fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        with pytest.raises(OneShotError, match=r"expected \d+\.\d MB of free disk space .* round 1, found 0.0 MB"):
+            run(rounds=1)
+    assert not fake.predicted
+    assert run(rounds=1).round == 1
+    assert len(fake.trained) == 2, "nothing was lost"
+
+
+def test_a_disk_that_fills_up_ends_with_one_sentence(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Answer]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "label.nii.gz")
+
+    monkeypatch.setattr(Store, "write_label", full)
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1)
+    assert answer.code == 2
+    assert "expected free disk space for label.nii.gz, found none left" in answer.error
+
+
+def test_results_that_others_made_are_not_trained_on(fake: FakeNnunet, call: Callable[..., Answer]) -> None:
+    (fake.folder(open_store(601)[0].folder.name) / "fold_all").mkdir(parents=True)
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1)
+    assert answer.code == 2
+    assert "expected no earlier results" in answer.error
+    assert not fake.trained
+
+
+@pytest.mark.parametrize(
+    ("more", "word"), [(("-d", 601, "-p", "nnUNetMyPlans"), "nnUNetMyPlans"), (("-d", 501), "oneshot.json")]
+)
+def test_plans_and_manifests_that_are_not_there_are_bad_input(
+    fake: FakeNnunet, call: Callable[..., Answer], more: tuple[object, ...], word: str
+) -> None:
+    answer = call(cli.refine, "-c", "2d", "-device", "cpu", "-np", 1, *more)
+    assert answer.code == 2
+    assert word in answer.error
+    assert not fake.trained
 
 
 def test_other_settings_are_refused(fake: FakeNnunet) -> None:

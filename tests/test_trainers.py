@@ -283,6 +283,16 @@ def test_a_checkpoint_cut_short_never_takes_the_place_of_a_whole_one(
     assert path.read_bytes() == whole
 
 
+def test_a_checkpoint_of_another_trainer_is_refused(make: Make) -> None:
+    other = make("nnUNetTrainer_tiny")
+    other.initialize()
+    path = Path(other.output_folder) / "checkpoint_latest.pth"
+    other.save_checkpoint(str(path))
+    with pytest.raises(OneShotError, match=r"checkpoint of OneShotTrainer_tiny, found one of nnUNetTrainer_tiny"):
+        again("OneShotTrainer_tiny").load_checkpoint(str(path))
+    other.load_checkpoint(str(path))
+
+
 def test_presets_shorten_both_trainers_alike(make: Make) -> None:
     make()
     for name in ("small", "tiny"):

@@ -44,6 +44,18 @@ class WholeCheckpoints(nnUNetTrainer):
         super().save_checkpoint(f"{filename}.part")
         os.replace(f"{filename}.part", filename)
 
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's, but another trainer's checkpoint is refused: its schedule and optimizer are not this one's."""
+        if isinstance(filename_or_checkpoint, str):
+            # Mapped, so that no weights are read for a look at the name.
+            content = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
+            if content["trainer_name"] != type(self).__name__:
+                raise OneShotError(
+                    f"{filename_or_checkpoint}: expected a checkpoint of {type(self).__name__}, found one of "
+                    f"{content['trainer_name']}; move it away, or give it as -pretrained_weights"
+                )
+        super().load_checkpoint(filename_or_checkpoint)
+
 
 class OneShotTrainer(WholeCheckpoints):
     """Dual-component loss and trust in cases, as the "oneshot" block of dataset.json says.
