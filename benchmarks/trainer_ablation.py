@@ -30,6 +30,8 @@ from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.settings import PRESETS, LossSettings
+from nnunet_oneshot.store import read_manifest
+from nnunet_oneshot.training_data import oneshot_block
 
 POOL, LABELLED, FUSED = 501, 601, 603
 PRESET = PRESETS["small"]
@@ -38,11 +40,19 @@ OFF = LossSettings(end_weight=0.0, guess_share=0.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row: which trainer on which labels; settings None is nnU-Net's own trainer."""
+    """One row: which trainer on which labels.
+
+    Attributes:
+        what: in words.
+        dataset: id of the labels.
+        settings: of OneShotTrainer; None is nnU-Net's own trainer.
+        weighted: whether cases are drawn as often as the estimated quality of their labels says.
+    """
 
     what: str
     dataset: int
     settings: LossSettings | None = None
+    weighted: bool = False
 
 
 ROWS: Mapping[str, Recipe] = {
@@ -56,6 +66,18 @@ ROWS: Mapping[str, Recipe] = {
     "annotated": Recipe(
         "half + a fifth of draws annotated", LABELLED, replace(OFF, guess_share=0.5, annotated_share=0.2)
     ),
+    "three_passes": Recipe(
+        "near + consistency of three full passes", LABELLED, replace(OFF, end_weight=0.5, full_passes=3)
+    ),
+    "mean_teacher": Recipe(
+        "consistency with a mean teacher", LABELLED, replace(OFF, end_weight=0.5, teacher_decay=0.99)
+    ),
+    "every_third": Recipe("consistency every third iteration", LABELLED, replace(OFF, end_weight=0.5, every=3)),
+    "cross_patch": Recipe("near + cross patches", LABELLED, replace(OFF, cross_patch=0.2)),
+    "cross_patch_labels": Recipe(
+        "near + cross patches with their labels", LABELLED, replace(OFF, cross_patch=0.2, cross_patch_labels=True)
+    ),
+    "case_weight": Recipe("near + cases drawn by estimated quality", LABELLED, OFF, weighted=True),
 }
 
 
@@ -118,11 +140,20 @@ class Ablation:
         trainer.num_epochs, trainer.disable_checkpointing = self.epochs, True
         if recipe.settings is not None:
             trainer.loss_settings = recipe.settings
+        if recipe.weighted:
+            trainer.block = replace(trainer.block, case_weight=self._quality())
         random.seed(self.seed)
         np.random.seed(self.seed)
         torch.manual_seed(self.seed)
         trainer.run_training()
         return trainer
+
+    def _quality(self) -> dict[str, float]:
+        """Estimated Dice of the pseudo labels, as `refine --weight_by_quality` uses it."""
+        path = next(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{LABELLED}_*/oneshot.json"))
+        manifest = read_manifest(path)
+        manifest.weight_by_quality = True
+        return dict(oneshot_block(manifest).case_weight)
 
     def _predict(self, trainer: Any, output: Path) -> Path:
         predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=self.mirroring, allow_tqdm=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 CONFIGURATIONS = "2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres"
 
@@ -68,6 +69,13 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         help="carry registered labels back to the annotated case too: a third more time, and a better estimate of "
         "their Dice",
     )
+    parser.add_argument(
+        "-same_patient",
+        type=Path,
+        metavar="FILE",
+        help="JSON or CSV of un-annotated cases and the annotated case of the same patient, whose label they get by "
+        "their place in space",
+    )
     parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
 
 
@@ -106,6 +114,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weight_by_quality", action="store_true", help="draw cases in training as often as their estimated Dice says"
+    )
+    parser.add_argument(
+        "-self_opinion",
+        metavar="NAME",
+        help="SAM2 weights (builtin, ...) for one more opinion in relabelling: self mode, prompted by the model's "
+        "prediction (default: none)",
+    )
+    parser.add_argument(
+        "-min_margin",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="margin between the model's first two classes below which a voxel becomes ignore (default: %(default)s)",
     )
     parser.add_argument(
         "-preset",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ Summary = Mapping[str, Any]
 """What a command ends with: "lines" for people, all else for `-json`."""
 Execute = Callable[[argparse.Namespace], Summary]
 
+_KEPT = "what is whole is kept"
 INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
 
 
@@ -310,11 +312,14 @@ def _do_propagate(arguments: argparse.Namespace) -> Summary:
         num_parts=arguments.num_parts,
         part_id=arguments.part_id,
         overwrite=arguments.overwrite,
+        same_patient=arguments.same_patient,
     )
     return _function("summary", "propagation_summary")(outcome)
 
 
 def _do_trial(arguments: argparse.Namespace) -> Summary:
+    if arguments.same_patient is not None:
+        raise OneShotError("expected --trial or -same_patient, found both; leave one out: a trial is of other images")
     result = _function("trial")(
         arguments.d,
         arguments.o,
@@ -352,6 +357,7 @@ def _do_run(arguments: argparse.Namespace) -> Summary:
         training=_training_options(arguments),
         num_processes=arguments.np,
         overwrite=arguments.overwrite,
+        same_patient=arguments.same_patient,
         reference=arguments.ref,
     )
     return _function("summary", "run_summary")(result)
@@ -498,6 +504,8 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "all_rounds": arguments.all_rounds,
         "min_quality": arguments.min_quality,
         "weight_by_quality": arguments.weight_by_quality,
+        "self_opinion": arguments.self_opinion,
+        "min_margin": arguments.min_margin,
     }
 
 
@@ -510,6 +518,10 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
             summary = execute(arguments)
     except USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        parser.exit(2, f"{parser.prog}: error: {_no_space(error)}\n")
     except NnunetFailureError as error:
         parser.exit(1, f"{parser.prog}: failed: {error}\n")
     except KeyboardInterrupt:
@@ -518,6 +530,11 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
         print(json.dumps({key: value for key, value in summary.items() if key != "lines"}, indent=2))
     else:
         print("\n".join(summary["lines"]))
+
+
+def _no_space(error: OSError) -> str:
+    where = f" for {error.filename}" if error.filename else ""
+    return f"expected free disk space{where}, found none left; free some and run the same command again: {_KEPT}"
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from nnunet_oneshot.store import CaseRecord, Manifest, Source, Status, Store, Vi
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import LabelVolume
+from sam2_propagation.physical_space import PhysicalSpacePropagator
 
 GIVEN_VIEW = "given"
 """Name of the one view of a label folder made elsewhere."""
@@ -82,7 +83,9 @@ def build(
 
     A case without any label gets an all-ignore label and is left out of training.
     """
-    tasks = [Task(dataset, store, tuple(sources), case) for case in dataset.cases]
+    apart = PhysicalSpacePropagator.name
+    patients, others = settings.get(apart, {}), tuple(name for name in sources if name != apart)
+    tasks = [Task(dataset, store, (apart,) if c.name in patients else others, c) for c in dataset.cases]
     records = dict(over_cases(fuse_case, tasks, processes=processes, title="fuse views"))
     manifest = Manifest(
         source_dataset=dataset.name,

@@ -87,6 +87,11 @@ class RawDataset:
         return _label_values(self.json["labels"])
 
     @property
+    def has_regions(self) -> bool:
+        """Whether a label stands for several values, which nnU-Net then learns as regions."""
+        return any(len(_as_list(value)) > 1 for name, value in self.json["labels"].items() if name != IGNORE)
+
+    @property
     def class_names(self) -> dict[int, str]:
         """Name of each foreground label value; of a region dataset, the name of the smallest region holding it."""
         regions = sorted(self.json["labels"].items(), key=lambda item: -len(_as_list(item[1])))

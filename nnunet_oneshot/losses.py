@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import combinations
 from typing import overload
 
 import torch
@@ -95,7 +96,7 @@ def _bernoulli_kl(reference: Tensor, approximation: Tensor) -> Tensor:
 
 
 class DualComponentLoss(nn.Module):
-    """nnU-Net's loss, plus the consistency of views where one was announced for this call.
+    """nnU-Net's loss, plus the consistency of views where some were announced for this call.
 
     A call that nothing was announced for is exactly nnU-Net's loss, so validation and batches without divergence cost
     and mean what they do in nnU-Net. The term has nnU-Net's deep supervision weights where its loss has any.
@@ -108,55 +109,71 @@ class DualComponentLoss(nn.Module):
         self.supervised = supervised
         self.consistency = DeepSupervisionWrapper(term, supervised.weight_factors) if deep else term
         self.last_consistency: Tensor | None = None
-        self._announced: DetachedView | None = None
+        self._announced: ShownViews | None = None
 
-    def announce(self, view: DetachedView) -> None:
-        """Compare the next call's output with `view`."""
-        self._announced = view
+    def announce(self, shown: ShownViews) -> None:
+        """Compare the next call's output with what `shown` says."""
+        self._announced = shown
 
     def forward(self, output: Outputs, target: Outputs) -> Tensor:
         """Scalar loss of the network's output and nnU-Net's target."""
         loss: Tensor = self.supervised(output, target)
+        shown, self._announced = self._announced, None
         self.last_consistency = None
-        if self._announced is not None:
-            view, self._announced = self._announced, None
-            term = self.consistency(select(output, view.samples), view.outputs, select(target, view.samples))
-            self.last_consistency = term.detach()
-            loss = loss + view.weight * term
-        return loss
+        if shown is None:
+            return loss
+        if shown.supervised:
+            loss = torch.stack([loss, *(self.supervised(view, target) for view in shown.outputs)]).mean()
+        outputs, where = [select(output, shown.samples), *shown.outputs], select(target, shown.samples)
+        term = torch.stack([self.consistency(one, other, where) for one, other in combinations(outputs, 2)]).mean()
+        self.last_consistency = term.detach()
+        return loss + shown.weight * term
 
 
 @dataclass(frozen=True, eq=False)
-class DetachedView:
-    """What the network says of a view of some samples, turned back, without gradient.
+class ShownViews:
+    """What a network says of views of some samples, turned back.
 
     Attributes:
-        outputs: logits (S, C, [Z,] Y, X) of S samples, one tensor a deep supervision level.
-        samples: int64 (S,), their positions in the batch.
+        outputs: of each view, logits (S, C, [Z,] Y, X) of S samples: one tensor, or one a deep supervision level.
+        samples: int64 (S,), their positions in the batch; all of them, in order, where `supervised`.
         weight: w(t) of the consistency term.
+        supervised: whether each view learns from the labels too, the loss being the mean over batch and views.
     """
 
-    outputs: Outputs
+    outputs: Sequence[Outputs]
     samples: Tensor
     weight: float
+    supervised: bool = False
 
 
-def detached_view(network: nn.Module, data: Tensor, view: TrainingView, samples: Tensor, weight: float) -> DetachedView:
-    """Ask the network about a view of some samples of a batch, without gradient.
+def show_views(
+    network: nn.Module,
+    data: Tensor,
+    views: Sequence[TrainingView],
+    samples: Tensor,
+    weight: float,
+    learn: bool = False,
+) -> ShownViews:
+    """Ask a network about views of a batch.
 
     Args:
-        network: the network in training mode; not DDP's wrapper, which expects a backward pass for each forward pass.
+        network: in training mode; not DDP's wrapper, which expects a backward pass for each forward pass.
         data: the whole batch (B, C, [Z,] Y, X).
-        view: how to present it.
+        views: how to present it.
         samples: int64 (S,), positions of the samples that have divergence. A compiled network is given all samples,
             because every new batch size compiles it again.
         weight: w(t).
+        learn: full passes of all samples, with gradient (YoloSeg's), instead of passes without.
     """
-    chosen = torch.arange(len(data)) if isinstance(network, OptimizedModule) else samples
-    with torch.no_grad(), torch.autocast("cuda") if data.is_cuda else nullcontext():
-        outputs = network(view.apply(select(data, chosen)))
-    turned = view.invert(outputs) if isinstance(outputs, Tensor) else [view.invert(level) for level in outputs]
-    return DetachedView(turned, chosen, weight)
+    chosen = torch.arange(len(data)) if learn or isinstance(network, OptimizedModule) else samples
+    with torch.set_grad_enabled(learn), torch.autocast("cuda") if data.is_cuda else nullcontext():
+        outputs = [_turned_back(network(view.apply(select(data, chosen))), view) for view in views]
+    return ShownViews(outputs, chosen, weight, learn)
+
+
+def _turned_back(outputs: Outputs, view: TrainingView) -> Outputs:
+    return view.invert(outputs) if isinstance(outputs, Tensor) else [view.invert(level) for level in outputs]
 
 
 @overload

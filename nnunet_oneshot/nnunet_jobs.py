@@ -28,6 +28,8 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
+from nnunet_oneshot.errors import USER_ERRORS
+from nnunet_oneshot.nnunet_process import USER_ERROR
 from nnunet_oneshot.planner import OneShotSmallPlanner, SmallFingerprintExtractor
 
 STAGING = ".unfinished"
@@ -138,8 +140,13 @@ def _read_job() -> tuple[str, dict[str, Any]]:
 def main() -> None:
     """Run the job that standard input names."""
     name, arguments = _read_job()
-    JOBS[name](**arguments)
-    sys.stdout.flush()
+    try:
+        JOBS[name](**arguments)
+    except USER_ERRORS as error:
+        print(f"{USER_ERROR}{' '.join(str(error).split())}")
+        sys.exit(2)
+    finally:
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 import _nnunet_oneshot_path
-from nnunet_oneshot.errors import NnunetFailureError
+from nnunet_oneshot.errors import NnunetFailureError, OneShotError
 
 _POLL_SECONDS = 0.3
+USER_ERROR = "bad input: "
+"""What a job prints before the sentence about a mistake of the user."""
 _LOG_LINES = 15
 
 
@@ -104,6 +106,9 @@ def run_job(
         finally:
             _end(process)
     if process.returncode:
+        _, found, sentence = _tail(log).rpartition(USER_ERROR)
+        if process.returncode == 2 and found:
+            raise OneShotError(sentence.splitlines()[0])
         raise NnunetFailureError(f"nnU-Net failed to {job['job']}; the end of {log}:\n{_tail(log)}")
 
 

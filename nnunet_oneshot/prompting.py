@@ -1,8 +1,9 @@
-"""Labels that one propagator has carried already, as the prompts of another: made once, and fused."""
+"""Labels that are on disk as the prompts of a propagator: another one's, fused, or a model's predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.store import Store
@@ -10,23 +11,13 @@ from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
 
 
-class CarriedLabels:
-    """A propagator that says what the views of another one, on disk, agree on by majority.
+class _LabelsOnDisk:
+    """A propagator of one view that reads what it says; supports are not looked at."""
 
-    Args:
-        dataset: the raw dataset whose images the labels belong to.
-        store: where the labels are.
-        source: the other propagator's name; it has done every case that is asked for.
-    """
-
+    name: str
     views: tuple[str, ...] = ("fused",)
     default_views: tuple[str, ...] = ("fused",)
     whole_set = False
-
-    def __init__(self, dataset: RawDataset, store: Store, source: str) -> None:
-        self.name = source
-        self._dataset = dataset
-        self._store = store
 
     def fit(self, images: Iterable[Image]) -> None:
         """Nothing to learn: the labels are there."""
@@ -37,16 +28,56 @@ class CarriedLabels:
     def propagate(
         self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
     ) -> Iterator[Propagation]:
-        """One label for each query, or the reason why there is none; supports are not looked at."""
+        """One label for each query, or the reason why there is none."""
         for query in queries:
-            label = self._fused(query.case)
+            label = self._label(query.case)
             reason = None if label is not None else f"{self.name} gave no label that most of its views stand for"
             yield Propagation(query.case, self.views[0], label, reason=reason)
 
-    def _fused(self, case: str) -> LabelVolume | None:
-        record = self._store.read_worker(self.name, case)
-        given = [view for view, result in record.views.items() if result.label] if record else []
-        if record is None or not enough_views(len(given), len(record.views)):
-            return None
-        paths = (self._store.view_path(self.name, view, case) for view in given)
-        return fuse([self._dataset.read_label(path) for path in paths]).label
+    def _label(self, case: str) -> LabelVolume | None:
+        raise NotImplementedError
+
+
+class CarriedLabels(_LabelsOnDisk):
+    """What the views of another propagator agree on by majority.
+
+    Args:
+        dataset: the raw dataset whose images the labels belong to.
+        store: where the labels are.
+        source: the other propagator's name; it has done every case that is asked for.
+    """
+
+    def __init__(self, dataset: RawDataset, store: Store, source: str) -> None:
+        self.name = source
+        self._dataset = dataset
+        self._store = store
+
+    def _label(self, case: str) -> LabelVolume | None:
+        return carried_label(self._dataset, self._store, self.name, case)
+
+
+class PredictedLabels(_LabelsOnDisk):
+    """A model's predictions.
+
+    Args:
+        dataset: the raw dataset whose images were predicted.
+        folder: one label a case.
+    """
+
+    name = "model"
+
+    def __init__(self, dataset: RawDataset, folder: Path) -> None:
+        self._dataset = dataset
+        self._folder = folder
+
+    def _label(self, case: str) -> LabelVolume | None:
+        return self._dataset.read_label(self._folder / f"{case}{self._dataset.file_ending}")
+
+
+def carried_label(dataset: RawDataset, store: Store, source: str, case: str) -> LabelVolume | None:
+    """The majority of a source's views of a case, None where it has not most of the views that were attempted."""
+    record = store.read_worker(source, case)
+    given = [view for view, result in record.views.items() if result.label] if record else []
+    if record is None or not enough_views(len(given), len(record.views)):
+        return None
+    return fuse([dataset.read_label(store.view_path(source, view, case)) for view in given]).label

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,8 +29,10 @@ from nnunet_oneshot.propagators import (
     make_propagator,
 )
 from nnunet_oneshot.quality import reverse_scores
-from nnunet_oneshot.store import Manifest, Store, ViewRecord, WorkerRecord
+from nnunet_oneshot.same_patient import read_same_patient
+from nnunet_oneshot.store import Manifest, Source, Store, ViewRecord, WorkerRecord
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
+from sam2_propagation.physical_space import PhysicalSpacePropagator
 from sam2_propagation.sam2 import Sam2Propagator
 
 
@@ -72,6 +75,7 @@ def propagate(
     num_parts: int = 1,
     part_id: int = 0,
     overwrite: bool = False,
+    same_patient: Path | None = None,
 ) -> Outcome:
     """Make dataset BBB: a pseudo label for every un-annotated image, divergence as ignore.
 
@@ -87,6 +91,8 @@ def propagate(
         num_parts: shards the cases are dealt out to; the last one to finish fuses.
         part_id: this shard, from 0.
         overwrite: replace an output dataset that exists.
+        same_patient: file that pairs un-annotated cases with an annotated one of the same patient (see
+            `read_same_patient`); these get its label by their place in space, and no propagator labels them.
 
     Raises:
         OneShotError: bad input, one sentence (see the contract's list).
@@ -101,23 +107,32 @@ def propagate(
     _check_supports(raw, made)
     chosen = choose_views(made, views)
     _check_sam2(raw, made.get("sam2"), chosen)
+    patients = {} if same_patient is None else read_same_patient(same_patient, raw)
     processes = num_processes or default_processes()
     check_images(raw, processes)
     settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}, **options.settings()}
+    if patients:
+        known = PhysicalSpacePropagator(patients)
+        made[known.name], chosen[known.name], settings[known.name] = known, known.views, patients
     store = create_output(raw, output, settings, overwrite)
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         for name, propagator in _in_order(made, raw, store).items():
             job = Job(raw, store, propagator, chosen[name], options.reverse_check and name in REVERSIBLE)
-            carry(job, _queries(raw)[part_id::num_parts], processes)
-        outcome = Outcome(store, None, warnings)
-        if _all_done(raw, store, tuple(made)):
-            # Two shards may end at once: the second finds the labels fused.
-            with store.lock("consensus", wait=True):
-                fused = store.manifest_path.is_file()
-                sources = {name: describe(propagator, options) for name, propagator in made.items()}
-                outcome.manifest = store.read_manifest() if fused else build(raw, store, sources, settings, processes)
-    outcome.seconds = time.monotonic() - begin
-    return outcome
+            carry(job, _queries(raw, name, patients)[part_id::num_parts], processes)
+        whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
+        sources = {name: describe(propagator, options) for name, propagator in made.items()}
+        manifest = _fused(raw, store, sources, settings, processes) if whole else None
+    return Outcome(store, manifest, warnings, time.monotonic() - begin)
+
+
+def _fused(
+    raw: RawDataset, store: Store, sources: Mapping[str, Source], settings: Mapping[str, Any], processes: int
+) -> Manifest:
+    """Fuse what was carried; of two shards that end at once the second finds the labels fused."""
+    with store.lock("consensus", wait=True):
+        if store.manifest_path.is_file():
+            return store.read_manifest()
+        return build(raw, store, sources, settings, processes)
 
 
 def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> dict[str, Propagator]:
@@ -283,10 +298,15 @@ def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
     return {key: round(float(value), 6) for key, value in scores.items()}
 
 
-def _queries(dataset: RawDataset) -> list[Case]:
-    """Un-annotated cases, and annotated ones whose label is sparse."""
+def _queries(dataset: RawDataset, propagator: str, patients: Collection[str]) -> list[Case]:
+    """What a propagator labels: un-annotated cases, and annotated ones whose label is sparse.
+
+    Those of an annotated case's patient are labelled by their place in space, and by nothing else.
+    """
     sparse = [c for c in dataset.annotated if _is_sparse(dataset, c)]
-    return sorted([*dataset.unannotated, *sparse], key=lambda case: case.name)
+    by_space = propagator == PhysicalSpacePropagator.name
+    chosen = [c for c in (*dataset.unannotated, *sparse) if (c.name in patients) == by_space]
+    return sorted(chosen, key=lambda case: case.name)
 
 
 def _is_sparse(dataset: RawDataset, case: Case) -> bool:
@@ -294,5 +314,5 @@ def _is_sparse(dataset: RawDataset, case: Case) -> bool:
     return dataset.ignore is not None and bool((dataset.read_label(case.label) == dataset.ignore).any())
 
 
-def _all_done(dataset: RawDataset, store: Store, sources: Sequence[str]) -> bool:
-    return all(store.worker_path(source, case.name).is_file() for source in sources for case in _queries(dataset))
+def _is_done(store: Store, source: str, queries: Sequence[Case]) -> bool:
+    return all(store.worker_path(source, case.name).is_file() for case in queries)

@@ -138,6 +138,17 @@ def _numbers(words: Sequence[str], kind: type[Number], flag: str, expected: str)
         raise OneShotError(f"expected {expected} for {flag}, found {' '.join(words)}; correct it") from error
 
 
+def self_prompted(checkpoint: str, device: str, prompter: Propagator) -> Sam2Propagator:
+    """SAM2 in `self` mode, prompted by whatever labels there are.
+
+    Raises:
+        PropagationError: weights or a device that cannot be had.
+    """
+    propagator = Sam2Propagator(checkpoint, mode="self", device=device, prompter=prompter)
+    propagator.prepare()
+    return propagator
+
+
 def choose_views(propagators: Mapping[str, Propagator], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
     """The views of each propagator: its defaults, or those of `wanted` that it offers.
 

@@ -8,12 +8,12 @@ their estimated quality falls, or at the number asked for.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_oneshot import nnunet
-from nnunet_oneshot.dataset import RawDataset, find_raw_folder, open_dataset
+from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.nnunet import Fold
@@ -23,8 +23,9 @@ from nnunet_oneshot.refine_changes import is_added, take_up
 from nnunet_oneshot.refine_models import Models
 from nnunet_oneshot.refine_record import Plan, Record, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, refresh
-from nnunet_oneshot.relabel import Change, cases_to_predict, label_by_model, relabel
-from nnunet_oneshot.rounds import finish_switch, kept_manifest, put_in_force, record_path
+from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
+from nnunet_oneshot.rounds import check_room, finish_switch, kept_manifest, put_in_force, record_path
+from nnunet_oneshot.second_opinion import ask_sam2, check_sam2, forget_opinions
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
 
@@ -96,6 +97,8 @@ def refine(
     min_quality: float = MIN_QUALITY,
     all_rounds: bool = False,
     weight_by_quality: bool = False,
+    self_opinion: str | None = None,
+    min_margin: float = 0.0,
     device: str = "cpu",
     num_processes: int | None = None,
 ) -> Refinement:
@@ -118,6 +121,9 @@ def refine(
         min_quality: estimated mean Dice below which a case is left out until a round lifts it.
         all_rounds: make all rounds, whether labels settle or get worse.
         weight_by_quality: draw cases in training as often as their estimated quality says.
+        self_opinion: SAM2 weights (`builtin`, ...) that give one more opinion in relabelling, prompted by the model's
+            prediction; None for none.
+        min_margin: margin between the model's first two classes, 0 to 1, below which a voxel becomes ignore.
         device: cpu, cuda or mps.
         num_processes: cases preprocessed and relabelled at once; the processor count when None.
 
@@ -126,10 +132,13 @@ def refine(
             label changed to something that does not fit.
     """
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
-    _check(configuration, limits, num_folds)
+    _check(configuration, limits, num_folds, min_margin)
     store, raw = open_store(dataset, grown=True)
     more = {"num_folds": num_folds, "warm_start": warm_start, "weight_by_quality": weight_by_quality}
-    plan = make_plan(configuration, trainer, plans, preset, **more)
+    trust = {"self_opinion": self_opinion, "min_margin": min_margin}
+    plan = make_plan(configuration, trainer, plans, preset, **more, **trust)
+    if self_opinion is not None:
+        check_sam2(self_opinion, device)
     with store.lock("refine"):
         store.remove_leftovers()
         work = _Work(store, raw, plan, device, num_processes or default_processes(), limits, plans is not None)
@@ -148,13 +157,15 @@ def check_no_results(dataset: str, plan: Plan) -> None:
     Models(dataset, plan, "cpu").check_none()
 
 
-def _check(configuration: str, limits: Limits, num_folds: int) -> None:
+def _check(configuration: str, limits: Limits, num_folds: int, min_margin: float) -> None:
     if limits.rounds < 0:
         raise OneShotError(f"expected -rounds to be 0 or more, found {limits.rounds}; give a whole number")
     if not 1 <= num_folds <= 5:
         raise OneShotError(f"expected -num_folds from 1 to 5, found {num_folds}; 1 trains one model on all cases")
     if not 0 <= limits.min_quality <= 1:
         raise OneShotError(f"expected -min_quality from 0 to 1, found {limits.min_quality}; it is a Dice")
+    if not 0 <= min_margin < 1:
+        raise OneShotError(f"expected -min_margin from 0 to below 1, found {min_margin}; 0 asks for none")
     if "cascade" in configuration:
         raise OneShotError(
             f"expected a configuration of one stage (2d, 3d_fullres, 3d_lowres), found {configuration}; train the "
@@ -264,14 +275,20 @@ class _Work:
 
     def relabel(self, number: int) -> Change:
         """Predict the un-annotated cases by the last model and make round `number`'s labels."""
-        if (agreement := self.record.value(f"relabel-{number}")) is not None:
-            return Change(number, agreement)
-        manifest = self.store.read_manifest()
         predictions = self._predictions(number)
-        self.models.predict(cases_to_predict(self.raw, manifest), manifest, predictions)
-        change = relabel(self.raw, self.store, predictions, number, self.processes, self.limits.min_quality)
-        self.record.mark(f"relabel-{number}", change.agreement)
-        return change
+        if (agreement := self.record.value(f"relabel-{number}")) is None:
+            check_room(self.store, number - 1)
+            manifest = self.store.read_manifest()
+            cases = cases_to_predict(self.raw, manifest)
+            self.models.predict(cases, manifest, predictions, probabilities=self.plan.min_margin > 0)
+            trust = Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
+            quality = self.limits.min_quality
+            agreement = relabel(self.raw, self.store, predictions, number, self.processes, quality, trust).agreement
+            self.record.mark(f"relabel-{number}", agreement)
+        # Probabilities are as large as all images together, and of no use once labels are made of them.
+        for path in (*predictions.glob("*.npz"), *predictions.glob("*.pkl")):
+            path.unlink()
+        return Change(number, agreement)
 
     def result(self, ended: str, taken: list[str]) -> Refinement:
         """What was done, from the records."""
@@ -335,6 +352,13 @@ class _Work:
             self.record.mark("preprocess")
         refresh(self.name, self.processes)
 
+    def _second_opinion(self, cases: Sequence[Case], predictions: Path, number: int) -> str | None:
+        """The source of one more opinion, where one was asked for."""
+        chosen = self.plan.self_opinion
+        if chosen is None:
+            return None
+        return ask_sam2(self.raw, self.store, cases, predictions, number, chosen, self.device, self.processes)
+
     def _label_added(self, number: int) -> None:
         """Images that were added get labels by the model of the round in force, where there is one."""
         cases = self.store.read_manifest().cases
@@ -353,6 +377,7 @@ class _Work:
         for folder in sorted((self.store.state_folder / "predictions").glob("[0-9][0-9]")):
             if int(folder.name) > number:
                 shutil.rmtree(folder)
+        forget_opinions(self.store, number)
         for path in sorted((self.store.state_folder / "rounds").glob("*.json")):
             if int(path.stem) > number:
                 path.unlink()

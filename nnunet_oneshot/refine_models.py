@@ -51,13 +51,16 @@ class Models:
                 pretrained_weights=start,
             )
 
-    def predict(self, cases: Sequence[Case], manifest: Manifest, output: Path) -> None:
-        """Predict each case by the model that did not train on its label, where there is one; else by all folds."""
+    def predict(self, cases: Sequence[Case], manifest: Manifest, output: Path, probabilities: bool = False) -> None:
+        """Predict each case by the model that did not train on its label, where there is one; else by all folds.
+
+        With `probabilities` each case's are written too, `CASE.npz`.
+        """
         groups: dict[tuple[nnunet.Fold, ...], list[Case]] = {}
         for case in cases:
             groups.setdefault(self._folds_for(case.name, manifest), []).append(case)
         for folds, members in sorted(groups.items(), key=lambda group: str(group[0])):
-            self._predict(folds, members, output)
+            self._predict(folds, members, output, probabilities)
 
     def keep_aside(self, number: int) -> None:
         """Move the models trained on round `number` out of nnU-Net's way; repeating it does nothing."""
@@ -69,10 +72,22 @@ class Models:
         free = next(n for n in range(1, 10_000) if not (taken / f"{number:02d}_superseded_{n}").exists())
         self._move(taken / f"{number:02d}_superseded_{free}")
 
-    def _predict(self, folds: tuple[nnunet.Fold, ...], cases: Sequence[Case], output: Path) -> None:
+    def _predict(
+        self, folds: tuple[nnunet.Fold, ...], cases: Sequence[Case], output: Path, probabilities: bool
+    ) -> None:
         plan = self.plan
         images: Mapping[str, Sequence[Path]] = {case.name: case.images for case in cases}
-        nnunet.predict(self.dataset, plan.configuration, folds, plan.trainer, plan.plans, images, output, self.device)
+        nnunet.predict(
+            self.dataset,
+            plan.configuration,
+            folds,
+            plan.trainer,
+            plan.plans,
+            images,
+            output,
+            self.device,
+            save_probabilities=probabilities,
+        )
 
     def _folds_for(self, case: str, manifest: Manifest) -> tuple[nnunet.Fold, ...]:
         if self.plan.num_folds == 1:

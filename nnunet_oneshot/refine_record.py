@@ -30,6 +30,8 @@ class Plan:
             model that did not train on its old one.
         warm_start: each round's training starts from the weights of the round before.
         weight_by_quality: cases are drawn as often as their estimated quality says.
+        self_opinion: SAM2 weights whose `self` mode, prompted by the predictions, must agree too; None for none.
+        min_margin: margin between the model's first two classes below which a voxel is not trained on.
     """
 
     configuration: str
@@ -39,6 +41,8 @@ class Plan:
     num_folds: int = 1
     warm_start: bool = False
     weight_by_quality: bool = False
+    self_opinion: str | None = None
+    min_margin: float = 0.0
 
     @property
     def folds(self) -> tuple[Fold, ...]:

@@ -1,7 +1,8 @@
 """New labels from a model's predictions: one step of every round.
 
 The model is one more opinion: where it agrees with the label of the round before, that is consensus; where it does not,
-the voxel becomes ignore for the next training, and the model's word is the best guess.
+the voxel becomes ignore for the next training, and the model's word is the best guess. With a third opinion all three
+must agree, and the best guess is their majority.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
+from nnunet_oneshot.prompting import carried_label
 from nnunet_oneshot.quality import dice_by_class, estimate, foreground
 from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
 from nnunet_oneshot.quality_opinions import opinions
@@ -30,7 +32,8 @@ from nnunet_oneshot.rounds import (
 )
 from nnunet_oneshot.store import CaseRecord, Manifest, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
-from sam2_propagation.interface import BoolVolume, LabelVolume
+from sam2_propagation.consensus import fuse
+from sam2_propagation.interface import BoolVolume, FloatVolume, LabelVolume
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,20 @@ class Task:
     record: CaseRecord
     prediction: Path
     number: int
+    trust: Trust
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a voxel needs to be trained on, besides agreement of model and label before.
+
+    Attributes:
+        opinion: the source that must agree too (see `second_opinion`), None for none.
+        min_margin: how far the model's first class must be more probable than its second; 0 asks no probabilities.
+    """
+
+    opinion: str | None = None
+    min_margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,7 @@ def relabel(
     number: int,
     processes: int,
     min_quality: float = MIN_QUALITY,
+    trust: Trust = Trust(),
 ) -> Change:
     """Make round `number`'s labels of the model's predictions and those of the round before, and put it in force.
 
@@ -83,26 +101,40 @@ def relabel(
         number: the round that is made, from 1.
         processes: cases at once.
         min_quality: estimated mean Dice below which a case is left out until a later round lifts it.
+        trust: what a voxel needs to be trained on.
 
     Raises:
         OneShotError: a prediction is missing or does not fit its image.
     """
     if not is_kept(store, number):
-        _make(dataset, store, predictions, number, processes, min_quality)
+        manifest = store.read_manifest()
+        tasks = _tasks(dataset, store, dataset.cases, manifest, predictions, number, trust)
+        _make(store, manifest, tasks, number, processes, min_quality)
     manifest = store.read_manifest()
     if manifest.round != number:
         put_in_force(dataset, store, number, processes)
     return _change(dataset, store, kept_manifest(store, number))
 
 
-def _make(
-    dataset: RawDataset, store: Store, predictions: Path, number: int, processes: int, min_quality: float
-) -> None:
-    manifest = store.read_manifest()
-    tasks = [
-        Task(dataset, store, case, manifest.cases[case.name], predictions / f"{case.name}{dataset.file_ending}", number)
-        for case in dataset.cases
+def _tasks(
+    dataset: RawDataset,
+    store: Store,
+    cases: Sequence[Case],
+    manifest: Manifest,
+    predictions: Path,
+    number: int,
+    trust: Trust,
+) -> list[Task]:
+    ending = dataset.file_ending
+    return [
+        Task(dataset, store, case, manifest.cases[case.name], predictions / f"{case.name}{ending}", number, trust)
+        for case in cases
     ]
+
+
+def _make(
+    store: Store, manifest: Manifest, tasks: Sequence[Task], number: int, processes: int, min_quality: float
+) -> None:
     results = dict(over_cases(relabel_case, tasks, processes=processes, title=f"relabel, round {number}"))
     manifest.cases = gate(dict(sorted(results.items())), min_quality)
     manifest.round = number
@@ -114,10 +146,7 @@ def label_by_model(
 ) -> None:
     """Labels of the round in force for images that were added: the model's word alone."""
     manifest = store.read_manifest()
-    tasks = [
-        Task(dataset, store, case, manifest.cases[case.name], predictions / f"{case.name}{dataset.file_ending}", number)
-        for case in cases
-    ]
+    tasks = _tasks(dataset, store, cases, manifest, predictions, number, Trust())
     for name, record in over_cases(label_added_case, tasks, processes=processes, title="label new images"):
         manifest.cases[name] = record
     write_training_files(dataset, store, manifest)
@@ -155,8 +184,9 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, task.record
     before = dataset.read_label(store.round_path(task.number - 1, case.name))
     predicted = _read_prediction(task, before.shape)
-    agreed = _agreement(task.record, predicted, before)
-    guess, target = predicted, np.where(agreed, predicted, ignore_value(dataset)).astype(np.int16)
+    fused = fuse(_opinions(task, predicted, before))
+    agreed = fused.agreed & _confident(task, before.shape)
+    guess, target = fused.label, np.where(agreed, fused.label, ignore_value(dataset)).astype(np.int16)
     if case.label is not None:
         human = dataset.read_label(case.label)
         by_hand = human != dataset.ignore
@@ -165,9 +195,41 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord]:
     return case.name, _record(task, agreed, guess, before)
 
 
-def _agreement(record: CaseRecord, predicted: LabelVolume, before: LabelVolume) -> BoolVolume:
-    """Where the prediction may be trained on: as far as it repeats the label before, everywhere where none was."""
-    return np.ones(before.shape, bool) if record.status == "failed" else predicted == before
+def _opinions(task: Task, predicted: LabelVolume, before: LabelVolume) -> list[LabelVolume]:
+    """What is fused, the model's word first: a tie is its own."""
+    if task.record.status == "failed":
+        # An empty label stood in for the one that was missing.
+        return [predicted]
+    source = task.trust.opinion
+    third = None if source is None else carried_label(task.dataset, task.store, source, task.case.name)
+    return [predicted, before] if third is None else [predicted, before, third]
+
+
+def _confident(task: Task, shape: tuple[int, ...]) -> BoolVolume:
+    """Where the model's margin is large enough; everywhere where none is asked for."""
+    if task.trust.min_margin == 0:
+        return np.ones(shape, bool)
+    stem = task.prediction.name.removesuffix(task.dataset.file_ending)
+    path = task.prediction.with_name(f"{stem}.npz")
+    if not path.is_file():
+        raise OneShotError(f"expected the probabilities {path} for a margin, found none; predict the case again")
+    with np.load(path) as file:
+        found = margin(file["probabilities"], task.dataset.has_regions)
+    if found.shape != shape:
+        raise OneShotError(f"{path}: expected the shape {shape} of its image, found {found.shape}; predict it again")
+    return found >= task.trust.min_margin
+
+
+def margin(probabilities: np.ndarray, regions: bool) -> FloatVolume:
+    """How sure a model is, float32 (Z, Y, X) in [0, 1], of its probabilities (C, Z, Y, X).
+
+    The first class's probability less the second's; of regions, which are decided one by one, the least sure one's
+    probability of its decision less that of the contrary.
+    """
+    if regions:
+        return np.asarray(np.abs(2 * probabilities - 1).min(0), np.float32)
+    second, first = np.partition(probabilities, -2, axis=0)[-2:]
+    return np.asarray(first - second, np.float32)
 
 
 def mean_dice(first: LabelVolume, second: LabelVolume) -> float:
@@ -180,7 +242,7 @@ def _record(task: Task, agreed: BoolVolume, guess: LabelVolume, before: LabelVol
     old = task.record
     new = old.model_copy(update={"round": task.number, "divergence": round(float(1 - agreed.mean()), 6)})
     if old.status == "failed":
-        # An empty label stood in for the one that was missing: nothing to compare with.
+        # There was no label before, so there is nothing to compare with.
         new.status, new.quality = "pseudo", None
         new.reason = f"labelled by the model alone, since there was no label before: {old.reason}"
         return new

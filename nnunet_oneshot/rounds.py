@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.store import CaseRecord, Manifest, Store, read_manifest
 from nnunet_oneshot.training_data import LEFT_OUT, ignore_value, write_training_files
@@ -63,6 +64,21 @@ def keep(store: Store, manifest: Manifest, number: int) -> None:
 def kept_manifest(store: Store, number: int) -> Manifest:
     """The manifest of a round that was kept."""
     return read_manifest(record_path(store, number))
+
+
+def check_room(store: Store, number: int) -> None:
+    """OneShotError where the disk has no room for the labels of the round after `number`.
+
+    Each of a round's labels is written five times: predicted, as best guess, as target, and both again in force.
+    """
+    folder = store.round_path(number, "x").parent
+    needed = 5 * sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    free = shutil.disk_usage(store.folder).free
+    if free < needed:
+        raise OneShotError(
+            f"{store.folder}: expected {needed / 1e6:.1f} MB of free disk space for the labels of round {number + 1}, "
+            f"found {free / 1e6:.1f} MB; free some and run the same command again: nothing is lost"
+        )
 
 
 def write_round(

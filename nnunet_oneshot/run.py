@@ -37,6 +37,7 @@ def run(
     training: Mapping[str, Any] | None = None,
     num_processes: int | None = None,
     overwrite: bool = False,
+    same_patient: Path | None = None,
     reference: Path | None = None,
 ) -> RunResult:
     """From one annotated case to a trained model; run it again to go on after a stop.
@@ -49,6 +50,7 @@ def run(
         training: `trainer`, `plans`, `rounds`, `preset` and all else that `refine` takes.
         num_processes: cases at once; the processor count when None.
         overwrite: replace an output dataset that exists.
+        same_patient: as in `propagate`.
         reference: folder of true labels `CASE.EXT`; the labels in force of those cases are scored at the end. It is
             read after all labels and the model are made, by nothing else.
 
@@ -69,6 +71,7 @@ def run(
             options=options,
             num_processes=num_processes,
             overwrite=overwrite,
+            same_patient=same_patient,
         )
     device = (options or PropagatorOptions()).device
     refinement = refine(output, configuration, **training, device=device, num_processes=num_processes)

@@ -98,6 +98,11 @@ class LossSettings:
         annotated_share: share of the draws that annotated cases have at least.
         cross_patch: probability of the cross-patch augmentation for a sample with divergence (YoloSeg: 0.2).
         cross_patch_labels: whether consensus pasted into the annotated case keeps its labels; YoloSeg ignores them.
+        full_passes: passes of an iteration that learn, each of another view (YoloSeg: 3). With 1 the batch is compared
+            with one view of its samples with divergence, which the network is asked about without gradient.
+        every: iterations from one comparison of views to the next.
+        teacher_decay: who is asked about that view: a running mean of the network's weights with this decay (mean
+            teacher, as a rule .99), or with 0 the network itself. A resumed training starts a new mean.
     """
 
     ramp_start: float = 0.1
@@ -106,6 +111,21 @@ class LossSettings:
     annotated_share: float = 0.0
     cross_patch: float = 0.0
     cross_patch_labels: bool = False
+    full_passes: int = 1
+    every: int = 1
+    teacher_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.full_passes < 1 or self.every < 1 or not 0 <= self.teacher_decay < 1:
+            raise OneShotError(
+                "expected full_passes and every of 1 or more and a teacher_decay in [0, 1), found "
+                f"{self.full_passes}, {self.every} and {self.teacher_decay}; correct them"
+            )
+        if self.full_passes > 1 and self.teacher_decay > 0:
+            raise OneShotError(
+                f"expected full_passes 1 beside a teacher_decay, found {self.full_passes}: a teacher does not learn; "
+                "set one of them alone"
+            )
 
 
 @dataclass(frozen=True)

@@ -55,16 +55,15 @@ class ViewChoice:
     mirror_axes: tuple[int, ...]
     rotations: bool
 
-    def draw(self, random: Random) -> TrainingView | None:
-        """One view other than the identity, all equally likely; None where there is no other."""
+    def draw(self, random: Random, count: int = 1) -> list[TrainingView]:
+        """So many different views, none the identity, all equally likely; fewer where there are no more."""
         # Both in-plane flips together are the half turn, so that one quarter turn reaches what is left.
         half_turn_by_flips = {self.dimensions - 2, self.dimensions - 1} <= set(self.mirror_axes)
         turns = (2 if half_turn_by_flips else 4) if self.rotations else 1
-        options = turns * 2 ** len(self.mirror_axes)
-        if options == 1:
-            return None
-        number = random.randrange(1, options)
-        bits, quarter_turns = divmod(number, turns)
+        others = range(1, turns * 2 ** len(self.mirror_axes))
+        return [self._view(*divmod(number, turns)) for number in random.sample(others, min(count, len(others)))]
+
+    def _view(self, bits: int, quarter_turns: int) -> TrainingView:
         flip = tuple(axis for position, axis in enumerate(self.mirror_axes) if bits >> position & 1)
         return TrainingView(flip, quarter_turns)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import SimpleITK as sitk
 
@@ -114,7 +114,7 @@ def affinely_aligned(support: Support, query: Image) -> Support:
         data, label = Pair(source_of(support), channels_of(query)).aligned()
     except RegistrationFailed:
         return support
-    image = Image(support.image.case, data, query.spacing, query.direction)
+    image = replace(support.image, data=data, spacing=query.spacing, direction=query.direction)
     return Support(image, label, support.ignore) if label.any() else support
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.losses import (
-    DetachedView,
     DualComponentLoss,
     MaskedSymmetricKL,
-    detached_view,
+    ShownViews,
     divergence,
     masked_mean,
     ramp,
+    show_views,
 )
 from nnunet_oneshot.settings import LossSettings
 from nnunet_oneshot.training_views import TrainingView, ViewChoice, rotation_obstacle
@@ -180,7 +182,7 @@ def test_an_announced_view_adds_its_weighted_term_once(levels: int) -> None:
     shifted = [level.detach() + torch.randn_like(level) for level in outputs]
     loss = DualComponentLoss(supervised(levels), IGNORE, False)
     plain = loss(output, target)
-    loss.announce(DetachedView(shifted if levels else shifted[0], torch.arange(2), 0.25))
+    loss.announce(ShownViews([shifted if levels else shifted[0]], torch.arange(2), 0.25))
     dual = loss(output, target)
     assert loss.last_consistency is not None
     assert loss.last_consistency.item() > 0
@@ -195,13 +197,22 @@ def test_only_the_samples_with_divergence_are_shown_to_the_network() -> None:
     seen: list[int] = []
     network = Equivariant()
     network.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    view = detached_view(network, data, TrainingView((0,)), torch.tensor([1]), 0.5)
+    shown = show_views(network, data, [TrainingView((0,))], torch.tensor([1]), 0.5)
     loss = DualComponentLoss(supervised(), IGNORE, False)
-    loss.announce(view)
+    loss.announce(shown)
     loss(network(data), targets).backward()
     assert seen == [1, 2]
     assert loss.last_consistency is not None
     assert loss.last_consistency.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_compiled_network_is_always_shown_the_whole_batch() -> None:
+    """A new batch size would compile it again; in `eager` nothing is compiled but the rule is the same."""
+    data, _ = batch()
+    compiled = torch.compile(Equivariant(), backend="eager")
+    shown = show_views(compiled, data, [TrainingView((0,))], torch.tensor([1]), 0.5)
+    assert shown.samples.tolist() == [0, 1]
+    assert len(shown.outputs[0][0]) == 2
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -211,11 +222,10 @@ def test_every_view_is_turned_back_at_every_level(dimensions: int) -> None:
     random, choice = Random(0), ViewChoice(dimensions, tuple(range(dimensions)), True)
     loss = DualComponentLoss(supervised(), IGNORE, False)
     for _ in range(10):
-        view = choice.draw(random)
-        assert view is not None
+        (view,) = choice.draw(random)
         terms = []
         for network in (Equivariant(), Positional()):
-            loss.announce(detached_view(network, data, view, torch.arange(2), 1.0))
+            loss.announce(show_views(network, data, [view], torch.arange(2), 1.0))
             loss(network(data), targets)
             assert loss.last_consistency is not None
             terms.append(loss.last_consistency.item())
@@ -224,15 +234,102 @@ def test_every_view_is_turned_back_at_every_level(dimensions: int) -> None:
         assert (terms[1] > 1e-6) == moves_the_last_axis
 
 
+@pytest.mark.parametrize("levels", [0, 2])
+def test_three_full_passes_are_yolosegs_loss(levels: int) -> None:
+    """Mean supervised loss of three passes, mean symmetric KL of their three pairs, gradient through all of them."""
+    data, targets = batch(levels=max(levels, 1))
+    network, base = Positional(max(levels, 1)), supervised(levels)
+    views = [TrainingView((1,)), TrainingView(quarter_turns=1)]
+
+    def passes() -> list[Any]:
+        everything = [network(data), *([view.invert(x) for x in network(view.apply(data))] for view in views)]
+        return everything if levels else [outputs[0] for outputs in everything]
+
+    target = targets if levels else targets[0]
+    one, two, three = passes()
+    loss = DualComponentLoss(base, IGNORE, False)
+    pairs = [loss.consistency(a, b, target) for a, b in ((one, two), (one, three), (two, three))]
+    expected = sum(base(x, target) for x in (one, two, three)) / 3 + 0.5 * sum(pairs) / 3
+    (wanted,) = torch.autograd.grad(expected, network.weights)
+    network_or_finest = network if levels else Finest(network)
+    loss.announce(show_views(network_or_finest, data, views, torch.tensor([1]), 0.5, learn=True))
+    found = loss(network_or_finest(data), target)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(torch.autograd.grad(found, network.weights)[0], wanted, atol=1e-6)
+
+
+class Finest(nn.Module):
+    """The finest output alone, as without deep supervision."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, data: Tensor) -> Tensor:
+        return self.network(data)[0]
+
+
+@FEW
+@given(st.integers(0, 2), st.booleans(), st.floats(0, 1), st.integers(0, 1000))
+def test_any_share_of_divergence_gives_a_finite_loss_and_none_gives_nnunets(
+    levels: int, regions: bool, share: float, seed: int
+) -> None:
+    """Wherever divergence lies, nowhere and everywhere included, at every deep supervision level."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, IGNORE, (2, 1, 8, 8), generator=generator)
+    label[torch.rand(label.shape, generator=generator) < share] = IGNORE
+    logits = [torch.randn(2, 2 if regions else 3, 8 >> n, 8 >> n, generator=generator) for n in range(max(levels, 1))]
+    targets = [label[..., :: 2**n, :: 2**n] for n in range(max(levels, 1))]
+    if regions:
+        turn = ConvertSegmentationToRegionsTransform([(1, 2), (2,), IGNORE], channel_in_seg=0)
+        targets = [torch.stack([turn(segmentation=one)["segmentation"] for one in level]) for level in targets]
+    outputs = [level.requires_grad_() for level in logits]
+    output, target = (outputs, targets) if levels else (outputs[0], targets[0])
+    other = [level.detach().flip(-1) for level in outputs]
+    base = supervised(levels, regions)
+    loss = DualComponentLoss(base, IGNORE, regions)
+    loss.announce(ShownViews([other if levels else other[0]], torch.arange(2), 0.5))
+    found = loss(output, target)
+    gradients = torch.autograd.grad(found, outputs, allow_unused=True)
+    assert torch.isfinite(found)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
+    if not divergence(targets[0], IGNORE, regions).any():
+        assert torch.equal(found, base(output, target))
+
+
+def test_several_views_are_different_and_never_more_than_there_are() -> None:
+    choice = ViewChoice(2, (0, 1), False)
+    for seed in range(20):
+        views = choice.draw(Random(seed), 2)
+        assert len(set(views)) == 2
+    assert len(choice.draw(Random(0), 9)) == 3
+    assert ViewChoice(2, (), False).draw(Random(0), 2) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        ({"full_passes": 0}, "full_passes"),
+        ({"every": 0}, "every"),
+        ({"teacher_decay": 1.0}, "teacher_decay"),
+        ({"full_passes": 3, "teacher_decay": 0.9}, "a teacher does not learn"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(bad: dict[str, Any], word: str) -> None:
+    with pytest.raises(OneShotError, match=word):
+        LossSettings(**bad)
+
+
 @FEW
 @given(st.integers(2, 3), st.sets(st.integers(0, 2)), st.booleans(), st.integers(0, 10_000))
 def test_views_invert_and_never_show_the_batch_as_it_is(dims: int, axes: set[int], rotations: bool, seed: int) -> None:
     mirror = tuple(sorted(axis for axis in axes if axis < dims))
-    view = ViewChoice(dims, mirror, rotations).draw(Random(seed))
-    if view is None:
+    views = ViewChoice(dims, mirror, rotations).draw(Random(seed))
+    if not views:
         assert not mirror
         assert not rotations
         return
+    (view,) = views
     data = torch.arange(2 * 4**dims).reshape(1, 2, *(4,) * dims)
     shown = view.apply(data)
     assert shown.shape == data.shape
@@ -245,8 +342,7 @@ def test_views_of_a_square_plane_are_all_seven() -> None:
     random = Random(1)
     shown = set()
     for _ in range(200):
-        view = ViewChoice(2, (0, 1), True).draw(random)
-        assert view is not None
+        (view,) = ViewChoice(2, (0, 1), True).draw(random)
         shown.add(tuple(view.apply(data).flatten().tolist()))
     assert len(shown) == 7
 

@@ -150,6 +150,16 @@ def test_a_failure_of_nnunet_ends_with_its_log(roots: Path) -> None:
         nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
 
 
+@pytest.mark.slow
+def test_a_users_mistake_that_the_trainer_finds_is_bad_input(roots: Path) -> None:
+    write_dataset(roots / "nnUNet_raw", NAME, cases=2)
+    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    path = roots / "nnUNet_preprocessed" / NAME / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"schema": 2}}))
+    with pytest.raises(OneShotError, match="schema 2, this version reads up to 1"):
+        nnunet.train(901, "2d", "all", "Quick", SMALL_PLANS, "cpu")
+
+
 def _wait(condition: Callable[[], bool], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():

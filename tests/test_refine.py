@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
 
-from nnunet_oneshot import nnunet, refine_changes
+from nnunet_oneshot import cli, nnunet, refine_changes, second_opinion
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.errors import OneShotError
@@ -22,6 +24,8 @@ from nnunet_oneshot.refine import Refinement, open_store, refine
 from nnunet_oneshot.refine_record import Record
 from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import splits
+from sam2_propagation.errors import PropagationError
+from sam2_propagation.interface import Image, Propagation, Propagator, Support
 
 IGNORE = 3
 CASES = ("case_0", "case_1", "case_2", "case_3", "case_4")
@@ -72,6 +76,7 @@ class FakeNnunet:
         images: Mapping[str, object],
         output: Path,
         *_: object,
+        save_probabilities: bool = False,
     ) -> None:
         model = self.folder(dataset) / f"fold_{folds[0]}" / nnunet.FINAL
         trainings = int(model.read_text())
@@ -80,6 +85,9 @@ class FakeNnunet:
                 self._count()
                 self.predicted.setdefault((trainings, *folds), []).append(case)
                 write_image(output / f"{case}.nii.gz", self.say(case, trainings))
+                if save_probabilities:
+                    found = 0.4 + 0.6 * np.eye(3)[self.say(case, trainings)].transpose(3, 0, 1, 2)
+                    np.savez(output / f"{case}.npz", probabilities=found)
 
     def folder(self, dataset: str) -> Path:
         return self.roots.results / dataset / "OneShotTrainer__nnUNetPlans__2d"
@@ -214,6 +222,136 @@ def test_warm_start_takes_the_weights_of_the_round_before(fake: FakeNnunet) -> N
     assert starts == [None, ("oneshot_rounds", "00"), ("oneshot_rounds", "01")]
 
 
+class Doubter(FakePropagator):
+    """Hands on what the model predicts, but for one slice, which it calls background."""
+
+    default_views: tuple[str, ...] = ("still",)
+
+    def __init__(self, prompter: Propagator) -> None:
+        super().__init__()
+        self.prompter = prompter
+
+    def propagate(
+        self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
+    ) -> Iterator[Propagation]:
+        for query in queries:
+            self.asked.append(query.case)
+            label = next(iter(self.prompter.propagate(supports, [query], ("fused",)))).label
+            assert label is not None
+            label[0] = 0
+            yield Propagation(query.case, "still", label)
+
+
+@pytest.fixture
+def doubters(monkeypatch: pytest.MonkeyPatch) -> list[Doubter]:
+    """SAM2 replaced; one doubter for each round."""
+    made: list[Doubter] = []
+
+    def make(checkpoint: str, device: str, prompter: Propagator) -> Doubter:
+        assert checkpoint == "builtin"
+        made.append(Doubter(prompter))
+        return made[-1]
+
+    monkeypatch.setattr(second_opinion, "self_prompted", make)
+    return made
+
+
+def test_sam2_prompted_by_the_model_is_one_more_opinion(fake: FakeNnunet, doubters: list[Doubter]) -> None:
+    store, _ = open_store(601)
+    run(rounds=1, self_opinion="builtin")
+    said = label_array(1)
+    before = read(store.round_path(0, "case_1"))
+    kept, target = read(store.view_path("self_01", "still", "case_1")), read(store.label_path("case_1"))
+    np.testing.assert_array_equal(kept, np.concatenate([0 * said[:1], said[1:]]))
+    np.testing.assert_array_equal(target, np.where((said == before) & (said == kept), said, IGNORE))
+    assert (target[0][said[0] > 0] == IGNORE).all()
+    assert [doubter.asked for doubter in doubters] == [list(CASES[1:])]
+    run(rounds=1, self_opinion="builtin")
+    assert len(doubters) == 1, "a round that is made is not made again"
+
+
+def test_opinions_of_rounds_that_no_longer_count_are_removed(fake: FakeNnunet, doubters: list[Doubter]) -> None:
+    """A label of round 1 is corrected after round 2 was predicted and before its labels were made."""
+    fake.say, fake.stop_at = drifting, 11
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=2, self_opinion="builtin")
+    store, _ = open_store(601)
+    for folder in (store.folder / "pseudoTr" / "self_02", store.state_folder / "cases" / "self_02"):
+        folder.mkdir()
+    write_image(store.fused_path("case_3"), label_array(0))
+    run(rounds=1, self_opinion="builtin")
+    assert store.read_worker("self_01", "case_1") is not None
+    assert store.view_path("self_01", "still", "case_1").is_file()
+    assert not list(store.folder.rglob("self_02"))
+
+
+def test_unknown_weights_are_refused_before_anything_is_trained(fake: FakeNnunet) -> None:
+    with pytest.raises(PropagationError, match="nowhere"):
+        run(rounds=1, self_opinion="nowhere")
+    assert not fake.trained
+
+
+@pytest.mark.slow
+def test_the_builtin_weights_give_an_opinion(fake: FakeNnunet) -> None:
+    store, _ = open_store(601)
+    run(rounds=1, self_opinion="builtin")
+    record = store.read_worker("self_01", "case_1")
+    assert record is not None
+    assert record.views
+    assert all(view.label for view in record.views.values())
+
+
+def test_probabilities_for_the_margin_are_gone_when_labels_are_made(fake: FakeNnunet) -> None:
+    store, _ = open_store(601)
+    run(rounds=1, min_margin=0.7)
+    assert (read(store.label_path("case_1")) == IGNORE).all(), "0.6 is the margin everywhere"
+    np.testing.assert_array_equal(read(store.fused_path("case_1")), label_array(1))
+    assert not list(store.state_folder.rglob("*.npz"))
+
+
+def test_a_full_disk_is_said_before_anything_is_predicted(fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        with pytest.raises(OneShotError, match=r"expected \d+\.\d MB of free disk space .* round 1, found 0.0 MB"):
+            run(rounds=1)
+    assert not fake.predicted
+    assert run(rounds=1).round == 1
+    assert len(fake.trained) == 2, "nothing was lost"
+
+
+def test_a_disk_that_fills_up_ends_with_one_sentence(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Answer]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "label.nii.gz")
+
+    monkeypatch.setattr(Store, "write_label", full)
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1)
+    assert answer.code == 2
+    assert "expected free disk space for label.nii.gz, found none left" in answer.error
+
+
+def test_results_that_others_made_are_not_trained_on(fake: FakeNnunet, call: Callable[..., Answer]) -> None:
+    (fake.folder(open_store(601)[0].folder.name) / "fold_all").mkdir(parents=True)
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1)
+    assert answer.code == 2
+    assert "expected no earlier results" in answer.error
+    assert not fake.trained
+
+
+@pytest.mark.parametrize(
+    ("more", "word"), [(("-d", 601, "-p", "nnUNetMyPlans"), "nnUNetMyPlans"), (("-d", 501), "oneshot.json")]
+)
+def test_plans_and_manifests_that_are_not_there_are_bad_input(
+    fake: FakeNnunet, call: Callable[..., Answer], more: tuple[object, ...], word: str
+) -> None:
+    answer = call(cli.refine, "-c", "2d", "-device", "cpu", "-np", 1, *more)
+    assert answer.code == 2
+    assert word in answer.error
+    assert not fake.trained
+
+
 def test_other_settings_are_refused(fake: FakeNnunet) -> None:
     run(rounds=0)
     with pytest.raises(OneShotError, match=r"expected the refinement that was begun there.*'num_folds': 1"):
@@ -226,6 +364,7 @@ def test_other_settings_are_refused(fake: FakeNnunet) -> None:
         ({"rounds": -1}, "-rounds to be 0 or more"),
         ({"num_folds": 6}, "-num_folds from 1 to 5"),
         ({"min_quality": 1.5}, "-min_quality from 0 to 1"),
+        ({"min_margin": 1.0}, "-min_margin from 0 to below 1"),
     ],
 )
 def test_bad_settings_are_named(fake: FakeNnunet, bad: dict[str, Any], match: str) -> None:

@@ -14,9 +14,9 @@ from nnunet_oneshot import rounds
 from nnunet_oneshot.dataset import RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
-from nnunet_oneshot.relabel import Change, cases_to_predict, mean_dice, relabel
+from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, margin, mean_dice, relabel
 from nnunet_oneshot.rounds import finish_switch, put_in_force
-from nnunet_oneshot.store import Status, Store
+from nnunet_oneshot.store import Status, Store, ViewRecord, WorkerRecord
 
 IGNORE = 3
 CASES = ("case_0", "bad_1", "case_2")
@@ -262,6 +262,75 @@ def test_a_persons_word_outranks_the_models(made: Made, predictions: Path, statu
     whole = store.label_path("case_2").read_bytes()
     relabel(dataset, store, predictions, 1, 1)
     assert store.label_path("case_2").read_bytes() == whole
+
+
+def third_opinion(made: Made, case: str, label: np.ndarray | None) -> Trust:
+    dataset, store = made
+    if label is not None:
+        store.write_label(dataset, label, store.view_path("self_01", "axial", case), dataset.case(case))
+    views = {"axial": ViewRecord(label=label is not None, reason=None if label is not None else "nothing found")}
+    store.write_worker(WorkerRecord(case=case, source="self_01", views=views, seconds=0))
+    return Trust(opinion="self_01")
+
+
+def test_with_a_third_opinion_all_must_agree_and_the_majority_is_the_guess(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    before, said = read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz")
+    third = before.copy()
+    third[0], third[1] = said[0], 2  # it sides with the model, stands alone, sides with the label before
+    relabel(dataset, store, predictions, 1, 1, trust=third_opinion(made, "case_2", third))
+    agreed = (before == said) & (said == third)
+    np.testing.assert_array_equal(read(store.label_path("case_2")), np.where(agreed, said, IGNORE))
+    guess = read(store.fused_path("case_2"))
+    np.testing.assert_array_equal(guess[0], said[0])
+    np.testing.assert_array_equal(guess[2:], before[2:])
+    alone = (before[1] != said[1]) & (before[1] != 2) & (said[1] != 2)
+    assert alone.any()
+    np.testing.assert_array_equal(guess[1][alone], said[1][alone])
+
+
+def test_a_third_opinion_that_failed_changes_nothing(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    said = read(predictions / "case_2.nii.gz")
+    relabel(dataset, store, predictions, 1, 1, trust=third_opinion(made, "case_2", None))
+    np.testing.assert_array_equal(read(store.fused_path("case_2")), said)
+
+
+def write_probabilities(predictions: Path, case: str, unsure: tuple[slice, ...]) -> None:
+    label = read(predictions / f"{case}.nii.gz")
+    sure = np.eye(3, dtype=np.float32)[label].transpose(3, 0, 1, 2)
+    found = np.where(sure > 0, 0.9, 0.05)
+    found[(slice(None), *unsure)] = np.where(sure > 0, 0.5, 0.25)[(slice(None), *unsure)]
+    np.savez(predictions / f"{case}.npz", probabilities=found)
+
+
+def test_a_low_margin_is_ignored_and_stays_the_best_guess(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    unsure = (slice(1, 3), slice(None), slice(0, 4))
+    for case in ("bad_1", "case_2"):
+        write_probabilities(predictions, case, unsure)
+    before, said = read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz")
+    relabel(dataset, store, predictions, 1, 1, trust=Trust(min_margin=0.5))
+    expected = np.where(before == said, said, IGNORE)
+    expected[unsure] = IGNORE
+    np.testing.assert_array_equal(read(store.label_path("case_2")), expected)
+    np.testing.assert_array_equal(read(store.fused_path("case_2")), said)
+    alone = label_array(1).copy()
+    alone[unsure] = IGNORE
+    np.testing.assert_array_equal(read(store.label_path("bad_1")), alone)
+
+
+def test_a_margin_needs_probabilities(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    with pytest.raises(OneShotError, match=r"expected the probabilities .*\.npz"):
+        relabel(dataset, store, predictions, 1, 1, trust=Trust(min_margin=0.5))
+
+
+def test_margin_of_classes_and_of_regions() -> None:
+    probabilities = np.array([0.5, 0.3, 0.2], np.float32).reshape(3, 1, 1, 1)
+    assert margin(probabilities, regions=False).item() == pytest.approx(0.2)
+    assert margin(probabilities, regions=True).item() == pytest.approx(0.0)
+    assert margin(np.array([0.9, 0.2]).reshape(2, 1, 1, 1), regions=True).item() == pytest.approx(0.6)
 
 
 def test_a_missing_prediction_is_said(made: Made, predictions: Path) -> None:

@@ -12,7 +12,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
 from tiny_dataset import preprocess_in_process, write_dataset
 
 import _nnunet_oneshot_path
@@ -26,6 +26,21 @@ pytestmark = [
 ]
 
 NAME = "Dataset901_Tiny"
+QUICK = """
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+class Quick(recursive_find_trainer_class_by_name("OneShotTrainer_tiny")):
+    def initialize(self):
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch, self.save_every = 2, 1, 1, 1
+        super().initialize()
+
+    def plot_network_architecture(self):
+        pass
+
+    def perform_actual_validation(self, save_probabilities=False):
+        if save_probabilities:
+            super().perform_actual_validation(save_probabilities)
+"""
 REGIONS = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
 EVERYTHING = LossSettings(ramp_start=0.0, end_weight=0.5, guess_share=0.3, annotated_share=0.3, cross_patch=0.5)
 Write = Callable[..., Path]
@@ -37,7 +52,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / root).mkdir()
         monkeypatch.setenv(root, str(tmp_path / root))
-    monkeypatch.setenv("nnUNet_extTrainer", "")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "quick.py").write_text(QUICK)
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "own"))
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     _nnunet_oneshot_path.register()
     threads = torch.get_num_threads()
@@ -127,6 +144,15 @@ def test_patches_that_are_not_square_are_flipped_and_not_turned(write: Write) ->
     assert "without rotations" in Path(one.log_file).read_text()
 
 
+def test_thick_slices_are_flipped_and_turned_in_plane_alone(write: Write) -> None:
+    write("3d_fullres", shape=(10, 32, 32), spacing=(1.0, 1.0, 5.0))
+    one = trainer("3d_fullres")
+    assert max(output["consistency"] for output in train(one)) > 0
+    patch = one.configuration_manager.patch_size
+    assert patch[0] < patch[1] == patch[2]
+    assert one.view_choice.rotations
+
+
 def test_residual_encoder_plans(write: Write) -> None:
     def residual(configurations: dict[str, Any]) -> None:
         architecture = configurations["2d"]["architecture"]
@@ -152,6 +178,7 @@ def test_the_cascade_sees_the_stage_before(write: Write, tmp_path: Path) -> None
         seg = blosc2.open(urlpath=str(file), mode="r")[:][0]
         target = predicted / file.name.replace("_seg", "")
         blosc2.asarray(np.ascontiguousarray(np.where(seg == 3, 0, seg)), urlpath=str(target))
+    assert max(output["consistency"] for output in train(trainer("3d_lowres"))) > 0
     one = trainer("3d_cascade_fullres")
     train(one)
     assert next(one.dataloader_train)["data"].shape[1] == 1 + 2
@@ -167,3 +194,34 @@ def test_a_sparse_label_trains(write: Write) -> None:
         blosc2.asarray(seg, urlpath=str(file))
     outputs = train(trainer("3d_fullres"))
     assert min(output["divergence"] for output in outputs) > 0.5
+
+
+def test_nnunets_flags_do_what_they_do_for_its_own_trainer(write: Write, tmp_path: Path) -> None:
+    """--disable_checkpointing, a whole training, --val with --npz, -pretrained_weights and --c, in this order."""
+    write(cases=3)
+    arguments = ("901", "2d", "0", "Quick", SMALL_PLANS)
+    fold = tmp_path / "nnUNet_results" / NAME / f"Quick__{SMALL_PLANS}__2d" / "fold_0"
+    cpu = torch.device("cpu")
+    run_training(*arguments, disable_checkpointing=True, device=cpu)
+    assert not list(fold.glob("*.pth"))
+    run_training(*arguments, device=cpu)
+    assert (fold / "checkpoint_final.pth").is_file()
+    run_training(*arguments, only_run_validation=True, export_validation_probabilities=True, device=cpu)
+    assert (fold / "validation" / "summary.json").is_file()
+    assert [file.name for file in (fold / "validation").glob("*.npz")] == ["case_001.npz"]
+    kept = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    one = get_trainer_from_args("901", "2d", 1, "Quick", SMALL_PLANS, device=cpu)
+    maybe_load_checkpoint(one, False, False, str(fold / "checkpoint_final.pth"))
+    loaded = one.network.state_dict()
+    assert all(torch.equal(loaded[key], kept[key]) for key in kept if ".seg_layers." not in key)
+    # A training that was stopped after its first epoch.
+    one = get_trainer_from_args("901", "2d", 0, "Quick", SMALL_PLANS, device=cpu)
+    one.load_checkpoint(str(fold / "checkpoint_final.pth"))
+    one.current_epoch = 0
+    one.save_checkpoint(str(fold / "checkpoint_latest.pth"))
+    (fold / "checkpoint_final.pth").unlink()
+    run_training(*arguments, continue_training=True, device=cpu)
+    assert (fold / "checkpoint_final.pth").is_file()
+    said = max(fold.glob("training_log*.txt"), key=lambda file: file.stat().st_mtime_ns).read_text()
+    assert "Epoch 1" in said
+    assert "Epoch 0" not in said

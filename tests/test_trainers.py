@@ -68,7 +68,7 @@ def start(trainer: Any) -> Any:
 
 
 def seeded_steps(trainer: Any, steps: int = 2) -> list[float]:
-    """Losses of a few steps from fixed seeds."""
+    """Losses of a few steps from fixed seeds, with augmentation in line."""
     np.random.seed(0)
     torch.manual_seed(0)
     trainer.initialize()
@@ -135,6 +135,78 @@ def copied(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "target": [level.clone() for level in batch["target"]]}
 
 
+def late(trainer: Any, **settings: Any) -> Any:
+    """Started, near the end of its training, with cases whose batches all have divergence."""
+    trainer.loss_settings = replace(trainer.loss_settings, **settings)
+    start(trainer)
+    trainer.current_epoch = 9
+    return trainer
+
+
+def steps(trainer: Any, count: int) -> list[dict[str, Any]]:
+    return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(count)]
+
+
+def test_three_full_passes_learn_and_say_so(make: Make) -> None:
+    trainer = late(make("OneShotTrainer_tiny", fold="all"), full_passes=3)
+    seen: list[bool] = []
+    trainer.network.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    outputs = steps(trainer, 4)
+    due = sum(output["divergence"] > 0 for output in outputs)
+    assert due > 0
+    assert seen == [True] * (4 + 2 * due)
+    assert all(output["consistency"] > 0 for output in outputs if output["divergence"] > 0)
+    assert "consistency of 3 full passes" in trainer._introduction()
+
+
+def test_views_are_compared_every_so_many_iterations(make: Make) -> None:
+    trainer = late(make(annotated=[]), every=3)
+    outputs = steps(trainer, 6)
+    assert all(output["divergence"] > 0 for output in outputs)
+    assert [output["consistency"] > 0 for output in outputs] == [False, False, True] * 2
+
+
+def test_a_mean_teacher_is_asked_instead_and_follows_slowly(make: Make) -> None:
+    trainer = late(make("OneShotTrainer_tiny", annotated=[]), teacher_decay=0.9)
+    asked: list[Any] = []
+    trainer.network.register_forward_hook(lambda network, *_: asked.append(network))
+    assert steps(trainer, 1)[0]["consistency"] > 0
+    first = [weight.clone() for weight in trainer.network.parameters()]
+    steps(trainer, 1)
+    assert [network is trainer.network for network in asked] == [False, True] * 2
+    taught = trainer._teacher.module.parameters()
+    for before, now, mean in zip(first, trainer.network.parameters(), taught, strict=True):
+        assert torch.allclose(mean, 0.9 * before + 0.1 * now, atol=1e-6)
+        assert not mean.requires_grad or mean.grad is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("OneShotTrainerThreePasses", {"full_passes": 3}), ("OneShotTrainerMeanTeacher", {"teacher_decay": 0.99})],
+)
+def test_other_losses_are_trainers_that_nnunet_finds(make: Make, name: str, settings: dict[str, Any]) -> None:
+    make()
+    assert again(name).loss_settings == replace(again("OneShotTrainer").loss_settings, **settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "word"),
+    [
+        ({"oneshot": {"schema": 2}}, OneShotError, "schema 2"),
+        ({"oneshot": {"schema": 1, "annotated": ["ghost"]}}, OneShotError, "ghost"),
+        ({"labels": {**LABELS, "ignore": 7}}, AssertionError, "highest"),
+    ],
+)
+def test_a_dataset_json_that_cannot_be_trained_on_is_refused(
+    make: Make, roots: Path, content: dict[str, Any], error: type[Exception], word: str
+) -> None:
+    make()
+    path = roots / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    with pytest.raises(error, match=word):
+        again("OneShotTrainer_tiny").do_split()
+
+
 def test_consistency_is_off_during_the_first_tenth(make: Make) -> None:
     trainer = start(make())
     assert trainer.train_step(next(trainer.dataloader_train))["consistency"] == 0.0
@@ -142,9 +214,11 @@ def test_consistency_is_off_during_the_first_tenth(make: Make) -> None:
 
 @pytest.mark.parametrize("change", [{"oneshot": None}, {"labels": {"background": 0, "ball": 1, "core": 2}}])
 def test_without_block_or_divergence_it_trains_exactly_as_nnunet(make: Make, change: dict[str, Any]) -> None:
-    plain = seeded_steps(make("nnUNetTrainer_tiny", cases=5, annotated=[f"case_{n:03d}" for n in range(5)], **change))
-    ours = again("OneShotTrainer_tiny")
-    assert seeded_steps(ours) == plain
+    plain = make("nnUNetTrainer_tiny", cases=5, annotated=[f"case_{n:03d}" for n in range(5)], **change)
+    losses, ours = seeded_steps(plain), again("OneShotTrainer_tiny")
+    assert seeded_steps(ours) == losses
+    trained, expected = ours.network.state_dict(), plain.network.state_dict()
+    assert all(torch.equal(trained[key], expected[key]) for key in expected)
     assert "training" in ours._introduction()
     assert ours._introduction() in Path(ours.log_file).read_text()
 
@@ -207,6 +281,16 @@ def test_a_checkpoint_cut_short_never_takes_the_place_of_a_whole_one(
     with pytest.raises(KeyboardInterrupt):
         trainer.save_checkpoint(str(path))
     assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(make: Make) -> None:
+    other = make("nnUNetTrainer_tiny")
+    other.initialize()
+    path = Path(other.output_folder) / "checkpoint_latest.pth"
+    other.save_checkpoint(str(path))
+    with pytest.raises(OneShotError, match=r"checkpoint of OneShotTrainer_tiny, found one of nnUNetTrainer_tiny"):
+        again("OneShotTrainer_tiny").load_checkpoint(str(path))
+    other.load_checkpoint(str(path))
 
 
 def test_presets_shorten_both_trainers_alike(make: Make) -> None:

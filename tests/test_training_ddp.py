@@ -13,21 +13,21 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_oneshot.losses import DualComponentLoss, detached_view
+from nnunet_oneshot.losses import DualComponentLoss, show_views
 from nnunet_oneshot.training_views import TrainingView
 
 IGNORE = 2
 VIEW = TrainingView(flip=(1,))
 
 
-def one_gradient(network: nn.Module, bare: nn.Module, data: Tensor, target: Tensor, ddp: bool) -> Tensor:
-    """Gradient of the dual-component loss with a view of the samples that have divergence."""
-    dice = {"batch_dice": ddp, "smooth": 1e-5, "do_bg": False, "ddp": ddp}
+def one_gradient(network: nn.Module, bare: nn.Module, data: Tensor, target: Tensor, learn: bool) -> Tensor:
+    """Gradient of the dual-component loss with a view of the samples that have divergence, or with full passes."""
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
     supervised = DC_and_CE_loss(dice, {}, ignore_label=IGNORE, dice_class=MemoryEfficientSoftDiceLoss)
     loss = DualComponentLoss(supervised, IGNORE, regions=False)
     samples = (target == IGNORE).flatten(1).any(1).nonzero()[:, 0]
     if len(samples):
-        loss.announce(detached_view(bare, data, VIEW, samples, 0.5))
+        loss.announce(show_views(bare, data, [VIEW], samples, 0.5, learn))
     loss(network(data), target).backward()
     weight = next(bare.parameters())
     assert weight.grad is not None
@@ -47,10 +47,11 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
 def process(rank: int, store: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    network, data, target = problem()
-    wrapped = DistributedDataParallel(network)
-    gradient = one_gradient(wrapped, network, data[rank : rank + 1], target[rank : rank + 1], ddp=False)
-    torch.save(gradient, Path(folder) / f"{rank}.pt")
+    for learn in (False, True):
+        network, data, target = problem()
+        wrapped = DistributedDataParallel(network)
+        gradient = one_gradient(wrapped, network, data[rank : rank + 1], target[rank : rank + 1], learn)
+        torch.save(gradient, Path(folder) / f"{rank}_{learn}.pt")
     dist.destroy_process_group()
 
 
@@ -58,7 +59,8 @@ def process(rank: int, store: str, folder: str) -> None:
 def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path: Path) -> None:
     """Where processes have as many voxels of each kind: means are each process's own, as in nnU-Net."""
     mp.spawn(process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(first, second)
-    network, data, target = problem()
-    assert torch.allclose(first, one_gradient(network, network, data, target, ddp=False), atol=1e-6)
+    for learn in (False, True):
+        first, second = (torch.load(tmp_path / f"{rank}_{learn}.pt") for rank in range(2))
+        assert torch.equal(first, second)
+        network, data, target = problem()
+        assert torch.allclose(first, one_gradient(network, network, data, target, learn), atol=1e-6)

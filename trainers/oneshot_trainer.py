@@ -21,12 +21,14 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nn
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nnunet_oneshot.case_selection import FOLDS, by_author, dealt_split, drawn_by_weight, usable_split, with_share
 from nnunet_oneshot.cross_patch import CrossPatch, before_targets, cell_size
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
-from nnunet_oneshot.losses import DualComponentLoss, detached_view, divergence, ramp, select
+from nnunet_oneshot.losses import DualComponentLoss, ShownViews, divergence, ramp, select, show_views
 from nnunet_oneshot.settings import LossSettings, parse_block
 from nnunet_oneshot.training_cases import Crop, TrainingCases
 from nnunet_oneshot.training_views import ViewChoice, rotation_obstacle
@@ -41,6 +43,18 @@ class WholeCheckpoints(nnUNetTrainer):
             return
         super().save_checkpoint(f"{filename}.part")
         os.replace(f"{filename}.part", filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's, but another trainer's checkpoint is refused: its schedule and optimizer are not this one's."""
+        if isinstance(filename_or_checkpoint, str):
+            # Mapped, so that no weights are read for a look at the name.
+            content = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
+            if content["trainer_name"] != type(self).__name__:
+                raise OneShotError(
+                    f"{filename_or_checkpoint}: expected a checkpoint of {type(self).__name__}, found one of "
+                    f"{content['trainer_name']}; move it away, or give it as -pretrained_weights"
+                )
+        super().load_checkpoint(filename_or_checkpoint)
 
 
 class OneShotTrainer(WholeCheckpoints):
@@ -62,6 +76,7 @@ class OneShotTrainer(WholeCheckpoints):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.block = parse_block(dataset_json)
         self.dual_loss: DualComponentLoss | None = None
+        self._teacher: AveragedModel | None = None
         self.view_choice = ViewChoice(len(self.configuration_manager.patch_size), (), False)
         self._drawn_size = tuple(self.configuration_manager.patch_size)
         self._apart: dict[str, list[dict]] = {}
@@ -146,14 +161,36 @@ class OneShotTrainer(WholeCheckpoints):
         # The target is still on the CPU here, so that looking at it does not wait for the GPU.
         mask = self._divergence(batch["target"])
         samples = mask.flatten(1).any(1).nonzero()[:, 0]
-        view = self.view_choice.draw(self._random) if weight > 0 and len(samples) else None
-        if view is not None:
+        if weight > 0 and len(samples) and self._iteration % self.loss_settings.every == 0:
             batch = {**batch, "data": batch["data"].to(self.device, non_blocking=True)}
-            network = self.network.module if self.is_ddp else self.network
-            self.dual_loss.announce(detached_view(network, batch["data"], view, samples, weight))
+            if (shown := self._shown_views(batch["data"], samples, weight)) is not None:
+                self.dual_loss.announce(shown)
         result = super().train_step(batch)
+        if self._teacher is not None:
+            self._teacher.update_parameters(self._bare_network())
         term = self.dual_loss.last_consistency
         return {**result, "consistency": 0.0 if term is None else term.item(), "divergence": mask.float().mean().item()}
+
+    def _shown_views(self, data: Tensor, samples: Tensor, weight: float) -> ShownViews | None:
+        """What the batch's output is compared with; None where the configuration allows no view."""
+        passes = self.loss_settings.full_passes
+        views = self.view_choice.draw(self._random, max(1, passes - 1))
+        if not views:
+            return None
+        return show_views(self._asked_about_views(), data, views, samples, weight, learn=passes > 1)
+
+    def _asked_about_views(self) -> nn.Module:
+        """The network itself, or its teacher, which begins as a copy when it is first asked."""
+        decay = self.loss_settings.teacher_decay
+        if decay == 0:
+            return self.network.module if self.is_ddp else self.network
+        if self._teacher is None:
+            self._teacher = AveragedModel(self._bare_network(), multi_avg_fn=get_ema_multi_avg_fn(decay))
+        return self._teacher
+
+    def _bare_network(self) -> nn.Module:
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
@@ -263,8 +300,18 @@ class OneShotTrainer(WholeCheckpoints):
             return "dataset.json has no ignore label, so there is no divergence: training with nnU-Net's loss alone"
         return (
             f"Round {self.block.round}: {len(self.block.annotated)} annotated, {len(self.block.left_out)} left out; "
-            f"consistency of one view in divergence, weight rising to {self.loss_settings.end_weight}"
+            f"{self._compared()} in divergence, weight rising to {self.loss_settings.end_weight}"
         )
+
+    def _compared(self) -> str:
+        settings = self.loss_settings
+        what = (
+            f"consistency of {settings.full_passes} full passes"
+            if settings.full_passes > 1
+            else "consistency of one view"
+        )
+        teacher = f" and a running mean of weights (decay {settings.teacher_decay})" if settings.teacher_decay else ""
+        return f"{what}{teacher}" + ("" if settings.every == 1 else f" every {settings.every} iterations")
 
 
 def _dice(results: list[dict]) -> list[float]:

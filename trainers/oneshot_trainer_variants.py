@@ -1,4 +1,4 @@
-"""The trainers of presets `small` and `tiny`: the same training, shorter."""
+"""The trainers of presets `small` and `tiny`, the same training, shorter; and other losses in divergence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from oneshot_trainer import OneShotTrainer, WholeCheckpoints
 
-from nnunet_oneshot.settings import PRESETS, Schedule
+from nnunet_oneshot.settings import PRESETS, LossSettings, Schedule
 
 
 class _Shortened(WholeCheckpoints):
@@ -71,3 +71,15 @@ class nnUNetTrainer_tiny(_Shortened):
     """nnUNetTrainer on the schedule of OneShotTrainer_tiny."""
 
     schedule = PRESETS["tiny"].schedule
+
+
+class OneShotTrainerThreePasses(OneShotTrainer):
+    """YoloSeg's three full passes: each view learns from the labels, all pairs of views are compared."""
+
+    loss_settings = LossSettings(full_passes=3)
+
+
+class OneShotTrainerMeanTeacher(OneShotTrainer):
+    """Divergence learns what a running mean of the network's weights says of another view."""
+
+    loss_settings = LossSettings(teacher_decay=0.99)
