@@ -31,7 +31,7 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="what carries the labels: registration, sam2, correspondence; several are fused (default: "
-        "registration sam2; with a -recipe sam2)",
+        "registration sam2, or that of the -recipe)",
     )
     parser.add_argument("-sam2_chk", metavar="NAME", help="SAM2 weights: builtin, sam2.1_hiera_tiny, ..., or a file")
     parser.add_argument("-sam2_cfg", metavar="YAML", help="configuration of a weights file that nothing identifies")
@@ -62,7 +62,11 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="fine-tune SAM2 for N steps on warps of the annotated case first (default: 0)",
     )
-    parser.add_argument("-recipe", metavar="NAME", help="set sam2 up as a publication did: yoloseg or ssl_medsam2")
+    parser.add_argument(
+        "-recipe",
+        metavar="NAME",
+        help="carry labels as a publication did: yoloseg or ssl_medsam2 (by sam2), oneseg (by correspondence)",
+    )
     parser.add_argument(
         "--reverse_check",
         action="store_true",

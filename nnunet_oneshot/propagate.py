@@ -24,6 +24,7 @@ from nnunet_oneshot.propagators import (
     NEEDS_WHOLE_LABEL,
     REVERSIBLE,
     PropagatorOptions,
+    check_recipe,
     choose_views,
     describe,
     make_propagator,
@@ -102,6 +103,7 @@ def propagate(
     raw = open_dataset(dataset)
     warnings = check_for_propagation(raw)
     options = options or PropagatorOptions()
+    check_recipe(propagators, options.recipe)
     made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
     _check_whole_sets(made, num_parts)
     _check_supports(raw, made)

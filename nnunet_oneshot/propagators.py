@@ -23,6 +23,8 @@ RECIPE = Recipe()
 """How the network of `correspondence` is trained."""
 DEFAULT = ("registration", "sam2")
 """Fused, they were at least as good as registration alone on every real set (benchmarks/builtin_checkpoint.py)."""
+RECIPES = {"yoloseg": "sam2", "ssl_medsam2": "sam2", "oneseg": "correspondence"}
+"""Published procedures, and the propagator that each sets up and that carries its labels alone."""
 NEEDS_WHOLE_LABEL = ("registration",)
 """Propagators that can only start from a case whose every voxel is labelled."""
 REVERSIBLE = ("registration",)
@@ -38,7 +40,7 @@ class PropagatorOptions:
         checkpoint, config: SAM2 weights and, for a file that nothing else identifies, its configuration.
         mode: of the sam2 propagator; the one that fits the data when None.
         adapt: fine-tuning steps of SAM2 on warps of the annotated case before it is carried.
-        recipe: a published procedure, `yoloseg` or `ssl_medsam2`, which sets sam2 up as published.
+        recipe: a published procedure, one of `RECIPES`.
         window: what sam2 sees of the intensities, a name of `CT_WINDOWS` or "LOW HIGH"; percentiles when None.
         channels: which channels sam2 sees, "0", "2 0 1" (red, green and blue) or "mean"; its own choice when None.
         batch_size: slices that sam2 works on at once.
@@ -62,8 +64,24 @@ class PropagatorOptions:
 
 
 def default_names(recipe: str | None) -> list[str]:
-    """What carries labels unless told otherwise; a published procedure knows of SAM2 alone."""
-    return ["sam2"] if recipe else list(DEFAULT)
+    """What carries labels unless told otherwise.
+
+    Raises:
+        OneShotError: an unknown recipe.
+    """
+    if recipe is None:
+        return list(DEFAULT)
+    if recipe not in RECIPES:
+        raise OneShotError(f"expected a recipe of {', '.join(RECIPES)}, found {recipe!r}; choose one of those")
+    return [RECIPES[recipe]]
+
+
+def check_recipe(names: Sequence[str], recipe: str | None) -> None:
+    """OneShotError where a published procedure is asked for and other propagators than its own."""
+    if recipe is not None and list(names) != (own := default_names(recipe)):
+        raise OneShotError(
+            f"expected {own[0]} alone with recipe {recipe}, found {' '.join(names)}; leave -propagator or -recipe out"
+        )
 
 
 def make_propagator(name: str, options: PropagatorOptions) -> Propagator:

@@ -251,6 +251,9 @@ def test_a_dataset_that_is_not_ours_is_never_overwritten(toy: Path, roots: Roots
     ("more", "word"),
     [
         (("-propagator", "telepathy"), "telepathy"),
+        (("-recipe", "telepathy"), "oneseg"),
+        (("-recipe", "oneseg", "-propagator", "sam2"), "correspondence alone"),
+        (("-recipe", "yoloseg", "-propagator", "sam2", "registration"), "sam2 alone"),
         (("-views", "inside-out"), "inside-out"),
         (("-num_parts", 2, "-part_id", 2), "-part_id"),
         (("-num_parts", 0), "-num_parts"),
@@ -261,7 +264,7 @@ def test_a_dataset_that_is_not_ours_is_never_overwritten(toy: Path, roots: Roots
 def test_impossible_request_is_refused(
     toy: Path, roots: Roots, call: Call, monkeypatch: pytest.MonkeyPatch, more: tuple, word: str
 ) -> None:
-    if "telepathy" in more:
+    if {"telepathy", "-recipe"} & set(more):
         monkeypatch.undo()  # the true list of propagators
         monkeypatch.setenv("nnUNet_raw", str(roots.raw))
         monkeypatch.setenv("nnUNet_preprocessed", str(roots.preprocessed))

@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Answer
 from fake_propagator import FAILURE, FakePropagator
 from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_raw
 
+from nnunet_oneshot import cli
 from nnunet_oneshot import propagate as module
 from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.propagate import Outcome, propagate
@@ -22,6 +24,7 @@ from nnunet_oneshot.store import Manifest, Store
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 
 Fakes = dict[str, FakePropagator]
+Call = Callable[..., Answer]
 IGNORE = 3
 
 
@@ -49,6 +52,12 @@ def test_divergence_is_ignore_and_the_best_guess_is_whole(toy: Path, fakes: Fake
         for path in (store.fused_path(case), store.round_path(0, case), store.view_path("fake", "still", case)):
             np.testing.assert_array_equal(read(path), still)
         np.testing.assert_array_equal(read(store.view_path("fake", "shifted", case)), np.roll(still, 1, axis=2))
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("oneseg", "correspondence"), ("ssl_medsam2", "sam2")])
+def test_a_recipe_says_which_propagator_carries(toy: Path, fakes: Fakes, call: Call, recipe: str, name: str) -> None:
+    assert call(cli.propagate, "-d", 501, "-o", 601, "-recipe", recipe, "-np", 1).code == 0
+    assert list(fakes) == [name]
 
 
 def test_annotated_case_keeps_its_label(toy: Path, fakes: Fakes) -> None:
@@ -204,7 +213,9 @@ def test_an_interrupted_run_goes_on_from_whole_cases(toy: Path, fakes: Fakes, mo
 
 KILLED = """
 import os, signal
+from conftest import Answer
 from fake_propagator import FakePropagator
+from nnunet_oneshot import cli
 from nnunet_oneshot import propagate as module
 from nnunet_oneshot.dataset import RawDataset
 
