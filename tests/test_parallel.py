@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -47,11 +48,21 @@ def half_way(item: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_bar_moves_within_an_item_and_ends_whole(processes: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_moves_within_an_item_and_ends_whole(
+    processes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     list(over_cases(half_way, [1, 2], processes=processes, title="long"))
     shown = capsys.readouterr().err
     assert "0.5/2" in shown or "1/2" in shown, "both half done, or the first"
     assert "100%" in shown.rsplit("\r", 1)[-1]
+
+
+def test_a_log_gets_the_end_and_not_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    list(over_cases(half_way, [1], processes=1, title="long"))
+    shown = capsys.readouterr().err.strip().split("\r")
+    assert len(shown) <= 3
+    assert "1/1" in shown[-1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
