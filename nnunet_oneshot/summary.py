@@ -193,7 +193,7 @@ def export_summary(packed: Exported) -> dict[str, Any]:
     lines = ["", *table(("model", "folds", "trained by"), rows), f"written: {packed.zip} ({megabytes:.1f} MB)"]
     lines += [] if packed.container is None else [f"container: {packed.container}; its README says how to build it"]
     figures = {"zip": str(packed.zip), "models": list(packed.models), "folds": list(packed.folds)}
-    figures |= {"commands": list(packed.commands), "container": packed.container and str(packed.container)}
+    figures["commands"] = list(packed.commands)
     return {**figures, "lines": [*lines, "", "next: where a stock nnU-Net is installed", *packed.commands]}
 
 
