@@ -43,7 +43,14 @@ button.click();
 document.body.offsetHeight;
 return [performance.now() - begin, button.closest("table").tBodies[0].rows[0].cells[1].textContent];
 """
-SWITCHES = ("--headless=new", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--window-size=1400,950")
+WIDE, TALL = (1400, 950), (1240, 1330)
+"""Windows in pixels: of the review page, and of the report down to its first contact sheet."""
+SWITCHES = (
+    "--headless=new",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    f"--window-size={WIDE[0]},{WIDE[1]}",
+)
 
 
 def main() -> None:
@@ -89,7 +96,7 @@ def _tool(folder: Path, truth: Path, step: int) -> Path:
     folder.mkdir()
     for number, path in enumerate(sorted(truth.iterdir())):
         image = sitk.ReadImage(str(path))
-        moved = sitk.GetImageFromArray(np.roll(sitk.GetArrayFromImage(image), step * (number % 7), axis=2))
+        moved = sitk.GetImageFromArray(np.roll(sitk.GetArrayFromImage(image), step * (2 + number % 5), axis=2))
         moved.CopyInformation(image)
         sitk.WriteImage(moved, str(folder / path.name))
     return folder
@@ -125,7 +132,9 @@ def open_report(driver: webdriver.Chrome, page: Path, pictures: Path | None) -> 
     driver.get(page.resolve().as_uri())
     opened = time.monotonic() - begin
     if pictures is not None:
+        driver.set_window_size(*TALL)
         driver.save_screenshot(str(pictures / "report.png"))
+        driver.set_window_size(*WIDE)
     milliseconds, first = driver.execute_script(SORT, "true Dice")
     fetched = driver.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
     outside = [name for name in fetched if not name.startswith("data:")]

@@ -23,7 +23,7 @@ def write_annotated_only(dataset: int | str, output: int) -> Path:
     raw = open_dataset(dataset)
     folder = raw_root() / f"Dataset{output:03d}_{raw.name.split('_', 1)[1]}_annotated"
     folder.mkdir(exist_ok=True)
-    (folder / "dataset.json").write_text(json.dumps(_content(raw, folder), indent=2) + "\n")
+    (folder / "dataset.json").write_text(json.dumps(_content(raw, folder), indent=2) + "\n", encoding="utf-8")
     return folder
 
 

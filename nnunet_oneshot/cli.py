@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from nnunet_oneshot.arguments import (
     add_device,
@@ -34,6 +34,7 @@ Summary = Mapping[str, Any]
 Execute = Callable[[argparse.Namespace], Summary]
 
 _KEPT = "what is whole is kept"
+_BOLD, _RED, _PLAIN = "\033[1m", "\033[31m", "\033[0m"
 INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
 
 
@@ -286,8 +287,17 @@ def _do_suggest(arguments: argparse.Namespace) -> Summary:
         *table,
         "",
         f"of {found.cases} cases; slices count from 0; written: {found.folder}/suggest.csv and .png",
+        _after_suggest(arguments, any(row["doubt"] is not None for row in rows)),
     ]
     return {"suggestions": rows, "cases": found.cases, "folder": str(found.folder), "lines": lines}
+
+
+def _after_suggest(arguments: argparse.Namespace, after_a_round: bool) -> str:
+    if after_a_round:
+        return f"next: nnUNetv2_oneshot_review -d {arguments.d}, correct what is named, then refine with one round more"
+    if arguments.slices:
+        return f"next: draw what is named, then nnUNetv2_oneshot_make_sparse -d {arguments.d} -i FOLDER"
+    return f"next: draw what is named into labelsTr, then nnUNetv2_oneshot_propagate -d {arguments.d} -o B"
 
 
 def _do_make_sparse(arguments: argparse.Namespace) -> Summary:
@@ -366,12 +376,13 @@ def _do_run(arguments: argparse.Namespace) -> Summary:
 def _do_evaluate(arguments: argparse.Namespace) -> Summary:
     module = importlib.import_module("nnunet_oneshot.evaluate")
     result = module.evaluate(arguments.ref, arguments.pred, arguments.djfile, arguments.o)
-    return {"lines": [module.format_table(result)], **result.to_json()}
+    following = f"next: nnUNetv2_oneshot_report -d B -ref {arguments.ref}, which sets them beside estimated Dice"
+    return {**result.to_json(), "lines": [module.format_table(result), "", following]}
 
 
 def _do_report(arguments: argparse.Namespace) -> Summary:
     page = _function("report")(arguments.d, arguments.o, truth=arguments.ref, num_processes=arguments.np)
-    return {"page": str(page), "lines": [f"written: {page}", "", f"next: nnUNetv2_oneshot_review -d {arguments.d}"]}
+    return _function("summary", "report_summary")(page, arguments.d)
 
 
 def _do_review(arguments: argparse.Namespace) -> Summary:
@@ -397,8 +408,7 @@ def _do_export(arguments: argparse.Namespace) -> Summary:
         folds=arguments.f,
         container=arguments.container,
     )
-    figures = {"zip": str(packed.zip), "models": list(packed.models), "folds": list(packed.folds)}
-    return {**figures, "lines": [f"written: {packed.zip}", "", "next:", *packed.commands]}
+    return _function("summary", "export_summary")(packed)
 
 
 def _do_convert_care_liseg(arguments: argparse.Namespace) -> Summary:
@@ -429,7 +439,11 @@ def _do_convert_labels(arguments: argparse.Namespace) -> Summary:
     writer = None if arguments.dicom is None else _function("dicom_seg", "SegmentationWriter")
     made = None if writer is None else writer(arguments.dicom, arguments.mapping)
     written = _function("convert_labels")(arguments.d, arguments.o, arguments.i, made)
-    lines = [f"written: {len(written)} labels in {arguments.o}, and labels.txt for ITK-SNAP"]
+    lines = [
+        f"written: {len(written)} labels in {arguments.o}, and labels.txt for ITK-SNAP",
+        "",
+        "next: send them to the archive" if made else "next: open them in 3D Slicer or ITK-SNAP",
+    ]
     return {"files": [str(path) for path in written], "lines": lines}
 
 
@@ -517,19 +531,36 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
         with _only_errors_printed() if arguments.json else contextlib.nullcontext():
             summary = execute(arguments)
     except USER_ERRORS as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+        _refuse(parser, " ".join(str(error).split()))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        parser.exit(2, f"{parser.prog}: error: {_no_space(error)}\n")
+        _refuse(parser, _no_space(error))
     except NnunetFailureError as error:
-        parser.exit(1, f"{parser.prog}: failed: {error}\n")
+        parser.exit(1, f"{parser.prog}: {_on_terminal(sys.stderr, _RED, 'failed:')} {error}\n")
     except KeyboardInterrupt:
         parser.exit(1, f"\n{parser.prog}: {INTERRUPTED}\n")
     if arguments.json:
         print(json.dumps({key: value for key, value in summary.items() if key != "lines"}, indent=2))
     else:
-        print("\n".join(summary["lines"]))
+        print("\n".join(_shown(summary["lines"])))
+
+
+def _refuse(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
+    parser.exit(2, f"{parser.prog}: {_on_terminal(sys.stderr, _RED, 'error:')} {sentence}\n")
+
+
+def _shown(lines: Sequence[str]) -> list[str]:
+    """What comes next stands out."""
+    return [_on_terminal(sys.stdout, _BOLD, line) if line.startswith("next:") else line for line in lines]
+
+
+def _on_terminal(stream: TextIO, style: str, text: str) -> str:
+    """Text in a style where somebody looks at a terminal that knows styles; plain in files, pipes and old consoles."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    # Windows Terminal knows styles; the older console shows their codes.
+    plain = plain or (os.name == "nt" and "WT_SESSION" not in os.environ)
+    return text if plain or not stream.isatty() else f"{style}{text}{_PLAIN}"
 
 
 def _no_space(error: OSError) -> str:
@@ -554,14 +585,3 @@ def _only_errors_printed() -> Iterator[None]:
 def _best_device() -> str:
     torch = importlib.import_module("torch")
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _not_yet(name: str, does: str, argv: Sequence[str] | None) -> None:
-    command = f"nnUNetv2_oneshot_{name}"
-    parser = argparse.ArgumentParser(prog=command, description=f"Will be the command that {does}; not in this version.")
-    parser.parse_known_args(argv)
-    parser.exit(
-        2,
-        f"{command}: error: expected a command of this version, found one that is not there yet ({does}); "
-        "see the README for what is\n",
-    )

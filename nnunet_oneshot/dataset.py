@@ -228,7 +228,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise OneShotError(f"expected {path}, found no such file; write it as nnU-Net's dataset format says")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OneShotError(f"{path}: expected JSON, found {error}; correct the file") from error
     if not isinstance(content, dict):

@@ -20,6 +20,7 @@ from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.phantom import write_phantom_dataset
 from nnunet_oneshot.propagators import PropagatorOptions
 from nnunet_oneshot.refine import FOLDS, Plan, open_store
+from nnunet_oneshot.report import report
 from nnunet_oneshot.run import run
 
 SOURCE, OUTPUT, ALONE = 501, 601, 602
@@ -39,9 +40,10 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found."""
+    """What the demo found, and the report's page about it."""
 
     folder: Path
+    page: Path
     rows: tuple[Row, ...]
     cases: int
     seconds: float
@@ -96,7 +98,8 @@ def demo(
                 truth,
             ),
         )
-    return DemoResult(folder, rows, len(raw.unannotated), time.monotonic() - begin)
+        page = report(OUTPUT, folder / "report.html", truth=truth, num_processes=processes)
+    return DemoResult(folder, page, rows, len(raw.unannotated), time.monotonic() - begin)
 
 
 def _prepare_folder(folder: Path, overwrite: bool) -> None:

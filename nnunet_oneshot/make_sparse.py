@@ -168,7 +168,7 @@ def _declare(raw: RawDataset, ignore: int) -> None:
     content = {**raw.json, "labels": {**raw.json["labels"], IGNORE: ignore}}
     path = raw.folder / "dataset.json"
     new = path.with_name(".dataset.json.new")
-    new.write_text(json.dumps(content, indent=2) + "\n")
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(new, path)
 
 

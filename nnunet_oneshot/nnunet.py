@@ -70,7 +70,7 @@ def read_plans(dataset: int | str, plans: str) -> dict[str, Any]:
             f"expected plans '{plans}' of {path.parent.name}, found {', '.join(found) or 'none'}; "
             "run nnUNetv2_plan_and_preprocess or leave out -p"
         )
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 
@@ -268,7 +268,7 @@ def predict(
     if untrained or not folds:
         where = f"fold {', '.join(untrained)}" if folds else "an empty list of folds"
         raise OneShotError(f"expected {checkpoint} in every fold of {model.name}, found none in {where}; train first")
-    ending = json.loads((model / "dataset.json").read_text())["file_ending"]
+    ending = json.loads((model / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
     needed = [ending, ".npz"] if save_probabilities else [ending]
     missing = {c: files for c, files in images.items() if not all((output / f"{c}{e}").is_file() for e in needed)}
     if not missing:
@@ -293,7 +293,7 @@ def predict(
 
 def _raw_cases(dataset: int | str) -> list[str]:
     folder = root("nnUNet_raw") / dataset_name(dataset)
-    content = json.loads((folder / "dataset.json").read_text())
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     if "dataset" in content:
         return list(content["dataset"])
     ending = content["file_ending"]
@@ -302,7 +302,7 @@ def _raw_cases(dataset: int | str) -> list[str]:
 
 def _fingerprint_fits(name: str) -> bool:
     path = root("nnUNet_preprocessed") / name / "dataset_fingerprint.json"
-    return path.is_file() and len(json.loads(path.read_text())["spacings"]) == len(_raw_cases(name))
+    return path.is_file() and len(json.loads(path.read_text(encoding="utf-8"))["spacings"]) == len(_raw_cases(name))
 
 
 def _log(name: str) -> Path:

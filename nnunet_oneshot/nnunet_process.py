@@ -75,7 +75,7 @@ class Epochs:
     def count(self) -> int:
         """The number of the epoch in progress, which is how many have ended."""
         if self._log.is_file():
-            with self._log.open(errors="replace") as file:
+            with self._log.open(errors="replace", encoding="utf-8") as file:
                 file.seek(self._position)
                 found = re.findall(r": Epoch (\d+)\s*$", file.read(), flags=re.MULTILINE)
             self._seen = int(found[-1]) if found else self._seen
@@ -131,4 +131,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+    return "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-_LOG_LINES:])

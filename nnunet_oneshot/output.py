@@ -77,7 +77,7 @@ def _enter(store: Store, settings: Mapping[str, Any], overwrite: bool) -> None:
 
 def _begun(store: Store) -> dict[str, Any] | None:
     path = store.state_folder / "settings.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _remove(store: Store) -> None:

@@ -70,7 +70,9 @@ def over_cases(
         title: the progress bar's text.
         setup: called once in each process with `setup_arguments` before its first item.
     """
-    bar = tqdm(total=len(items), desc=title, unit="case", disable=not items, file=sys.stderr, mininterval=0.5)
+    # A file or a cluster's log gets a line now and then, not two a second.
+    pause = 0.5 if sys.stderr.isatty() else 30.0
+    bar = tqdm(total=len(items), desc=title, unit="case", disable=not items, file=sys.stderr, mininterval=pause)
     used = min(processes, len(items))
     with bar:
         if used <= 1:

@@ -123,7 +123,7 @@ class Record:
         self._store.write_json(content, self.path)
 
     def _content(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text())
+        return json.loads(self.path.read_text(encoding="utf-8"))
 
 
 def label_hashes(store: Store, cases: Mapping[str, object]) -> dict[str, str]:

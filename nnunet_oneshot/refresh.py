@@ -108,7 +108,7 @@ def note_preprocessed(dataset: int | str, plans: str, configurations: Sequence[s
 def training_cases(name: str) -> list[CaseFiles]:
     """The training cases of a raw dataset, as nnU-Net sees them."""
     folder = root("nnUNet_raw") / name
-    content = json.loads((folder / "dataset.json").read_text())
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     listed = content["dataset"] if "dataset" in content else _found(folder, content["file_ending"])
     return [
         CaseFiles(case, tuple(_absolute(folder, i) for i in entry["images"]), _absolute(folder, entry["label"]))
@@ -131,7 +131,7 @@ def preprocessed_targets(base: Path) -> list[Target]:
     """Every folder of preprocessed data below a dataset's folder, with plans that describe it."""
     targets: dict[Path, Target] = {}
     for path in sorted(base.glob("*.json")):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "configurations" not in content:
             continue
         plans = PlansManager(str(path))
@@ -143,7 +143,7 @@ def preprocessed_targets(base: Path) -> list[Target]:
 
 
 def _tasks(base: Path, cases: Sequence[CaseFiles], targets: Sequence[Target], ledger: Ledger) -> list[Task]:
-    content = json.loads((base / "dataset.json").read_text())
+    content = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
     # The list of all cases is of no use to one of them, and every task carries this to a worker.
     dataset_json = {key: value for key, value in content.items() if key != "dataset"}
     stale = {target for target in targets if ledger.forget_other_plans(target)}

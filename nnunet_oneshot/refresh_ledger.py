@@ -38,12 +38,12 @@ class Ledger:
     def read(cls, base: Path) -> Ledger:
         """The ledger of a dataset's preprocessed folder; an empty one where there is none."""
         path = base / LEDGER
-        return cls(base, json.loads(path.read_text()) if path.is_file() else {})
+        return cls(base, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
 
     def write(self) -> None:
         """Write it atomically."""
         with replacing(self.base) as folder:
-            (folder / LEDGER).write_text(json.dumps(self.folders) + "\n")
+            (folder / LEDGER).write_text(json.dumps(self.folders) + "\n", encoding="utf-8")
             (folder / LEDGER).replace(self.base / LEDGER)
 
     def need(self, target: Target, case: CaseFiles, label_hash: str) -> Need:

@@ -126,8 +126,11 @@ def report(
     store = Store(folder, raw.file_ending)
     output = Path(output) if output is not None else folder / "report.html"
     processes = num_processes or default_processes()
+    # What may be refused comes before minutes of looking at images.
+    _check_folder(output)
+    scores = _scores(raw, store, truth)
     facts = _look(raw, store, raw.cases, processes, "report")
-    page = _Page(raw, manifest, facts, _scores(raw, store, truth), _estimates(store, manifest))
+    page = _Page(raw, manifest, facts, scores, _estimates(store, manifest))
     chosen = _chosen(page.ranked, sheets)
     large = _look(raw, store, [raw.case(c) for _, c in chosen], processes, "pictures", sheet=True)
     _write(output, _render(page, [(rank, c, large[c].picture) for rank, c in chosen]))
@@ -378,6 +381,11 @@ def _settings(manifest: Manifest) -> str:
     sources = {name: source.model_dump() for name, source in manifest.sources.items()}
     content = {"settings": manifest.settings, "sources": sources, "versions": manifest.versions}
     return json.dumps(content, indent=2, default=str)
+
+
+def _check_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise OneShotError(f"expected a folder to write {path.name} to, found no folder {path.parent}; make it first")
 
 
 def _write(path: Path, content: str) -> None:

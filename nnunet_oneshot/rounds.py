@@ -118,7 +118,7 @@ def finish_switch(dataset: RawDataset, store: Store, processes: int) -> None:
     """Finish putting a round in force where a run was killed amid it."""
     path = store.state_folder / _SWITCH
     if path.is_file():
-        put_in_force(dataset, store, json.loads(path.read_text())["to"], processes)
+        put_in_force(dataset, store, json.loads(path.read_text(encoding="utf-8"))["to"], processes)
 
 
 def place(placement: Placement) -> None:

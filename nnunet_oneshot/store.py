@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ class Store:
         """Write JSON atomically, below the dataset's folder or on the same file system."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.temporary_folder() as folder:
-            (folder / path.name).write_text(json.dumps(content, indent=2) + "\n")
+            (folder / path.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             shutil.move(folder / path.name, path.parent / f".{path.name}.new")
             os.replace(path.parent / f".{path.name}.new", path)
 
@@ -146,7 +147,7 @@ class Store:
     def read_worker(self, source: str, case: str) -> WorkerRecord | None:
         """One case's result of one source, or None where it is not done."""
         path = self.worker_path(source, case)
-        return WorkerRecord.model_validate_json(path.read_text()) if path.is_file() else None
+        return WorkerRecord.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write `oneshot.json` atomically."""
@@ -168,13 +169,13 @@ class Store:
         try:
             lock.acquire()
         except Timeout:
-            who = holder.read_text().strip() if holder.is_file() else "another process"
+            who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
             raise OneShotError(
                 f"{self.folder.name}: expected {stage} to run once at a time, found it running as {who}; "
                 "wait for it or stop it"
             ) from None
         try:
-            holder.write_text(f"process {os.getpid()}\n")
+            holder.write_text(f"process {os.getpid()}\n", encoding="utf-8")
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -206,7 +207,7 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_file():
         raise OneShotError(f"expected {path}, found no such file; run nnUNetv2_oneshot_propagate to make the dataset")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         version = content.get("schema")
         if isinstance(version, int) and version > SCHEMA:
             raise OneShotError(
@@ -227,6 +228,9 @@ def _first_mistake(error: ValidationError) -> str:
 
 
 def _alive(process: int) -> bool:
+    if sys.platform == "win32":
+        # There signal 0 is Ctrl-C, and there is no other asking without system calls: what a killed run left, stays.
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

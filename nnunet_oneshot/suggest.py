@@ -117,7 +117,7 @@ def write_table(rows: Sequence[Suggestion], path: Path) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(as_row(row) for row in rows)
-    path.write_text(text.getvalue())
+    path.write_text(text.getvalue(), encoding="utf-8")
 
 
 def read_slices(path: Path) -> dict[str, list[tuple[str, int]]]:
@@ -129,7 +129,7 @@ def read_slices(path: Path) -> dict[str, list[tuple[str, int]]]:
     if not path.is_file():
         raise OneShotError(f"expected a table of slices, found no file {path}; nnUNetv2_oneshot_suggest writes one")
     found: dict[str, list[tuple[str, int]]] = {}
-    for number, row in enumerate(csv.DictReader(path.read_text().splitlines()), start=2):
+    for number, row in enumerate(csv.DictReader(path.read_text(encoding="utf-8").splitlines()), start=2):
         axis, index = row.get("axis"), row.get("slice") or ""
         if not row.get("case") or axis not in tuple(AXES) or not index.isdigit():
             raise OneShotError(
@@ -149,7 +149,7 @@ def as_row(row: Suggestion) -> dict[str, Any]:
 def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "suggest.csv").open("a").close()
+        (folder / "suggest.csv").open("a", encoding="utf-8").close()
     except OSError as error:
         raise OneShotError(
             f"expected a folder that can be written to, found {folder} ({error.strerror}); name another one with -o"

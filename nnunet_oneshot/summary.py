@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from nnunet_oneshot.dataset import find_raw_folder
 from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
+from nnunet_oneshot.store import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
     from nnunet_oneshot.demo import DemoResult
+    from nnunet_oneshot.export import Exported
     from nnunet_oneshot.propagate import Outcome
     from nnunet_oneshot.refine import Refinement
     from nnunet_oneshot.review.session import Reviewed
     from nnunet_oneshot.run import RunResult
-    from nnunet_oneshot.store import Manifest
     from nnunet_oneshot.trial import Trial
 
 REVIEW_LINES = 10
@@ -55,7 +58,10 @@ def manifest_summary(manifest: Manifest, output: int | str) -> dict[str, Any]:
         lines.append(f"estimated Dice of the labels (no ground truth was used): {figures['mean_quality']:.3f}")
     lines += [f"no label for {name}: {reason}" for name, reason in figures["failed"].items()]
     lines += _review_lines([doubt for doubt in needs_review(manifest) if doubt.case not in figures["failed"]])
-    lines += ["", f"next: nnUNetv2_oneshot_refine -d {output} -c CONFIG, or nnU-Net's own commands on dataset {output}"]
+    lines += [
+        "",
+        f"next: nnUNetv2_oneshot_report -d {output} to look at them; nnUNetv2_oneshot_refine -d {output} -c CONFIG",
+    ]
     return {"output": str(output), **figures, "lines": lines}
 
 
@@ -65,6 +71,7 @@ def propagation_summary(outcome: Outcome) -> dict[str, Any]:
     number = outcome.store.folder.name[7:10]
     if outcome.manifest is None:
         lines = [*warnings, "this part is done; the labels are fused when the last part is"]
+        lines += ["", "next: the same command with the next -part_id, until all parts are done"]
         return {"output": number, "complete": False, "warnings": outcome.warnings, "lines": lines}
     summary = manifest_summary(outcome.manifest, number)
     lines = [*warnings, *summary["lines"][:-2], f"labelled in {outcome.seconds:.0f} s", *summary["lines"][-2:]]
@@ -96,7 +103,8 @@ def trial_summary(result: Trial) -> dict[str, Any]:
         f"  time: about {result.minutes:.0f} minutes; disk: about {result.megabytes:.0f} MB",
         f"if one label is not enough, annotate next: {result.annotate_next}",
         f"picture: {result.picture}",
-        "no dataset was made; leave out --trial to make it",
+        "",
+        "next: the same command without --trial; no dataset was made",
     ]
     figures = {**vars(result), "folder": str(result.folder), "cases": [vars(c) for c in result.cases]}
     return {**figures, "picture": str(result.picture), "lines": lines}
@@ -170,6 +178,25 @@ def review_summary(result: Reviewed, dataset: int | str) -> dict[str, Any]:
     return {"dataset": result.dataset, "round": result.round, "decisions": result.decisions, "lines": lines}
 
 
+def report_summary(page: Path, dataset: int | str) -> dict[str, Any]:
+    """Summary of `report`: how many cases of each kind the page shows."""
+    figures = manifest_figures(read_manifest(find_raw_folder(dataset) / MANIFEST))
+    rows = [(status, count) for status, count in sorted(figures["cases"].items())]
+    lines = ["", *table(("label", "cases"), rows), f"written: {page}", ""]
+    return {"page": str(page), **figures, "lines": [*lines, f"next: nnUNetv2_oneshot_review -d {dataset}"]}
+
+
+def export_summary(packed: Exported) -> dict[str, Any]:
+    """Summary of `export`."""
+    megabytes = packed.zip.stat().st_size / 1e6
+    rows = [(model, " ".join(packed.folds), packed.trainer) for model in packed.models]
+    lines = ["", *table(("model", "folds", "trained by"), rows), f"written: {packed.zip} ({megabytes:.1f} MB)"]
+    lines += [] if packed.container is None else [f"container: {packed.container}; its README says how to build it"]
+    figures = {"zip": str(packed.zip), "models": list(packed.models), "folds": list(packed.folds)}
+    figures["commands"] = list(packed.commands)
+    return {**figures, "lines": [*lines, "", "next: where a stock nnU-Net is installed", *packed.commands]}
+
+
 def demo_summary(result: DemoResult) -> dict[str, Any]:
     """Summary of `demo`."""
     rows = [(r.what, f"{r.dice:.3f}", f"{r.low:.3f} to {r.high:.3f}") for r in result.rows]
@@ -180,6 +207,9 @@ def demo_summary(result: DemoResult) -> dict[str, Any]:
         *table(("labels of", "Dice", "95 % interval"), rows),
         "",
         f"done in {result.seconds / 60:.1f} minutes; everything is in {result.folder}",
+        "",
+        f"next: open {result.page} in a browser; then the same with your own images, by nnUNetv2_oneshot_suggest",
     ]
     figures = {"cases": result.cases, "seconds": round(result.seconds, 1), "folder": str(result.folder)}
+    figures["page"] = str(result.page)
     return {**figures, "rows": [vars(row) for row in result.rows], "lines": lines}

@@ -136,7 +136,7 @@ def trial(
     result = _expect(raw, outcome.store, found, processes, place)
     result.warnings = warnings
     content = {**asdict(result), "folder": str(place)}
-    (place / MARK).write_text(json.dumps(content, indent=2) + "\n")
+    (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -167,7 +167,7 @@ def _make_place(place: Path) -> None:
         shutil.rmtree(place)
     place.mkdir(parents=True, exist_ok=True)
     # There from the beginning, so that a trial that was stopped can be replaced.
-    (place / MARK).write_text("{}\n")
+    (place / MARK).write_text("{}\n", encoding="utf-8")
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def _lay_out(raw: RawDataset, cases: Sequence[Case]) -> None:
         entries[case.name] = {"images": [str(path.resolve()) for path in case.images]}
         if case.label is not None:
             entries[case.name]["label"] = str(case.label.resolve())
-    (folder / "dataset.json").write_text(json.dumps({**raw.json, "dataset": entries}))
+    (folder / "dataset.json").write_text(json.dumps({**raw.json, "dataset": entries}), encoding="utf-8")
 
 
 def _found(raw: RawDataset, store: Store, entry: Chosen) -> TrialCase:

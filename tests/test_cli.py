@@ -28,7 +28,6 @@ SCRIPTS = dict(re.findall(SCRIPT, (ROOT / "pyproject.toml").read_text(), re.MULT
 COMMANDS = ["suggest", "make_sparse", "propagate", "consensus", "refine", "run", "evaluate"]
 COMMANDS += ["report", "review", "export", "demo", "info"]
 CONVERTERS = ["convert_care_liseg", "convert_yoloseg", "convert_dicom", "convert_labels"]
-NOT_YET = [name for name in SCRIPTS.values() if getattr(cli, name).__doc__ == "Not in this version."]
 PROPAGATE = ("-d", 501, "-o", 601, "-np", 1, "-device", "cpu", "-propagator", "fake")
 
 HELP = """
@@ -66,7 +65,7 @@ def test_help_of_every_command_answers_at_once() -> None:
 
 def test_help_shows_an_example_that_parses(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_best_device", lambda: "cpu")
-    for name in set(SCRIPTS.values()) - set(NOT_YET):
+    for name in SCRIPTS.values():
         shown = re.search(r"example: (nnUNetv2_oneshot_\w+.*)", call(getattr(cli, name), "-h").out)
         assert shown, name
         words = shown.group(1).split()
@@ -75,15 +74,6 @@ def test_help_shows_an_example_that_parses(call: Call, monkeypatch: pytest.Monke
         monkeypatch.setattr(cli, f"_do_{name}", lambda arguments, seen=seen: seen.append(arguments) or {"lines": []})
         assert call(getattr(cli, name), *words[1:]).code == 0, name
         assert seen, name
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-def test_a_command_that_is_not_there_yet_says_so(roots: Roots, toy: Path, call: Call, name: str) -> None:
-    before = roots.snapshot()
-    answer = call(getattr(cli, name), "-d", 501)
-    assert (answer.code, answer.out) == (2, "")
-    assert "not there yet" in answer.error
-    assert roots.snapshot() == before
 
 
 def test_propagate_ends_with_a_table_and_what_comes_next(
@@ -186,3 +176,47 @@ def test_a_programming_error_is_not_hidden(toy: Path, call: Call, monkeypatch: p
     monkeypatch.setattr(propagate_module, "make_propagator", fail)
     with pytest.raises(ZeroDivisionError):
         call(cli.propagate, *PROPAGATE)
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "table", "following"),
+    [
+        (cli.suggest, (), r"rank +case", "draw what is named into labelsTr, then nnUNetv2_oneshot_propagate -d 501"),
+        (cli.suggest, ("--slices",), r"rank +case", "nnUNetv2_oneshot_make_sparse -d 501 -i FOLDER"),
+    ],
+)
+def test_every_end_has_a_table_and_says_what_comes_next(
+    toy: Path, call: Call, command: Callable, more: tuple, table: str, following: str
+) -> None:
+    answer = call(command, "-d", 501, "-np", 1, *more)
+    assert re.search(table, answer.out)
+    assert answer.out.splitlines()[-1].startswith("next: ")
+    assert following in answer.out.splitlines()[-1]
+
+
+def test_ends_of_what_works_on_labels(toy: Path, tmp_path: Path, call: Call, fakes: dict[str, FakePropagator]) -> None:
+    assert call(cli.propagate, *PROPAGATE).code == 0
+    shown = call(cli.report, "-d", 601, "-np", 1).out
+    assert re.search(r"annotated +1\npseudo +2", shown)
+    assert shown.endswith("next: nnUNetv2_oneshot_review -d 601\n")
+    assert "next: nnUNetv2_oneshot_review -d 601" in call(cli.suggest, "-d", 601, "-np", 1).out
+    assert "next: open them in 3D Slicer" in call(cli.convert_labels, "-d", 601, "-o", tmp_path / "slicer").out
+    folders = ("-ref", toy / "labelsTr", "-pred", toy / "labelsTr", "-djfile", toy / "dataset.json")
+    assert "next: nnUNetv2_oneshot_report -d B -ref" in call(cli.evaluate, *folders).out
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "styled"),
+    [(True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)],
+)
+def test_styles_on_a_terminal_alone(
+    toy: Path, call: Call, monkeypatch: pytest.MonkeyPatch, terminal: bool, environment: dict, styled: bool
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert ("\033[1mnext:" in call(cli.suggest, "-d", 501, "-np", 1).out) is styled
+    assert ("\033[31merror:" in call(cli.suggest, "-d", 999).err) is styled

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_oneshot import cli
 from nnunet_oneshot.container.predict import find_cases
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.export import CHECKPOINT, export
@@ -319,3 +321,15 @@ def test_container_selftest_and_entry_run_without_docker(results: Path, tmp_path
     )
     assert done.returncode == 2
     assert "expected images" in done.stderr
+
+
+def test_the_command_ends_with_the_model_and_what_to_type(results: Path, tmp_path: Path, call: Callable) -> None:
+    train()
+    answer = call(cli.export, "-d", 777, "-c", "3d_fullres", "-o", tmp_path / "a.zip", "--container", tmp_path / "box")
+    assert answer.code == 0
+    assert f"{DATASET}/nnUNetTrainer__nnUNetPlans__3d_fullres  all    OneShotTrainer" in answer.out
+    assert f"container: {tmp_path / 'box'}" in answer.out
+    assert answer.out.splitlines()[-2].startswith("nnUNetv2_install_pretrained_model_from_zip ")
+    assert answer.out.splitlines()[-1].startswith(f"nnUNetv2_predict -d {DATASET} ")
+    figures = json.loads(call(cli.export, "-d", 777, "-c", "3d_fullres", "-o", tmp_path / "b.zip", "-json").out)
+    assert figures["commands"][1] == answer.out.splitlines()[-1]

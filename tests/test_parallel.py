@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def half_way(item: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_bar_moves_within_an_item_and_ends_whole(processes: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_moves_within_an_item_and_ends_whole(
+    processes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     list(over_cases(half_way, [1, 2], processes=processes, title="long"))
     shown = capsys.readouterr().err
     assert "0.5/2" in shown or "1/2" in shown, "both half done, or the first"
@@ -63,6 +67,13 @@ def test_a_process_that_the_system_kills_is_said() -> None:
     """What a machine does that is out of memory."""
     with pytest.raises(OneShotError, match="lack of memory; lower -np"):
         list(over_cases(die, [1, 2], processes=2, title=""))
+
+
+def test_a_log_gets_the_end_and_not_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    list(over_cases(half_way, [1], processes=1, title="long"))
+    shown = capsys.readouterr().err.strip().split("\r")
+    assert len(shown) <= 3
+    assert "1/1" in shown[-1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

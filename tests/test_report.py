@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunet_oneshot import report as report_module
 from nnunet_oneshot.consensus import consensus
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluate import evaluate
@@ -101,6 +102,17 @@ def test_true_dice_is_shown_only_when_truth_is_given(labelled: PhantomDataset, t
     (tmp_path / "nothing").mkdir()
     with pytest.raises(OneShotError, match="expected true labels"):
         report(601, truth=tmp_path / "nothing", num_processes=1)
+
+
+def test_a_mistake_is_told_before_minutes_of_looking(
+    labelled: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_module, "look_at_case", lambda task: pytest.fail("looked at an image first"))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(OneShotError, match="expected true labels"):
+        report(601, truth=tmp_path / "nothing", num_processes=1)
+    with pytest.raises(OneShotError, match=r"found no folder .*absent; make it first"):
+        report(601, tmp_path / "absent" / "page.html", num_processes=1)
 
 
 def test_before_any_round_and_with_a_label_missing(labelled: PhantomDataset, tmp_path: Path) -> None:

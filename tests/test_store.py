@@ -206,3 +206,17 @@ def test_leftovers_of_dead_processes_go_those_of_living_ones_and_other_machines_
     with store.temporary_folder() as living:
         store.remove_leftovers()
         assert (living.exists(), other.exists(), dead.exists()) == (True, True, False)
+
+
+def test_on_windows_nobody_is_asked_by_a_signal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`os.kill(process, 0)` would be Ctrl-C for whoever has that number."""
+
+    def refuse(*_: object) -> None:
+        pytest.fail("a signal was sent")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", refuse)
+    left = store.state_folder / "tmp" / f"{socket.gethostname()}-{os.getpid()}-abc"
+    left.mkdir(parents=True)
+    store.remove_leftovers()
+    assert left.exists()

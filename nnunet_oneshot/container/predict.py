@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         return _fail("expected two folders: python predict.py INPUT OUTPUT")
     source, target = (Path(a) for a in arguments)
-    ending = json.loads((MODEL / "dataset.json").read_text())["file_ending"]
+    ending = json.loads((MODEL / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
     cases = find_cases(source, ending) if source.is_dir() else {}
     if not cases:
         return _fail(f"expected images *{ending} in {source}, found none")

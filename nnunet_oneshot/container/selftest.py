@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     """Exit code: 0 when predict.py labels the image on its own grid with known values."""
-    dataset = json.loads((HERE / "model" / "dataset.json").read_text())
-    plans = PlansManager(json.loads((HERE / "model" / "plans.json").read_text()))
+    dataset = json.loads((HERE / "model" / "dataset.json").read_text(encoding="utf-8"))
+    plans = PlansManager(json.loads((HERE / "model" / "plans.json").read_text(encoding="utf-8")))
     reader: BaseReaderWriter = plans.image_reader_writer_class()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "input", Path(folder) / "output"

@@ -66,7 +66,7 @@ def edited_files(store: Store, case: Case) -> list[Path]:
     """Files of `check_out` whose content is no longer what was written."""
     folder = store.folder / "review" / case.name
     written = folder / "written.json"
-    known: dict[str, str] = json.loads(written.read_text()) if written.is_file() else {}
+    known: dict[str, str] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
     return [folder / n for n, digest in known.items() if (folder / n).is_file() and _digest(folder / n) != digest]
 
 

@@ -185,7 +185,7 @@ def _restore(raw: RawDataset, store: Store, case: Case, record: CaseRecord, numb
         store.write_label(raw, label, path, case)
         if kind == "fused":
             store.write_label(raw, label, store.round_path(number, case.name), case)
-    before = CaseRecord.model_validate_json((folder / "record.json").read_text())
+    before = CaseRecord.model_validate_json((folder / "record.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
     return before.model_copy(update={"review": record.review})
 

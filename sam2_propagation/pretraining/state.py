@@ -32,7 +32,7 @@ def save_state(
     for i, shard in enumerate(_shards(tensors)):
         save_file(shard, fresh / f"{i:03d}.safetensors")
     summary = {"step": step, "recipe": asdict(recipe), "configuration": configuration}
-    (fresh / "state.json").write_text(json.dumps(summary, indent=1))
+    (fresh / "state.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     _swap(folder, fresh)
 
 
@@ -44,7 +44,7 @@ def load_state(folder: Path, recipe: Recipe, configuration: str) -> tuple[int, d
         RecipeMismatch: it was made with another recipe or model configuration.
     """
     current = _current(folder)
-    summary = json.loads((current / "state.json").read_text())
+    summary = json.loads((current / "state.json").read_text(encoding="utf-8"))
     _check(summary, recipe, configuration, folder)
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(current.glob("*.safetensors")):

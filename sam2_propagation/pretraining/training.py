@@ -80,7 +80,7 @@ def begin(recipe: Recipe, device: torch.device, weights: Path | None = None) -> 
 
 def resume(run: Run, folder: Path, recipe: Recipe) -> None:
     """Put a saved state into a run of the same recipe."""
-    run.step, tensors = load_state(folder, recipe, CONFIGURATION.read_text())
+    run.step, tensors = load_state(folder, recipe, CONFIGURATION.read_text(encoding="utf-8"))
     run.model.load_state_dict(_prefixed(tensors, "model."))
     run.average.load_state_dict(_prefixed(tensors, "average."))
     for name, parameter in run.model.named_parameters():
@@ -96,7 +96,7 @@ def save(run: Run, folder: Path, recipe: Recipe) -> None:
     tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
     for name, parameter in run.model.named_parameters():
         tensors |= {f"optimiser.{name}:{k}": v for k, v in run.optimiser.state[parameter].items()}
-    save_state(folder, run.step, recipe, CONFIGURATION.read_text(), tensors)
+    save_state(folder, run.step, recipe, CONFIGURATION.read_text(encoding="utf-8"), tensors)
 
 
 def train(
@@ -210,7 +210,7 @@ def _write(
 
 def _append(folder: Path, entry: dict[str, float], report: Callable[[str], None]) -> None:
     rounded = {k: round(v, 4) for k, v in entry.items()}
-    with (folder / "log.jsonl").open("a") as log:
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(rounded) + "\n")
     report(json.dumps(rounded))
 

@@ -350,7 +350,10 @@ function legend() {
 async function makeViewer() {
   const made = new Niivue({
     isRadiologicalConvention: true, dragAndDropEnabled: false, multiplanarShowRender: 0, isNearestInterpolation: true, show3Dcrosshair: false,
-    crosshairWidth: 1, crosshairColor: [0.4, 0.7, 1, 0.6], logLevel: "error", viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", loadingText: "",
+    // In percent of the image: a line as wide as a voxel would hide what is judged.
+    crosshairWidth: 0.4, crosshairWidthUnit: "percent", crosshairColor: [0.4, 0.7, 1, 0.6],
+    // As the report hangs them: the front at the left of sagittal slices.
+    sagittalNoseLeft: true, multiplanarPadPixels: 16, showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], fontMinPx: 16, logLevel: "error", viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "", loadingText: "",
   });
   await made.attachToCanvas($("canvas"));
   const [r, g, b] = state.dataset.divergence_color;
