@@ -129,7 +129,7 @@ class Evidence:
         number = LABELS[recipe.labels].number
         if (found := open_store(number)[0].read_manifest().round) > recipe.rounds:
             raise SystemExit(f"expected labels of round {recipe.rounds} at most, found {found}: use another -o")
-        if recipe.trainer != "nnUNetTrainer":
+        if recipe.trainer == "OneShotTrainer":
             refine(number, plan.configuration, rounds=recipe.rounds, preset=self.preset, device=self.device)
             return number
         return self._train_stock(number if recipe.ignore else self._best_guess(number), plan)

@@ -62,7 +62,7 @@ METHODS: Mapping[str, Method] = {
     "sam2_labels": Method("SAM2 (self mode), as it is", "sam2", trainer=None),
     "sam2_stock": Method("SAM2 (self mode), then nnU-Net", "sam2"),
     "fused_stock": Method("SAM2 + registration, then nnU-Net", "sam2_registration"),
-    "yoloseg": Method("YoloSeg's labels, then nnU-Net", "yoloseg"),
+    "yoloseg": Method("YoloSeg's labels, loss and cross patches", "yoloseg", "OneShotTrainerYoloSeg", ignore=True),
     "ssl_medsam2": Method("SSL-MedSAM2's labels, then nnU-Net", "ssl_medsam2"),
     "ours": Method("ours", "sam2_registration", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_refinement": Method("ours without refinement", "sam2_registration", "OneShotTrainer", ignore=True),
@@ -71,5 +71,8 @@ METHODS: Mapping[str, Method] = {
         "ours without SAM2 and refinement", "registration", "OneShotTrainer", ignore=True
     ),
     "ours_no_fusion": Method("ours, SAM2 alone", "sam2", "OneShotTrainer", ignore=True, rounds=1),
+    "no_label_in_divergence": Method(
+        "registration, consistency alone in divergence", "registration", "OneShotTrainerConsistency", ignore=True
+    ),
     "stock_with_ignore": Method("nnU-Net on our labels with ignore", "sam2_registration", ignore=True),
 }

@@ -89,7 +89,7 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What divergence voxels teach. YoloSeg: its consistency term and no label.
+    """What divergence voxels teach: by default their best guess; where they carry none, consistency alone (YoloSeg).
 
     Attributes:
         ramp_start: fraction of the training before which the consistency term weighs nothing.
@@ -107,7 +107,7 @@ class LossSettings:
 
     ramp_start: float = 0.1
     end_weight: float = 0.5
-    guess_share: float = 0.0
+    guess_share: float = 1.0
     annotated_share: float = 0.0
     cross_patch: float = 0.0
     cross_patch_labels: bool = False

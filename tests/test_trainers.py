@@ -99,7 +99,8 @@ def test_cross_patches_bring_the_annotated_case_into_divergence(make: Make, conf
     trainer = make(configuration=configuration)
     shares = []
     for probability in (0.0, 1.0):
-        trainer.loss_settings = replace(trainer.loss_settings, cross_patch=probability, cross_patch_labels=True)
+        settings = replace(trainer.loss_settings, guess_share=0.0, cross_patch=probability, cross_patch_labels=True)
+        trainer.loss_settings = settings
         if not trainer.was_initialized:
             trainer.initialize()
         np.random.seed(0)
@@ -182,11 +183,16 @@ def test_a_mean_teacher_is_asked_instead_and_follows_slowly(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("OneShotTrainerThreePasses", {"full_passes": 3}), ("OneShotTrainerMeanTeacher", {"teacher_decay": 0.99})],
+    [
+        ("OneShotTrainerConsistency", {}),
+        ("OneShotTrainerThreePasses", {"full_passes": 3}),
+        ("OneShotTrainerYoloSeg", {"full_passes": 3, "cross_patch": 0.2}),
+        ("OneShotTrainerMeanTeacher", {"teacher_decay": 0.99}),
+    ],
 )
 def test_other_losses_are_trainers_that_nnunet_finds(make: Make, name: str, settings: dict[str, Any]) -> None:
     make()
-    assert again(name).loss_settings == replace(again("OneShotTrainer").loss_settings, **settings)
+    assert again(name).loss_settings == replace(again("OneShotTrainer").loss_settings, guess_share=0.0, **settings)
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,8 @@ class OneShotTrainer(WholeCheckpoints):
             return "dataset.json has no ignore label, so there is no divergence: training with nnU-Net's loss alone"
         return (
             f"Round {self.block.round}: {len(self.block.annotated)} annotated, {len(self.block.left_out)} left out; "
-            f"{self._compared()} in divergence, weight rising to {self.loss_settings.end_weight}"
+            f"in divergence the best guess for {self.loss_settings.guess_share:.0%} of the draws, where there is none "
+            f"{self._compared()}, weight rising to {self.loss_settings.end_weight}"
         )
 
     def _compared(self) -> str:

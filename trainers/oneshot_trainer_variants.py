@@ -73,13 +73,37 @@ class nnUNetTrainer_tiny(_Shortened):
     schedule = PRESETS["tiny"].schedule
 
 
+class OneShotTrainerConsistency(OneShotTrainer):
+    """Divergence has no label: consistency with one other view is all that it teaches."""
+
+    loss_settings = LossSettings(guess_share=0.0)
+
+
 class OneShotTrainerThreePasses(OneShotTrainer):
     """YoloSeg's three full passes: each view learns from the labels, all pairs of views are compared."""
 
-    loss_settings = LossSettings(full_passes=3)
+    loss_settings = LossSettings(guess_share=0.0, full_passes=3)
+
+
+class OneShotTrainerYoloSeg(OneShotTrainer):
+    """YoloSeg's loss and augmentation in nnU-Net: three full passes and cross patches, no label in divergence."""
+
+    loss_settings = LossSettings(guess_share=0.0, full_passes=3, cross_patch=0.2)
 
 
 class OneShotTrainerMeanTeacher(OneShotTrainer):
     """Divergence learns what a running mean of the network's weights says of another view."""
 
-    loss_settings = LossSettings(teacher_decay=0.99)
+    loss_settings = LossSettings(guess_share=0.0, teacher_decay=0.99)
+
+
+class OneShotTrainerConsistency_small(_Shortened, OneShotTrainerConsistency):
+    """OneShotTrainerConsistency on the schedule of OneShotTrainer_small."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class OneShotTrainerYoloSeg_small(_Shortened, OneShotTrainerYoloSeg):
+    """OneShotTrainerYoloSeg on the schedule of OneShotTrainer_small."""
+
+    schedule = PRESETS["small"].schedule
