@@ -57,7 +57,7 @@ def test_channels_are_chosen_combined_or_colour() -> None:
 
 @pytest.mark.parametrize("channels", [4, (0, 1), (0, 1, 9), "all", -1])
 def test_channels_that_are_not_there(channels: int | tuple[int, int, int] | str) -> None:
-    with pytest.raises(PropagationError, match="of the 2 of case"):
+    with pytest.raises(PropagationError, match="of the 2 channels of case"):
         scale(_image(np.ones((2, 1, 4, 4))), Intensities(channels=channels))
 
 
