@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +30,10 @@ from sam2_propagation.physical_space import PhysicalSpacePropagator
 GIVEN_VIEW = "given"
 """Name of the one view of a label folder made elsewhere."""
 PACKAGES = ("nnunet-oneshot", "nnunetv2", "sam2", "torch", "SimpleITK", "numpy")
+
+
+_TAKEN = re.compile(rf"fused|rounds|{PhysicalSpacePropagator.name}|self_\d+")
+"""Names in `pseudoTr` that are no tool's: labels in force and kept, those by place, second opinions of `refine`."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     for name, folder in named.items():
         if not folder.is_dir():
             raise OneShotError(f"expected a folder of labels, found no folder {folder}; check -i")
-        if name in ("fused", "rounds"):
+        if _TAKEN.fullmatch(name):
             raise OneShotError(f"expected a free name for a label folder, found {name}, which is taken; rename it")
     return named
 
