@@ -16,7 +16,7 @@ from nnunet_oneshot.checks import check_for_propagation, check_images
 from nnunet_oneshot.consensus import build
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.output import create_output
+from nnunet_oneshot.output import LABEL_SUMS, create_output, differences
 from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
@@ -28,10 +28,12 @@ from nnunet_oneshot.propagators import (
     choose_views,
     describe,
     make_propagator,
+    prepare,
 )
 from nnunet_oneshot.quality import reverse_scores
-from nnunet_oneshot.same_patient import read_same_patient
+from nnunet_oneshot.same_patient import read_pairs, read_same_patient
 from nnunet_oneshot.store import Manifest, Source, Store, ViewRecord, WorkerRecord
+from sam2_propagation.download import file_sum
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.physical_space import PhysicalSpacePropagator
 from sam2_propagation.sam2 import Sam2Propagator
@@ -105,6 +107,7 @@ def propagate(
     options = options or PropagatorOptions()
     check_recipe(propagators, options.recipe)
     made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
+    prepare(made.values())
     _check_whole_sets(made, num_parts)
     _check_supports(raw, made)
     chosen = choose_views(made, views)
@@ -112,7 +115,7 @@ def propagate(
     patients = {} if same_patient is None else read_same_patient(same_patient, raw)
     processes = num_processes or default_processes()
     check_images(raw, processes)
-    settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}, **options.settings()}
+    settings = _settings(chosen, options) | {LABEL_SUMS: _label_sums(raw)}
     if patients:
         known = PhysicalSpacePropagator(patients)
         made[known.name], chosen[known.name], settings[known.name] = known, known.views, patients
@@ -125,6 +128,51 @@ def propagate(
         sources = {name: describe(propagator, options) for name, propagator in made.items()}
         manifest = _fused(raw, store, sources, settings, processes) if whole else None
     return Outcome(store, manifest, warnings, time.monotonic() - begin)
+
+
+def check_repeated(
+    dataset: RawDataset,
+    store: Store,
+    propagators: Sequence[str],
+    views: Sequence[str] | None,
+    options: PropagatorOptions,
+    same_patient: Path | None,
+) -> None:
+    """Check that the labels of a finished dataset are those that `propagate` would be asked for with these arguments.
+
+    Annotated labels may have changed since: `refine` takes them up. No weights are loaded.
+
+    Raises:
+        OneShotError: other propagators, views, options or pairs of cases.
+    """
+    check_recipe(propagators, options.recipe)
+    made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
+    manifest = store.read_manifest()
+    before = {key: value for key, value in manifest.settings.items() if key != LABEL_SUMS}
+    now = _settings(choose_views(made, views), options) | _pairs_now(dataset, same_patient, manifest)
+    if found := differences(before, now):
+        raise OneShotError(
+            f"{store.folder.name}: expected the settings of its labels, which are finished, found {', '.join(found)}; "
+            "repeat those, add --overwrite to label anew, or keep the labels and go on by nnUNetv2_oneshot_refine"
+        )
+
+
+def _settings(chosen: Mapping[str, Sequence[str]], options: PropagatorOptions) -> dict[str, Any]:
+    return {"views": {name: list(views) for name, views in chosen.items()}, **options.settings()}
+
+
+def _label_sums(raw: RawDataset) -> dict[str, str]:
+    return {case.name: file_sum(case.label) for case in raw.annotated if case.label is not None}
+
+
+def _pairs_now(raw: RawDataset, same_patient: Path | None, manifest: Manifest) -> dict[str, dict[str, str]]:
+    """The setting that a file of pairs makes; images annotated or added since make no difference."""
+    if same_patient is None:
+        return {}
+    apart, cases = PhysicalSpacePropagator.name, {case.name for case in raw.unannotated}
+    since = {c: s for c, s in manifest.settings.get(apart, {}).items() if c not in cases}
+    pairs = {c: s for c, s in read_pairs(same_patient, raw).items() if c in cases and c in manifest.cases}
+    return {apart: since | pairs}
 
 
 def _fused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -85,11 +85,11 @@ def check_recipe(names: Sequence[str], recipe: str | None) -> None:
 
 
 def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
-    """The propagator of that name.
+    """The propagator of that name; `prepare` loads its weights.
 
     Raises:
         OneShotError: an unknown name.
-        PropagationError: a checkpoint, mode, recipe or device that cannot be had.
+        PropagationError: a mode or recipe that cannot be had.
     """
     if name == "registration":
         return RegistrationPropagator()
@@ -98,6 +98,17 @@ def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
     if name == "correspondence":
         return CorrespondencePropagator(options.device, RECIPE)
     raise OneShotError(f"expected a propagator of {', '.join(NAMES)}, found {name!r}; choose one of those")
+
+
+def prepare(propagators: Iterable[Propagator]) -> None:
+    """Load weights now, before anything is written and before workers do so all at once.
+
+    Raises:
+        PropagationError: a checkpoint or device that cannot be had.
+    """
+    for propagator in propagators:
+        if isinstance(propagator, Sam2Propagator):
+            propagator.prepare()
 
 
 def describe(propagator: Propagator, options: PropagatorOptions) -> Source:
@@ -115,7 +126,7 @@ def _sam2(options: PropagatorOptions) -> Sam2Propagator:
         raise OneShotError(f"expected -sam2_batch of 1 or more, found {options.batch_size}; leave it out")
     published = None if options.recipe is None else recipe(options.recipe)
     settings = published or Sam2Settings()
-    propagator = Sam2Propagator(
+    return Sam2Propagator(
         options.checkpoint,
         options.config,
         mode=options.mode,
@@ -126,8 +137,6 @@ def _sam2(options: PropagatorOptions) -> Sam2Propagator:
         batch_size=options.batch_size,
         settings=replace(settings, intensities=_intensities(options, settings.intensities)),
     )
-    propagator.prepare()
-    return propagator
 
 
 def _intensities(options: PropagatorOptions, own: Intensities) -> Intensities:
