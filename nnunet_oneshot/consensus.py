@@ -108,7 +108,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
     """Write `labelsTr`, `pseudoTr/fused` and `pseudoTr/rounds/00` of one case."""
     dataset, case = task.dataset, task.case
     human = None if case.label is None else dataset.read_label(case.label)
-    if human is not None and not _is_sparse(dataset, human):
+    if human is not None and not dataset.is_sparse(human):
         _publish(task, human, human)
         return case.name, CaseRecord(status="annotated")
     views, labels, reasons = _trusted(*_collect(task))
@@ -135,10 +135,6 @@ def _status(human: LabelVolume | None, labels: Sequence[LabelVolume]) -> Status:
     if human is not None:
         return "sparse"
     return "pseudo" if labels else "failed"
-
-
-def _is_sparse(dataset: RawDataset, label: LabelVolume) -> bool:
-    return dataset.ignore is not None and bool((label == dataset.ignore).any())
 
 
 def _publish(task: Task, target: LabelVolume, guess: LabelVolume) -> None:
@@ -228,7 +224,7 @@ def _check_file(pair: tuple[RawDataset, Path, Case]) -> None:
 
 
 def _needs_label(dataset: RawDataset, case: Case) -> bool:
-    return case.label is None or _is_sparse(dataset, dataset.read_label(case.label))
+    return case.label is None or dataset.is_sparse(dataset.read_label(case.label))
 
 
 def _take_in(dataset: RawDataset, store: Store, source: str, folder: Path, case: Case) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,22 @@ from nnunet_oneshot.training_data import preprocessed_folder
 NNUNET_ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 LABEL_SUMS = "annotated"
 """Setting that holds the sha256 of each annotated case's label file: labels carried from others are others."""
+
+
+@contextmanager
+def nnunet_folders(folder: Path) -> Iterator[None]:
+    """nnU-Net's three folders inside this one, whatever the environment says otherwise."""
+    before = {name: os.environ.get(name) for name in NNUNET_ROOTS}
+    for name in NNUNET_ROOTS:
+        (folder / name).mkdir(exist_ok=True)
+        os.environ[name] = str((folder / name).resolve())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def find_output(dataset: int | str, output: int | str) -> Store:

@@ -24,7 +24,7 @@ from nnunet_oneshot.propagators import (
     NEEDS_WHOLE_LABEL,
     REVERSIBLE,
     PropagatorOptions,
-    check_recipe,
+    check_options,
     choose_views,
     describe,
     make_propagator,
@@ -59,12 +59,14 @@ class Outcome:
         manifest: the manifest, or None while other shards are still at work.
         warnings: what a user should know.
         seconds: wall-clock of labelling, checks and fusion included.
+        preparation: that part of it in which propagators learnt (`fit` and `adapt`) before any case was labelled.
     """
 
     store: Store
     manifest: Manifest | None
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    preparation: float = 0.0
 
 
 def propagate(
@@ -105,7 +107,7 @@ def propagate(
     raw = open_dataset(dataset)
     warnings = check_for_propagation(raw)
     options = options or PropagatorOptions()
-    check_recipe(propagators, options.recipe)
+    check_options(propagators, options)
     made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
     prepare(made.values())
     _check_whole_sets(made, num_parts)
@@ -120,14 +122,15 @@ def propagate(
         known = PhysicalSpacePropagator(patients)
         made[known.name], chosen[known.name], settings[known.name] = known, known.views, patients
     store = create_output(raw, output, settings, overwrite)
+    preparation = 0.0
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         for name, propagator in _in_order(made, raw, store).items():
             job = Job(raw, store, propagator, chosen[name], options.reverse_check and name in REVERSIBLE)
-            carry(job, _queries(raw, name, patients)[part_id::num_parts], processes)
+            preparation += carry(job, _queries(raw, name, patients)[part_id::num_parts], processes)
         whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
         sources = {name: describe(propagator, options) for name, propagator in made.items()}
         manifest = _fused(raw, store, sources, settings, processes) if whole else None
-    return Outcome(store, manifest, warnings, time.monotonic() - begin)
+    return Outcome(store, manifest, warnings, time.monotonic() - begin, preparation)
 
 
 def check_repeated(
@@ -145,7 +148,7 @@ def check_repeated(
     Raises:
         OneShotError: other propagators, views, options or pairs of cases.
     """
-    check_recipe(propagators, options.recipe)
+    check_options(propagators, options)
     made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
     manifest = store.read_manifest()
     before = {key: value for key, value in manifest.settings.items() if key != LABEL_SUMS}
@@ -249,24 +252,28 @@ def _check_sam2(dataset: RawDataset, propagator: Propagator | None, chosen: Mapp
         fit(case.name, dataset.image_geometry(case)[0], sparse=False)
 
 
-def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
+def carry(job: Job, cases: Sequence[Case], processes: int) -> float:
     """Run one propagator over the cases that are not done yet and write views and worker records.
 
+    Returns the seconds in which it learnt before the first case.
     One that must see the whole set sees it again: what it says of a case depends on the others.
     """
     name = job.propagator.name
     todo = [case for case in cases if job.store.read_worker(name, case.name) is None]
     if not todo:
-        return
+        return 0.0
+    begin = time.monotonic()
     job.propagator.fit(_images(job.dataset, job.dataset.cases))
     job.propagator.adapt([job.dataset.support(case) for case in job.dataset.annotated], job.views)
+    preparation = time.monotonic() - begin
     if job.propagator.whole_set:
         _carry_whole_set(job, cases)
-        return
+        return preparation
     title = f"propagate by {name}"
     with _shared_supports(job, min(processes, len(todo))):
         for _ in over_cases(_carry_case, todo, processes=processes, title=title, setup=_set_up, setup_arguments=(job,)):
             pass
+    return preparation
 
 
 @contextmanager
@@ -361,7 +368,8 @@ def _queries(dataset: RawDataset, propagator: str, patients: Collection[str]) ->
 
 def _is_sparse(dataset: RawDataset, case: Case) -> bool:
     assert case.label is not None
-    return dataset.ignore is not None and bool((dataset.read_label(case.label) == dataset.ignore).any())
+    # Without an ignore label no file need be read.
+    return dataset.ignore is not None and dataset.is_sparse(dataset.read_label(case.label))
 
 
 def _is_done(store: Store, source: str, queries: Sequence[Case]) -> bool:

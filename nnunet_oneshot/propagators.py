@@ -76,8 +76,30 @@ def default_names(recipe: str | None) -> list[str]:
     return [RECIPES[recipe]]
 
 
-def check_recipe(names: Sequence[str], recipe: str | None) -> None:
-    """OneShotError where a published procedure is asked for and other propagators than its own."""
+def check_options(names: Sequence[str], options: PropagatorOptions) -> None:
+    """OneShotError where an option cannot act: it is of a propagator, or a recipe, that is not asked for."""
+    _check_recipe(names, options.recipe)
+    of_sam2 = {
+        "-sam2_chk": options.checkpoint,
+        "-sam2_cfg": options.config,
+        "-mode": options.mode,
+        "-window": options.window,
+        "-channels": options.channels,
+        "-adapt": options.adapt,
+    }
+    _check_owner(names, [flag for flag, value in of_sam2.items() if value], ("sam2",))
+    _check_owner(names, ["--reverse_check"] if options.reverse_check else [], REVERSIBLE)
+
+
+def _check_owner(names: Sequence[str], flags: Sequence[str], owners: Sequence[str]) -> None:
+    if flags and not set(names) & set(owners):
+        raise OneShotError(
+            f"expected -propagator {' or '.join(owners)} with {' '.join(flags)}, found {' '.join(names)}, for which "
+            f"that does nothing; add {owners[0]} or leave {' '.join(flags)} out"
+        )
+
+
+def _check_recipe(names: Sequence[str], recipe: str | None) -> None:
     if recipe is not None and list(names) != (own := default_names(recipe)):
         raise OneShotError(
             f"expected {own[0]} alone with recipe {recipe}, found {' '.join(names)}; leave -propagator or -recipe out"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -185,6 +186,20 @@ def test_fit_sees_every_image_once_before(toy: Path, fakes: Fakes) -> None:
     run()
     assert fakes["fake"].fitted == ["case_0", "case_1", "case_2"]
     assert fakes["fake"].adapted == ["case_0"], "once, before any case, not once a worker"
+
+
+def test_learning_is_timed_and_is_not_done_again_for_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FakePropagator):
+        def fit(self, images: Iterable[Image]) -> None:
+            time.sleep(0.2)
+
+        def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+            time.sleep(0.2)
+
+    monkeypatch.setattr(module, "make_propagator", lambda name, options: Slow(name))
+    outcome = run(num_parts=2, part_id=0)
+    assert 0.4 <= outcome.preparation < outcome.seconds
+    assert run(num_parts=2, part_id=0).preparation == 0
 
 
 class Interrupted(FakePropagator):
