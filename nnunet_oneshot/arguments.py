@@ -33,6 +33,29 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         help="what carries the labels: registration, sam2, correspondence; several are fused (default: "
         "registration sam2, or that of the -recipe)",
     )
+    _add_sam2(parser)
+    parser.add_argument(
+        "-recipe",
+        metavar="NAME",
+        help="carry labels as a publication did: yoloseg or ssl_medsam2 (by sam2), oneseg (by correspondence)",
+    )
+    parser.add_argument(
+        "--reverse_check",
+        action="store_true",
+        help="carry registered labels back to the annotated case too: a third more time, and a better estimate of "
+        "their Dice",
+    )
+    parser.add_argument(
+        "-same_patient",
+        type=Path,
+        metavar="FILE",
+        help="JSON or CSV of un-annotated cases and the annotated case of the same patient, whose label they get by "
+        "their place in space",
+    )
+    parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
+
+
+def _add_sam2(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-sam2_chk", metavar="NAME", help="SAM2 weights: builtin, sam2.1_hiera_tiny, ..., or a file")
     parser.add_argument("-sam2_cfg", metavar="YAML", help="configuration of a weights file that nothing identifies")
     parser.add_argument(
@@ -62,31 +85,23 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="fine-tune SAM2 for N steps on warps of the annotated case first (default: 0)",
     )
-    parser.add_argument(
-        "-recipe",
-        metavar="NAME",
-        help="carry labels as a publication did: yoloseg or ssl_medsam2 (by sam2), oneseg (by correspondence)",
-    )
-    parser.add_argument(
-        "--reverse_check",
-        action="store_true",
-        help="carry registered labels back to the annotated case too: a third more time, and a better estimate of "
-        "their Dice",
-    )
-    parser.add_argument(
-        "-same_patient",
-        type=Path,
-        metavar="FILE",
-        help="JSON or CSV of un-annotated cases and the annotated case of the same patient, whose label they get by "
-        "their place in space",
-    )
-    parser.add_argument("-views", nargs="+", metavar="VIEW", help="views to use (default: each propagator's own)")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", required=True, metavar="CONFIG", help=f"nnU-Net configuration: {CONFIGURATIONS}")
     parser.add_argument("-tr", default=None, metavar="TRAINER", help="trainer (default: the preset's OneShotTrainer)")
     parser.add_argument("-p", default=None, metavar="PLANS", help="plans that exist (default: the preset's own)")
+    _add_rounds(parser)
+    _add_trust(parser)
+    parser.add_argument(
+        "-preset",
+        choices=("default", "small", "tiny"),
+        default="default",
+        help="small: what two CPU cores can train; tiny: for a try (default: %(default)s)",
+    )
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-rounds", type=int, default=1, metavar="N", help="rounds of relabelling, at most (default: %(default)s)"
     )
@@ -109,6 +124,10 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all_rounds", action="store_true", help="make all rounds, whether labels settle or are estimated to get worse"
     )
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    """Which labels, and which of their voxels, are trained on."""
     parser.add_argument(
         "-min_quality",
         type=float,
@@ -131,12 +150,6 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="P",
         help="margin between the model's first two classes below which a voxel becomes ignore (default: %(default)s)",
-    )
-    parser.add_argument(
-        "-preset",
-        choices=("default", "small", "tiny"),
-        default="default",
-        help="small: what two CPU cores can train; tiny: for a try (default: %(default)s)",
     )
 
 

@@ -29,7 +29,7 @@ def check_for_propagation(dataset: RawDataset) -> list[str]:
         assert case.label is not None
         label = checked_label(dataset, case.label, case, drawn=True)
         foreground = (label != 0) & (label != (dataset.ignore if dataset.ignore is not None else -1))
-        sparse |= dataset.ignore is not None and bool((label == dataset.ignore).any())
+        sparse |= dataset.is_sparse(label)
         if not foreground.any():
             empty.append(case.name)
     if not dataset.unannotated and not sparse:

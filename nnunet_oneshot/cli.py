@@ -35,6 +35,7 @@ Execute = Callable[[argparse.Namespace], Summary]
 
 _KEPT = "what is whole is kept"
 _BOLD, _RED, _PLAIN = "\033[1m", "\033[31m", "\033[0m"
+TRIAL_CASES = 5
 INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
 
 
@@ -86,7 +87,7 @@ def propagate(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--trial", action="store_true", help="label a few cases that span the set and tell what to expect; no dataset"
     )
-    parser.add_argument("-n", type=int, default=5, metavar="N", help="cases of a --trial (default: %(default)s)")
+    parser.add_argument("-n", type=int, metavar="N", help=f"cases of a --trial (default: {TRIAL_CASES})")
     _main(parser, _do_propagate, argv)
 
 
@@ -266,9 +267,11 @@ def demo(argv: Sequence[str] | None = None) -> None:
 
 
 def info(argv: Sequence[str] | None = None) -> None:
-    """Versions, devices and folders."""
+    """Versions, devices, checkpoints and folders."""
     parser = new_parser(
-        "nnUNetv2_oneshot_info", "Versions, devices and folders, for a bug report.", "nnUNetv2_oneshot_info"
+        "nnUNetv2_oneshot_info",
+        "Versions, devices, checkpoints and folders, for a bug report.",
+        "nnUNetv2_oneshot_info",
     )
     add_json(parser)
     _main(parser, _do_info, argv)
@@ -312,6 +315,8 @@ def _do_make_sparse(arguments: argparse.Namespace) -> Summary:
 def _do_propagate(arguments: argparse.Namespace) -> Summary:
     if arguments.trial:
         return _do_trial(arguments)
+    if arguments.n is not None:
+        raise OneShotError("expected -n with --trial, found it alone, to label all images; add --trial or leave -n out")
     outcome = _function("propagate")(
         arguments.d,
         arguments.o,
@@ -328,18 +333,31 @@ def _do_propagate(arguments: argparse.Namespace) -> Summary:
 
 
 def _do_trial(arguments: argparse.Namespace) -> Summary:
-    if arguments.same_patient is not None:
-        raise OneShotError("expected --trial or -same_patient, found both; leave one out: a trial is of other images")
+    _check_trial(arguments)
     result = _function("trial")(
         arguments.d,
         arguments.o,
-        arguments.n,
+        TRIAL_CASES if arguments.n is None else arguments.n,
         propagators=_propagators(arguments),
         views=arguments.views,
         options=_propagator_options(arguments),
         num_processes=arguments.np,
     )
     return _function("summary", "trial_summary")(result)
+
+
+def _check_trial(arguments: argparse.Namespace) -> None:
+    given = {
+        "-same_patient": arguments.same_patient is not None,
+        "--overwrite": arguments.overwrite,
+        "-num_parts": arguments.num_parts != 1,
+        "-part_id": arguments.part_id != 0,
+    }
+    if refused := " ".join(flag for flag, there in given.items() if there):
+        raise OneShotError(
+            f"expected --trial without {refused}, found both; leave {refused} out: a trial labels a few images that "
+            "propagators carry to, at once, and makes no dataset"
+        )
 
 
 def _do_consensus(arguments: argparse.Namespace) -> Summary:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +30,10 @@ from sam2_propagation.physical_space import PhysicalSpacePropagator
 GIVEN_VIEW = "given"
 """Name of the one view of a label folder made elsewhere."""
 PACKAGES = ("nnunet-oneshot", "nnunetv2", "sam2", "torch", "SimpleITK", "numpy")
+
+
+_TAKEN = re.compile(rf"fused|rounds|{PhysicalSpacePropagator.name}|self_\d+")
+"""Names in `pseudoTr` that are no tool's: labels in force and kept, those by place, second opinions of `refine`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
     """Write `labelsTr`, `pseudoTr/fused` and `pseudoTr/rounds/00` of one case."""
     dataset, case = task.dataset, task.case
     human = None if case.label is None else dataset.read_label(case.label)
-    if human is not None and not _is_sparse(dataset, human):
+    if human is not None and not dataset.is_sparse(human):
         _publish(task, human, human)
         return case.name, CaseRecord(status="annotated")
     views, labels, reasons = _trusted(*_collect(task))
@@ -130,10 +135,6 @@ def _status(human: LabelVolume | None, labels: Sequence[LabelVolume]) -> Status:
     if human is not None:
         return "sparse"
     return "pseudo" if labels else "failed"
-
-
-def _is_sparse(dataset: RawDataset, label: LabelVolume) -> bool:
-    return dataset.ignore is not None and bool((label == dataset.ignore).any())
 
 
 def _publish(task: Task, target: LabelVolume, guess: LabelVolume) -> None:
@@ -183,7 +184,7 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     for name, folder in named.items():
         if not folder.is_dir():
             raise OneShotError(f"expected a folder of labels, found no folder {folder}; check -i")
-        if name in ("fused", "rounds"):
+        if _TAKEN.fullmatch(name):
             raise OneShotError(f"expected a free name for a label folder, found {name}, which is taken; rename it")
     return named
 
@@ -223,7 +224,7 @@ def _check_file(pair: tuple[RawDataset, Path, Case]) -> None:
 
 
 def _needs_label(dataset: RawDataset, case: Case) -> bool:
-    return case.label is None or _is_sparse(dataset, dataset.read_label(case.label))
+    return case.label is None or dataset.is_sparse(dataset.read_label(case.label))
 
 
 def _take_in(dataset: RawDataset, store: Store, source: str, folder: Path, case: Case) -> None:

@@ -81,6 +81,10 @@ class RawDataset:
         """Value of the ignore label, or None where the dataset declares none."""
         return self.json["labels"].get(IGNORE)
 
+    def is_sparse(self, label: LabelVolume) -> bool:
+        """Whether a label leaves voxels open, as the ignore label."""
+        return self.ignore is not None and bool((label == self.ignore).any())
+
     @property
     def label_values(self) -> tuple[int, ...]:
         """All label values including background, without the ignore label."""
@@ -146,8 +150,7 @@ class RawDataset:
         if case.label is None:
             raise KeyError(f"{case.name} is not annotated")
         label = self.read_label(case.label)
-        sparse = self.ignore is not None and bool((label == self.ignore).any())
-        return Support(self.read_image(case), label, self.ignore if sparse else None)
+        return Support(self.read_image(case), label, self.ignore if self.is_sparse(label) else None)
 
     def write_label(self, label: LabelVolume, path: Path, like: Case) -> None:
         """Write a label with the geometry of a case's image, in the dataset's format (not atomic: see store.py)."""

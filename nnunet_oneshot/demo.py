@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from nnunet_oneshot.baseline import train_annotated_only
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
-from nnunet_oneshot.output import NNUNET_ROOTS
+from nnunet_oneshot.output import nnunet_folders
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.phantom import write_phantom_dataset
 from nnunet_oneshot.propagators import PropagatorOptions
@@ -71,7 +68,7 @@ def demo(
     """
     begin, processes = time.monotonic(), num_processes or default_processes()
     _prepare_folder(folder, overwrite)
-    with _nnunet_folders(folder):
+    with nnunet_folders(folder):
         truth = _phantoms(folder)
         result = run(
             SOURCE,
@@ -112,23 +109,6 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
-
-
-@contextmanager
-def _nnunet_folders(folder: Path) -> Iterator[None]:
-    """nnU-Net's three folders inside the demo's, whatever the environment says otherwise."""
-    before = {name: os.environ.get(name) for name in NNUNET_ROOTS}
-    for name in NNUNET_ROOTS:
-        (folder / name).mkdir(exist_ok=True)
-        os.environ[name] = str((folder / name).resolve())
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _phantoms(folder: Path) -> Path:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.nnunet_process import Epochs, Progress, cores, run_job, training_environment
+from nnunet_oneshot.nnunet_process import Epochs, Progress, run_job, training_environment
+from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.settings import Preset, mirrors, schedule_of
 
 ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -155,7 +156,7 @@ def _prepare(
         "plans": plans,
         "planning": planning,
         "configurations": missing,
-        "num_processes": num_processes or cores(),
+        "num_processes": num_processes or default_processes(),
     }
     if missing:
         done = partial(_count, root("nnUNet_preprocessed") / name, f"{plans}_*/*.pkl")

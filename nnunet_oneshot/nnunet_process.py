@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import _nnunet_oneshot_path
 from nnunet_oneshot.errors import NnunetFailureError, OneShotError
+from nnunet_oneshot.parallel import default_processes
 
 _POLL_SECONDS = 0.3
 USER_ERROR = "bad input: "
@@ -25,15 +26,10 @@ USER_ERROR = "bad input: "
 _LOG_LINES = 15
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _environment() -> dict[str, str]:
     """This process's environment, with as many nnU-Net workers as there are cores and our trainers registered."""
     _nnunet_oneshot_path.register()
-    defaults = {"nnUNet_def_n_proc": str(min(8, cores()))}
+    defaults = {"nnUNet_def_n_proc": str(min(8, default_processes()))}
     return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
@@ -41,7 +37,7 @@ def training_environment(device: str) -> dict[str, str]:
     """On the CPU the network needs the cores: augmentation gets half of them, at most nnU-Net's twelve."""
     if device != "cpu" or "nnUNet_n_proc_DA" in os.environ:
         return {}
-    return {"nnUNet_n_proc_DA": str(min(12, max(1, cores() // 2)))}
+    return {"nnUNet_n_proc_DA": str(min(12, max(1, default_processes() // 2)))}
 
 
 class Progress:

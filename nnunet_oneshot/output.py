@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,24 @@ from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import preprocessed_folder
 
 NNUNET_ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+LABEL_SUMS = "annotated"
+"""Setting that holds the sha256 of each annotated case's label file: labels carried from others are others."""
+
+
+@contextmanager
+def nnunet_folders(folder: Path) -> Iterator[None]:
+    """nnU-Net's three folders inside this one, whatever the environment says otherwise."""
+    before = {name: os.environ.get(name) for name in NNUNET_ROOTS}
+    for name in NNUNET_ROOTS:
+        (folder / name).mkdir(exist_ok=True)
+        os.environ[name] = str((folder / name).resolve())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def find_output(dataset: int | str, output: int | str) -> Store:
@@ -70,9 +89,24 @@ def _enter(store: Store, settings: Mapping[str, Any], overwrite: bool) -> None:
         )
     elif begun is not None and begun != settings:
         raise OneShotError(
-            f"{store.folder.name}: expected the settings of the run that was begun there, "
-            f"{json.dumps(begun)}, found {json.dumps(dict(settings))}; repeat them or add --overwrite"
+            f"{store.folder.name}: expected the settings and annotated labels of the run that was begun there, found "
+            f"{', '.join(differences(begun, settings))}; go back to those, or add --overwrite to label every case anew"
         )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What settings `now` say otherwise than those of `before`, in words."""
+    keys = sorted({*before, *now} - {LABEL_SUMS})
+    said = [f"{k} {_said(now, k)} instead of {_said(before, k)}" for k in keys if before.get(k) != now.get(k)]
+    old, new = before.get(LABEL_SUMS, {}), now.get(LABEL_SUMS, {})
+    for case in sorted(case for case in {*old, *new} if old.get(case) != new.get(case)):
+        what = "no label" if case not in new else "another label" if case in old else "a new label"
+        said.append(f"{what} of {case}")
+    return said
+
+
+def _said(settings: Mapping[str, Any], key: str) -> str:
+    return json.dumps(settings[key]) if key in settings else "none"
 
 
 def _begun(store: Store) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from nnunet_oneshot.checks import check_for_propagation, check_images
 from nnunet_oneshot.consensus import build
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.output import create_output
+from nnunet_oneshot.output import LABEL_SUMS, create_output, differences
 from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
@@ -24,14 +24,16 @@ from nnunet_oneshot.propagators import (
     NEEDS_WHOLE_LABEL,
     REVERSIBLE,
     PropagatorOptions,
-    check_recipe,
+    check_options,
     choose_views,
     describe,
     make_propagator,
+    prepare,
 )
 from nnunet_oneshot.quality import reverse_scores
-from nnunet_oneshot.same_patient import read_same_patient
+from nnunet_oneshot.same_patient import read_pairs, read_same_patient
 from nnunet_oneshot.store import Manifest, Source, Store, ViewRecord, WorkerRecord
+from sam2_propagation.download import file_sum
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.physical_space import PhysicalSpacePropagator
 from sam2_propagation.sam2 import Sam2Propagator
@@ -57,12 +59,14 @@ class Outcome:
         manifest: the manifest, or None while other shards are still at work.
         warnings: what a user should know.
         seconds: wall-clock of labelling, checks and fusion included.
+        preparation: that part of it in which propagators learnt (`fit` and `adapt`) before any case was labelled.
     """
 
     store: Store
     manifest: Manifest | None
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    preparation: float = 0.0
 
 
 def propagate(
@@ -103,8 +107,9 @@ def propagate(
     raw = open_dataset(dataset)
     warnings = check_for_propagation(raw)
     options = options or PropagatorOptions()
-    check_recipe(propagators, options.recipe)
+    check_options(propagators, options)
     made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
+    prepare(made.values())
     _check_whole_sets(made, num_parts)
     _check_supports(raw, made)
     chosen = choose_views(made, views)
@@ -112,19 +117,65 @@ def propagate(
     patients = {} if same_patient is None else read_same_patient(same_patient, raw)
     processes = num_processes or default_processes()
     check_images(raw, processes)
-    settings: dict[str, Any] = {"views": {name: list(v) for name, v in chosen.items()}, **options.settings()}
+    settings = _settings(chosen, options) | {LABEL_SUMS: _label_sums(raw)}
     if patients:
         known = PhysicalSpacePropagator(patients)
         made[known.name], chosen[known.name], settings[known.name] = known, known.views, patients
     store = create_output(raw, output, settings, overwrite)
+    preparation = 0.0
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         for name, propagator in _in_order(made, raw, store).items():
             job = Job(raw, store, propagator, chosen[name], options.reverse_check and name in REVERSIBLE)
-            carry(job, _queries(raw, name, patients)[part_id::num_parts], processes)
+            preparation += carry(job, _queries(raw, name, patients)[part_id::num_parts], processes)
         whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
         sources = {name: describe(propagator, options) for name, propagator in made.items()}
         manifest = _fused(raw, store, sources, settings, processes) if whole else None
-    return Outcome(store, manifest, warnings, time.monotonic() - begin)
+    return Outcome(store, manifest, warnings, time.monotonic() - begin, preparation)
+
+
+def check_repeated(
+    dataset: RawDataset,
+    store: Store,
+    propagators: Sequence[str],
+    views: Sequence[str] | None,
+    options: PropagatorOptions,
+    same_patient: Path | None,
+) -> None:
+    """Check that the labels of a finished dataset are those that `propagate` would be asked for with these arguments.
+
+    Annotated labels may have changed since: `refine` takes them up. No weights are loaded.
+
+    Raises:
+        OneShotError: other propagators, views, options or pairs of cases.
+    """
+    check_options(propagators, options)
+    made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
+    manifest = store.read_manifest()
+    before = {key: value for key, value in manifest.settings.items() if key != LABEL_SUMS}
+    now = _settings(choose_views(made, views), options) | _pairs_now(dataset, same_patient, manifest)
+    if found := differences(before, now):
+        raise OneShotError(
+            f"{store.folder.name}: expected the settings of its labels, which are finished, found {', '.join(found)}; "
+            "repeat those, add --overwrite to label anew, or keep the labels and go on by nnUNetv2_oneshot_refine"
+        )
+
+
+def _settings(chosen: Mapping[str, Sequence[str]], options: PropagatorOptions) -> dict[str, Any]:
+    return {"views": {name: list(views) for name, views in chosen.items()}, **options.settings()}
+
+
+def _label_sums(raw: RawDataset) -> dict[str, str]:
+    return {case.name: file_sum(case.label) for case in raw.annotated if case.label is not None}
+
+
+def _pairs_now(raw: RawDataset, same_patient: Path | None, manifest: Manifest) -> dict[str, dict[str, str]]:
+    """The setting that a file of pairs makes; images annotated or added since make no difference."""
+    if same_patient is None:
+        return {}
+    apart, cases = PhysicalSpacePropagator.name, {case.name for case in raw.unannotated}
+    since = {c: s for c, s in manifest.settings.get(apart, {}).items() if c not in cases}
+    pairs = {c: s for c, s in read_pairs(same_patient, raw).items() if c in cases and c in manifest.cases}
+    return {apart: since | pairs}
 
 
 def _fused(
@@ -201,24 +252,28 @@ def _check_sam2(dataset: RawDataset, propagator: Propagator | None, chosen: Mapp
         fit(case.name, dataset.image_geometry(case)[0], sparse=False)
 
 
-def carry(job: Job, cases: Sequence[Case], processes: int) -> None:
+def carry(job: Job, cases: Sequence[Case], processes: int) -> float:
     """Run one propagator over the cases that are not done yet and write views and worker records.
 
+    Returns the seconds in which it learnt before the first case.
     One that must see the whole set sees it again: what it says of a case depends on the others.
     """
     name = job.propagator.name
     todo = [case for case in cases if job.store.read_worker(name, case.name) is None]
     if not todo:
-        return
+        return 0.0
+    begin = time.monotonic()
     job.propagator.fit(_images(job.dataset, job.dataset.cases))
     job.propagator.adapt([job.dataset.support(case) for case in job.dataset.annotated], job.views)
+    preparation = time.monotonic() - begin
     if job.propagator.whole_set:
         _carry_whole_set(job, cases)
-        return
+        return preparation
     title = f"propagate by {name}"
     with _shared_supports(job, min(processes, len(todo))):
         for _ in over_cases(_carry_case, todo, processes=processes, title=title, setup=_set_up, setup_arguments=(job,)):
             pass
+    return preparation
 
 
 @contextmanager
@@ -313,7 +368,8 @@ def _queries(dataset: RawDataset, propagator: str, patients: Collection[str]) ->
 
 def _is_sparse(dataset: RawDataset, case: Case) -> bool:
     assert case.label is not None
-    return dataset.ignore is not None and bool((dataset.read_label(case.label) == dataset.ignore).any())
+    # Without an ignore label no file need be read.
+    return dataset.ignore is not None and dataset.is_sparse(dataset.read_label(case.label))
 
 
 def _is_done(store: Store, source: str, queries: Sequence[Case]) -> bool:

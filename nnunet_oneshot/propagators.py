@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -76,8 +76,30 @@ def default_names(recipe: str | None) -> list[str]:
     return [RECIPES[recipe]]
 
 
-def check_recipe(names: Sequence[str], recipe: str | None) -> None:
-    """OneShotError where a published procedure is asked for and other propagators than its own."""
+def check_options(names: Sequence[str], options: PropagatorOptions) -> None:
+    """OneShotError where an option cannot act: it is of a propagator, or a recipe, that is not asked for."""
+    _check_recipe(names, options.recipe)
+    of_sam2 = {
+        "-sam2_chk": options.checkpoint,
+        "-sam2_cfg": options.config,
+        "-mode": options.mode,
+        "-window": options.window,
+        "-channels": options.channels,
+        "-adapt": options.adapt,
+    }
+    _check_owner(names, [flag for flag, value in of_sam2.items() if value], ("sam2",))
+    _check_owner(names, ["--reverse_check"] if options.reverse_check else [], REVERSIBLE)
+
+
+def _check_owner(names: Sequence[str], flags: Sequence[str], owners: Sequence[str]) -> None:
+    if flags and not set(names) & set(owners):
+        raise OneShotError(
+            f"expected -propagator {' or '.join(owners)} with {' '.join(flags)}, found {' '.join(names)}, for which "
+            f"that does nothing; add {owners[0]} or leave {' '.join(flags)} out"
+        )
+
+
+def _check_recipe(names: Sequence[str], recipe: str | None) -> None:
     if recipe is not None and list(names) != (own := default_names(recipe)):
         raise OneShotError(
             f"expected {own[0]} alone with recipe {recipe}, found {' '.join(names)}; leave -propagator or -recipe out"
@@ -85,11 +107,11 @@ def check_recipe(names: Sequence[str], recipe: str | None) -> None:
 
 
 def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
-    """The propagator of that name.
+    """The propagator of that name; `prepare` loads its weights.
 
     Raises:
         OneShotError: an unknown name.
-        PropagationError: a checkpoint, mode, recipe or device that cannot be had.
+        PropagationError: a mode or recipe that cannot be had.
     """
     if name == "registration":
         return RegistrationPropagator()
@@ -98,6 +120,17 @@ def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
     if name == "correspondence":
         return CorrespondencePropagator(options.device, RECIPE)
     raise OneShotError(f"expected a propagator of {', '.join(NAMES)}, found {name!r}; choose one of those")
+
+
+def prepare(propagators: Iterable[Propagator]) -> None:
+    """Load weights now, before anything is written and before workers do so all at once.
+
+    Raises:
+        PropagationError: a checkpoint or device that cannot be had.
+    """
+    for propagator in propagators:
+        if isinstance(propagator, Sam2Propagator):
+            propagator.prepare()
 
 
 def describe(propagator: Propagator, options: PropagatorOptions) -> Source:
@@ -115,7 +148,7 @@ def _sam2(options: PropagatorOptions) -> Sam2Propagator:
         raise OneShotError(f"expected -sam2_batch of 1 or more, found {options.batch_size}; leave it out")
     published = None if options.recipe is None else recipe(options.recipe)
     settings = published or Sam2Settings()
-    propagator = Sam2Propagator(
+    return Sam2Propagator(
         options.checkpoint,
         options.config,
         mode=options.mode,
@@ -126,8 +159,6 @@ def _sam2(options: PropagatorOptions) -> Sam2Propagator:
         batch_size=options.batch_size,
         settings=replace(settings, intensities=_intensities(options, settings.intensities)),
     )
-    propagator.prepare()
-    return propagator
 
 
 def _intensities(options: PropagatorOptions, own: Intensities) -> Intensities:

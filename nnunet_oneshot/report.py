@@ -23,6 +23,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluate import Evaluation, evaluate
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.quality import dice_by_class, foreground
 from nnunet_oneshot.quality_gate import mean_quality
 from nnunet_oneshot.report_charts import histogram, line_chart, scatter_chart
 from nnunet_oneshot.report_pictures import (
@@ -128,8 +129,10 @@ def report(
     processes = num_processes or default_processes()
     # What may be refused comes before minutes of looking at images.
     _check_folder(output)
-    scores = _scores(raw, store, truth)
-    facts = _look(raw, store, raw.cases, processes, "report")
+    # Images added since have no label before refine takes them up.
+    known = [case for case in raw.cases if case.name in manifest.cases]
+    scores = _scores(raw, store, manifest, truth)
+    facts = _look(raw, store, known, processes, "report")
     page = _Page(raw, manifest, facts, scores, _estimates(store, manifest))
     chosen = _chosen(page.ranked, sheets)
     large = _look(raw, store, [raw.case(c) for _, c in chosen], processes, "pictures", sheet=True)
@@ -195,16 +198,15 @@ def _agreement(dataset: RawDataset, store: Store, case: str, rounds: Sequence[in
 
 def _dice(first: LabelVolume, second: LabelVolume) -> float:
     """Mean over the foreground values that are in either; 1 where there are none."""
-    values = sorted({*np.unique(first).tolist(), *np.unique(second).tolist()} - {0})
-    both = [2 * ((first == v) & (second == v)).sum() / ((first == v).sum() + (second == v).sum()) for v in values]
-    return float(np.mean(both)) if both else 1.0
+    dice = dice_by_class(first, second, foreground([first, second]))
+    return float(np.mean(list(dice.values()))) if dice else 1.0
 
 
-def _scores(raw: RawDataset, store: Store, truth: Path | None) -> Evaluation | None:
+def _scores(raw: RawDataset, store: Store, manifest: Manifest, truth: Path | None) -> Evaluation | None:
     """True scores of the un-annotated cases that have a true label."""
     if truth is None:
         return None
-    known = {p.name[: -len(raw.file_ending)] for p in Path(truth).glob(f"*{raw.file_ending}")}
+    known = {p.name[: -len(raw.file_ending)] for p in Path(truth).glob(f"*{raw.file_ending}")} & set(manifest.cases)
     cases = [c.name for c in raw.unannotated if c.name in known]
     if not cases:
         raise OneShotError(f"expected true labels of un-annotated cases of {raw.name} in {truth}, found none; check it")
@@ -241,7 +243,10 @@ def _render(page: _Page, sheets: Sequence[tuple[str, str, str]]) -> str:
 def _summary(page: _Page) -> str:
     counts = Counter(record.status for record in page.manifest.cases.values())
     parts = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    return escape(f"{len(page.manifest.cases)} cases: {parts}. Round in force: {page.manifest.round}.")
+    said = f"{len(page.manifest.cases)} cases: {parts}. Round in force: {page.manifest.round}."
+    if added := sum(case.name not in page.manifest.cases for case in page.dataset.cases):
+        said += f" Images added since: {added}; nnUNetv2_oneshot_refine takes them up."
+    return escape(said)
 
 
 def _legend(dataset: RawDataset) -> str:

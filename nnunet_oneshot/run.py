@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_oneshot.dataset import RawDataset
+from nnunet_oneshot.dataset import RawDataset, open_dataset
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluate import evaluate, format_table
 from nnunet_oneshot.output import find_output
-from nnunet_oneshot.propagate import PropagatorOptions, propagate
+from nnunet_oneshot.propagate import PropagatorOptions, check_repeated, propagate
 from nnunet_oneshot.propagators import DEFAULT
 from nnunet_oneshot.refine import Refinement, check_no_results, make_plan, open_store, refine
 from nnunet_oneshot.store import Manifest, Store
@@ -57,7 +58,10 @@ def run(
     Raises:
         OneShotError: whatever `propagate`, `refine` and `evaluate` refuse.
     """
-    store, training = find_output(dataset, output), dict(training or {})
+    store, training, options = find_output(dataset, output), dict(training or {}), options or PropagatorOptions()
+    if reference is not None:
+        # Hours of training come before it is read.
+        _scored_cases(open_dataset(dataset), reference)
     if overwrite or not store.manifest_path.is_file():
         named = {key: training[key] for key in ("trainer", "plans", "preset", "num_folds") if key in training}
         plan = make_plan(configuration, **named)
@@ -73,8 +77,9 @@ def run(
             overwrite=overwrite,
             same_patient=same_patient,
         )
-    device = (options or PropagatorOptions()).device
-    refinement = refine(output, configuration, **training, device=device, num_processes=num_processes)
+    else:
+        check_repeated(open_dataset(dataset), store, propagators, views, options, same_patient)
+    refinement = refine(output, configuration, **training, device=options.device, num_processes=num_processes)
     store, raw = open_store(output)
     result = RunResult(store.read_manifest(), refinement)
     if reference is not None:
@@ -82,9 +87,19 @@ def run(
     return result
 
 
-def _score(result: RunResult, raw: RawDataset, store: Store, reference: Path) -> None:
-    # Annotated cases would score 1 by copying; they tell nothing.
+def _scored_cases(raw: RawDataset, reference: Path) -> list[str]:
+    """Un-annotated cases with a true label: annotated ones would score 1 by copying. Names are looked at, no file."""
     cases = [c.name for c in raw.unannotated if (reference / f"{c.name}{raw.file_ending}").is_file()]
+    if not cases:
+        raise OneShotError(
+            f"expected true labels CASE{raw.file_ending} of un-annotated cases of {raw.name} in {reference}, found "
+            "none; check -ref"
+        )
+    return cases
+
+
+def _score(result: RunResult, raw: RawDataset, store: Store, reference: Path) -> None:
+    cases = _scored_cases(raw, reference)
     scored = evaluate(reference, store.fused_path("x").parent, raw.folder / "dataset.json", cases=cases)
     result.scores = scored.to_json()
     result.score_lines = ["", "labels in force against the reference:", format_table(scored)]

@@ -26,7 +26,12 @@ def read_same_patient(path: Path, dataset: RawDataset) -> dict[str, str]:
     Raises:
         OneShotError: a file of another kind, unknown cases, or a label that cannot be carried.
     """
-    pairs = _read(path, dataset)
+    pairs = read_pairs(path, dataset)
+    if not pairs:
+        raise OneShotError(
+            f"{path}: expected an un-annotated case of the patient of an annotated one, found none; name one or leave "
+            "-same_patient out"
+        )
     annotated, known = {case.name for case in dataset.annotated}, {case.name for case in dataset.cases}
     for case, source in pairs.items():
         if unknown := [name for name in (case, source) if name not in known]:
@@ -49,21 +54,16 @@ def _check_whole(path: Path, dataset: RawDataset, sources: set[str]) -> None:
             )
 
 
-def _read(path: Path, dataset: RawDataset) -> dict[str, str]:
+def read_pairs(path: Path, dataset: RawDataset) -> dict[str, str]:
+    """The pairs of a file, whatever cases they name; OneShotError for a file of another kind."""
     if path.suffix not in (".json", ".csv") or not path.is_file():
         raise OneShotError(f"expected a .json or .csv file of pairs of cases, found no such file {path}; check it")
-    pairs = _from_json(path, dataset) if path.suffix == ".json" else _from_csv(path)
-    if not pairs:
-        raise OneShotError(
-            f"{path}: expected an un-annotated case of the patient of an annotated one, found none; name one or leave "
-            "-same_patient out"
-        )
-    return pairs
+    return _from_json(path, dataset) if path.suffix == ".json" else _from_csv(path)
 
 
 def _from_json(path: Path, dataset: RawDataset) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OneShotError(f"{path}: expected JSON, found {error}; correct the file") from error
     if isinstance(content, Mapping) and isinstance(content.get("cases"), Mapping):
@@ -81,8 +81,12 @@ def _by_patient(origin: Mapping[str, Any], dataset: RawDataset) -> dict[str, str
 
 
 def _from_csv(path: Path) -> dict[str, str]:
-    with path.open(newline="") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    try:
+        # Excel puts a mark before UTF-8, which is no part of the first name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    except UnicodeDecodeError as error:
+        raise OneShotError(f"{path}: expected UTF-8 text, found {error}; save the table as UTF-8") from error
     if odd := [row for row in rows if len(row) != 2]:
         raise OneShotError(f"{path}: expected two columns, case and annotated case, found {odd[0]}; correct the line")
     return {case: source for case, source in rows if [case, source] != HEADER}

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ import numpy as np
 from nnunet_oneshot.checks import check_for_propagation
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.output import NNUNET_ROOTS, find_output
+from nnunet_oneshot.output import find_output, nnunet_folders
 from nnunet_oneshot.parallel import default_processes, over_cases
-from nnunet_oneshot.propagate import PropagatorOptions, propagate
-from nnunet_oneshot.propagators import DEFAULT
+from nnunet_oneshot.propagate import Outcome, PropagatorOptions, propagate
+from nnunet_oneshot.propagators import DEFAULT, REVERSIBLE
 from nnunet_oneshot.report_pictures import Overlay
 from nnunet_oneshot.store import CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
@@ -44,7 +43,7 @@ class TrialCase:
         quality: estimated Dice, by label value and `mean`; None where no label was made.
         divergence: share of all voxels without consensus.
         divergence_of_foreground: divergent voxels among those that any view calls foreground, or that diverge.
-        seconds: processor time of all propagators.
+        seconds: wall-clock of all propagators, one after the other, once they have learnt.
         reason: why there is no label.
     """
 
@@ -68,7 +67,10 @@ class Trial:
         quality: estimated mean Dice of the set, each case weighed by its share; None where nothing was labelled.
         divergence: expected share of voxels that training ignores.
         divergence_of_foreground: the same of the voxels in and around the structures.
-        minutes: expected wall-clock of the whole run with as many processes and with the reverse check.
+        preparation: seconds in which propagators learn before any case (correspondence's network, -adapt); next to
+            none where an earlier run of the same images kept a network.
+        minutes: expected wall-clock of the whole run's labelling with as many processes, with the reverse check and
+            the preparation.
         megabytes: expected disk of the whole run's labels.
         annotate_next: the case whose annotation would help most if one label is not enough.
         warnings: what a user should know.
@@ -80,6 +82,7 @@ class Trial:
     quality: float | None
     divergence: float
     divergence_of_foreground: float
+    preparation: float
     minutes: float
     megabytes: float
     annotate_next: str | None
@@ -122,10 +125,10 @@ def trial(
     find_output(dataset, output)
     place = (folder or Path(f"oneshot_trial_{raw.id:03d}")).resolve()
     processes = num_processes or default_processes()
-    checked = replace(options or PropagatorOptions(), reverse_check=True)
+    checked = replace(options or PropagatorOptions(), reverse_check=bool({*propagators} & {*REVERSIBLE}))
     chosen = _choose(raw, cases, processes)
     _make_place(place)
-    with _nnunet_folders(place):
+    with nnunet_folders(place):
         _lay_out(raw, [raw.case(c.case) for c in chosen])
         outcome = propagate(
             raw.id, output, propagators=propagators, views=views, options=checked, num_processes=processes
@@ -133,7 +136,7 @@ def trial(
         small = open_dataset(raw.id)
         found = [_found(small, outcome.store, entry) for entry in chosen]
         _draw(small, outcome.store, found, place / "trial.png")
-    result = _expect(raw, outcome.store, found, processes, place)
+    result = _expect(raw, outcome, found, processes, place)
     result.warnings = warnings
     content = {**asdict(result), "folder": str(place)}
     (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -170,22 +173,6 @@ def _make_place(place: Path) -> None:
     (place / MARK).write_text("{}\n", encoding="utf-8")
 
 
-@contextmanager
-def _nnunet_folders(place: Path) -> Iterator[None]:
-    """nnU-Net's three folders inside the trial's, whatever the environment says otherwise."""
-    before = {name: os.environ.get(name) for name in NNUNET_ROOTS}
-    for name in NNUNET_ROOTS:
-        (place / name).mkdir()
-        os.environ[name] = str(place / name)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def _lay_out(raw: RawDataset, cases: Sequence[Case]) -> None:
     """A raw dataset of a few cases and the annotated ones that refers to their files."""
     folder = Path(os.environ["nnUNet_raw"]) / raw.name
@@ -220,13 +207,13 @@ def _seconds(store: Store, case: str) -> float:
     return round(sum(record.seconds for record in records if record is not None), 2)
 
 
-def _expect(raw: RawDataset, store: Store, found: list[TrialCase], processes: int, place: Path) -> Trial:
+def _expect(raw: RawDataset, outcome: Outcome, found: list[TrialCase], processes: int, place: Path) -> Trial:
     size = len(raw.unannotated) or len(found)
     shares = np.array([case.share for case in found])
     rated = [(case.share, case.quality["mean"]) for case in found if case.quality is not None]
     known = sum(share for share, _ in rated)
     seconds = float((shares * [case.seconds for case in found]).sum())
-    written = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
+    written = sum(path.stat().st_size for path in outcome.store.folder.rglob("*") if path.is_file())
     return Trial(
         folder=place,
         cases=found,
@@ -234,7 +221,8 @@ def _expect(raw: RawDataset, store: Store, found: list[TrialCase], processes: in
         quality=round(sum(share * mean for share, mean in rated) / known, 4) if rated else None,
         divergence=round(float((shares * [case.divergence for case in found]).sum()), 5),
         divergence_of_foreground=round(float((shares * [case.divergence_of_foreground for case in found]).sum()), 4),
-        minutes=round(seconds * size / min(processes, size) / 60, 1),
+        preparation=round(outcome.preparation, 2),
+        minutes=round((outcome.preparation + seconds * size / min(processes, size)) / 60, 1),
         megabytes=round(written / len(found) * size / 1e6, 3),
         annotate_next=max(found, key=_worth).case if found else None,
     )

@@ -115,6 +115,20 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(own) if own else Path(base or Path.home() / ".cache") / "nnunet-oneshot" / "checkpoints"
 
 
+def builtin_file() -> Path:
+    """The built-in weights; PropagationError where the installation lacks them."""
+    path = _builtin_folder() / "builtin.safetensors"
+    if not path.is_file():
+        raise PropagationError(f"expected the built-in checkpoint at {path}, found none; reinstall nnunet-oneshot")
+    return path
+
+
+def downloaded(cache: Path | None = None) -> list[str]:
+    """Names of the published checkpoints whose files lie in the cache folder; their sums are not looked at."""
+    folder = cache_folder(cache)
+    return [name for name, published in PUBLISHED.items() if os.path.isfile(folder / published.file_name)]
+
+
 def check_device(device: str) -> torch.device:
     """The device, if it is there.
 
@@ -236,11 +250,8 @@ def _builtin_folder() -> Path:
 def _builtin(config: Named | None) -> _Source:
     if config is not None:
         raise PropagationError(f"expected no configuration for builtin, found {config}; leave -sam2_cfg out")
-    folder = _builtin_folder()
-    path = folder / "builtin.safetensors"
-    if not path.is_file():
-        raise PropagationError(f"expected the built-in checkpoint at {path}, found none; reinstall nnunet-oneshot")
-    return _Source(path, read_configuration(folder / "builtin.yaml"), file_sum(path), False)
+    path = builtin_file()
+    return _Source(path, read_configuration(path.with_suffix(".yaml")), file_sum(path), False)
 
 
 def _fetched(published: Published, cache: Path | None) -> Path:

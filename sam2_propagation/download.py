@@ -79,7 +79,7 @@ def _save(response: IO[bytes], partial: Path, done: int) -> None:
     total = done + int(length) if length else None
     label = partial.name.removesuffix(".part")
     with (
-        partial.open("ab" if done else "wb", encoding="utf-8") as stream,
+        partial.open("ab" if done else "wb") as stream,
         tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=label) as bar,
     ):
         while chunk := response.read(_CHUNK):

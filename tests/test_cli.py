@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -89,6 +90,63 @@ def test_propagate_ends_with_a_table_and_what_comes_next(
 def test_failed_cases_are_told(roots: Roots, call: Call, fakes: dict[str, FakePropagator]) -> None:
     write_raw(roots.raw, cases=("case_0", "bad_1", "case_2"))
     assert "no label for bad_1: fake: similarity no better than identity" in call(cli.propagate, *PROPAGATE).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("-n", 3), "with --trial"),
+        (("--trial", "--overwrite"), "--overwrite"),
+        (("--trial", "-num_parts", 2, "-part_id", 1), "-num_parts -part_id"),
+        (("-mode", "self"), "-mode"),
+        (("-adapt", 9), "-adapt"),
+        (("-window", "lung"), "-window"),
+        (("-channels", 1), "-channels"),
+        (("-sam2_chk", "builtin"), "-sam2_chk"),
+        (("-sam2_cfg", "medsam2"), "-sam2_cfg"),
+        (("--reverse_check",), "--reverse_check"),
+        (("--trial", "-mode", "self"), "-mode"),
+    ],
+)
+def test_flags_that_cannot_act_are_refused(
+    toy: Path,
+    roots: Roots,
+    call: Call,
+    fakes: dict[str, FakePropagator],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple,
+    word: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = roots.snapshot()
+    answer = call(cli.propagate, *PROPAGATE, *arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert word in answer.error
+    assert "found" in answer.error
+    assert " out" in answer.error, "what to do"
+    assert roots.snapshot() == before
+
+
+def test_flags_act_where_their_propagator_is_one_of_several(
+    toy: Path, call: Call, fakes: dict[str, FakePropagator]
+) -> None:
+    flags = ("-propagator", "registration", "sam2", "-mode", "self", "-adapt", 9, "--reverse_check")
+    assert call(cli.propagate, *PROPAGATE[:-2], *flags).code == 0
+
+
+def test_info_names_the_weights_that_are_there(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(tmp_path))
+    assert call(cli.info).out.count(f"checkpoint folder: {tmp_path}; in it: none") == 1
+    (tmp_path / "MedSAM2_latest.pt").touch()
+    found = strict(call(cli.info, "-json").out)["checkpoints"]
+    weights = ROOT / "sam2_propagation" / "builtin" / "builtin.safetensors"
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert found["builtin"] == {"name": "builtin.safetensors", "sha256": sha256}
+    assert (found["cache"], found["downloaded"]) == (str(tmp_path), ["medsam2_latest"])
+    shown = call(cli.info).out
+    assert f"builtin.safetensors, sha256 {sha256}" in shown
+    assert "in it: medsam2_latest" in shown
 
 
 class Chatty(FakePropagator):

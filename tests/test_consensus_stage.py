@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_image, write_raw
 
 from nnunet_oneshot.consensus import consensus
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.store import Manifest, Store
 
 IGNORE = 3
@@ -102,6 +103,22 @@ def test_an_interrupted_run_is_repeated(
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["fused", "rounds", "same_patient", "self_05"])
+def test_a_folder_whose_name_means_something_else_is_refused(
+    roots: Roots, toy: Path, tools: list[Path], tmp_path: Path, name: str
+) -> None:
+    taken = tools[0].rename(tmp_path / name)
+    before = roots.snapshot()
+    with pytest.raises(OneShotError, match=f"found {name}, which is taken; rename it"):
+        run(roots, [taken])
+    assert roots.snapshot() == before
+
+
+def test_a_name_that_only_begins_like_a_taken_one_is_free(roots: Roots, toy: Path, tools: list[Path]) -> None:
+    manifest, _ = run(roots, [tools[0].rename(tools[0].with_name("self_made"))])
+    assert manifest.cases["case_1"].status == "pseudo"
 
 
 def test_natural_images(roots: Roots, tmp_path: Path) -> None:

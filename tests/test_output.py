@@ -9,7 +9,7 @@ from raw_datasets import Roots
 
 from nnunet_oneshot.dataset import RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.output import create_output, find_output
+from nnunet_oneshot.output import create_output, differences, find_output
 from nnunet_oneshot.store import Manifest, Store
 
 SETTINGS = {"views": {"fake": ["still"]}}
@@ -54,6 +54,18 @@ def test_other_settings_do_not_go_on(dataset: RawDataset, roots: Roots) -> None:
     with pytest.raises(OneShotError, match=r"spare.*--overwrite"):
         create_output(dataset, 601, {"views": {"fake": ["spare"]}}, overwrite=False)
     assert roots.snapshot() == before
+
+
+def test_what_is_other_is_said_and_nothing_else() -> None:
+    before = {"views": {"fake": ["still"]}, "mode": "self", "adapt": 9, "annotated": {"a": "1", "b": "1", "c": "1"}}
+    now = {"views": {"fake": ["still"]}, "mode": "slice", "annotated": {"a": "1", "b": "2", "d": "1"}}
+    assert differences(before, now) == [
+        "adapt none instead of 9",
+        'mode "slice" instead of "self"',
+        "another label of b",
+        "no label of c",
+        "a new label of d",
+    ]
 
 
 def test_overwrite_removes_old_labels_and_what_nnunet_made_of_them(

@@ -32,8 +32,28 @@ def _is_text_file(call: ast.Call, given: dict[str | None, ast.expr]) -> bool:
         return True
     if name != "open" or getattr(owner, "id", None) in NOT_FILES_OF_TEXT:
         return False
-    modes = [a.value for a in (*call.args, given.get("mode")) if isinstance(a, ast.Constant)]
-    return not any("b" in mode for mode in modes if isinstance(mode, str))
+    return not _is_binary(call, given)
+
+
+def _is_binary(call: ast.Call, given: dict[str | None, ast.expr]) -> bool:
+    """Whether a mode says so, or either side of one that is chosen by a condition."""
+    asked = [node for node in (*call.args, given.get("mode")) if node is not None]
+    return any("b" in mode for node in asked for mode in _modes(node))
+
+
+def _modes(node: ast.expr) -> list[str]:
+    if isinstance(node, ast.IfExp):
+        return [*_modes(node.body), *_modes(node.orelse)]
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+
+def bytes_with_encoding(tree: ast.Module) -> Iterator[int]:
+    """Lines where a file of bytes is opened with an encoding, which Python refuses."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name == "open" and "encoding" in given and _is_binary(call, given):
+            yield call.lineno
 
 
 def _is_text_process(given: dict[str | None, ast.expr]) -> bool:
@@ -67,7 +87,7 @@ def workers_that_are_not_spawned(tree: ast.Module) -> Iterator[int]:
             yield call.lineno
 
 
-RULES: tuple[Find, ...] = (text_without_encoding, posix_alone, workers_that_are_not_spawned)
+RULES: tuple[Find, ...] = (text_without_encoding, bytes_with_encoding, posix_alone, workers_that_are_not_spawned)
 
 
 @pytest.mark.parametrize("find", RULES, ids=lambda rule: rule.__name__)
@@ -89,6 +109,10 @@ def test_nothing_of_one_system_alone(find: Find) -> None:
         (text_without_encoding, "open(p, 'a')", True),
         (text_without_encoding, "subprocess.run(['x'], text=True)", True),
         (text_without_encoding, "p.open('rb'); p.write_text('', encoding='utf-8'); webbrowser.open(p)", False),
+        (text_without_encoding, "p.open('ab' if x else 'wb')", False),
+        (text_without_encoding, "p.open('a' if x else 'w')", True),
+        (bytes_with_encoding, "p.open('ab' if x else 'wb', encoding='utf-8')", True),
+        (bytes_with_encoding, "p.open('rb'); p.open('a' if x else 'w', encoding='utf-8')", False),
         (posix_alone, "os.killpg(1, signal.SIGKILL)", True),
         (posix_alone, "import fcntl", True),
         (posix_alone, "if hasattr(os, 'killpg'):\n    os.killpg(1, signal.SIGKILL)", False),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 from conftest import Answer
 from fake_propagator import FAILURE, FakePropagator
-from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_raw
+from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_image, write_raw
 
 from nnunet_oneshot import cli
 from nnunet_oneshot import propagate as module
 from nnunet_oneshot.dataset import open_dataset
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.output import find_output
 from nnunet_oneshot.propagate import Outcome, propagate
 from nnunet_oneshot.store import Manifest, Store
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
@@ -185,6 +188,20 @@ def test_fit_sees_every_image_once_before(toy: Path, fakes: Fakes) -> None:
     assert fakes["fake"].adapted == ["case_0"], "once, before any case, not once a worker"
 
 
+def test_learning_is_timed_and_is_not_done_again_for_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FakePropagator):
+        def fit(self, images: Iterable[Image]) -> None:
+            time.sleep(0.2)
+
+        def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+            time.sleep(0.2)
+
+    monkeypatch.setattr(module, "make_propagator", lambda name, options: Slow(name))
+    outcome = run(num_parts=2, part_id=0)
+    assert 0.4 <= outcome.preparation < outcome.seconds
+    assert run(num_parts=2, part_id=0).preparation == 0
+
+
 class Interrupted(FakePropagator):
     """Ctrl-C while the second case is labelled, after its first view."""
 
@@ -202,13 +219,43 @@ def test_an_interrupted_run_goes_on_from_whole_cases(toy: Path, fakes: Fakes, mo
         patched.setattr(module, "make_propagator", lambda name, options: Interrupted(name))
         with pytest.raises(KeyboardInterrupt):
             run()
-    store = module.create_output(open_dataset(501), 601, {"views": {"fake": ["still", "shifted"]}}, False)
+    store = find_output(501, 601)
     assert not store.manifest_path.exists(), "nothing tells of a dataset that is not whole"
     first = store.view_path("fake", "still", "case_1").stat()
     outcome = run()
     assert fakes["fake"].asked == ["case_2"]
     assert store.view_path("fake", "still", "case_1").stat().st_mtime_ns == first.st_mtime_ns
     assert contents(outcome.store) == contents(run(602).store)
+
+
+def _stop_after_the_first_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make_propagator", lambda name, options: Interrupted(name))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+@pytest.mark.parametrize("change", ["another label of case_0", "a new label of case_2", "no label of case_0"])
+def test_labels_of_two_annotations_are_not_mixed(
+    roots: Roots, fakes: Fakes, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    names = ("case_0", "case_1", "case_2", "case_3")
+    folder = write_raw(roots.raw, cases=names, annotated=("case_0", "case_3"))
+    _stop_after_the_first_case(monkeypatch)
+    what, _, case = change.rpartition(" label of ")
+    if what == "no":
+        (folder / "labelsTr" / f"{case}.nii.gz").unlink()
+    else:
+        write_image(folder / "labelsTr" / f"{case}.nii.gz", np.roll(label_array(0), 1, axis=1))
+    before = roots.snapshot()
+    with pytest.raises(OneShotError, match=f"found {change}; .*--overwrite"):
+        run()
+    assert roots.snapshot() == before
+    asked = run(overwrite=True).store.read_manifest()
+    assert [asked.cases[c].status for c in ("case_1", "case_2")] == [
+        "pseudo",
+        "annotated" if what == "a new" else "pseudo",
+    ]
 
 
 KILLED = """

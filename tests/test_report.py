@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,19 @@ def test_before_any_round_and_with_a_label_missing(labelled: PhantomDataset, tmp
     with pytest.raises(OneShotError, match=f"{labelled.cases[2]}.*found none"):
         report(601, num_processes=1)
     assert not (folder / "report.html").exists()
+
+
+def test_images_added_since_are_counted_and_have_no_row(labelled: PhantomDataset) -> None:
+    first, ending = labelled.cases[1], ".nii.gz"
+    for folder, name in ((labelled.folder / "imagesTr", "added_0000"), (labelled.truth, "added")):
+        old = f"{first}_0000" if name == "added_0000" else first
+        shutil.copy(folder / f"{old}{ending}", folder / f"{name}{ending}")
+    page = report(601, truth=labelled.truth, num_processes=1).read_text(encoding="utf-8")
+    assert "Images added since: 1; nnUNetv2_oneshot_refine takes them up." in page
+    assert set(rows_of(page)) == set(labelled.cases)
+    assert "n = 4" in page, "true labels of what has a label"
+    (labelled.folder / "imagesTr" / f"added_0000{ending}").unlink()
+    assert "added since" not in report(601, num_processes=1).read_text(encoding="utf-8")
 
 
 def test_texts_cannot_become_markup(labelled: PhantomDataset, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from raw_datasets import FLIPPED_OBLIQUE, LABELS, SPACING, Roots, edit_json, mak
 
 from nnunet_oneshot import cli
 from nnunet_oneshot.dataset import open_dataset
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.same_patient import read_same_patient
 from nnunet_oneshot.store import Store
@@ -113,6 +114,15 @@ def test_pairs_by_the_converters_file_and_by_a_csv(roots: Roots, tmp_path: Path)
     table = tmp_path / "patients.csv"
     table.write_text("case,annotated\nA_3, A_1_GED4\n\nA_2,A_1_GED4\n")
     assert read_same_patient(table, raw) == {"A_2": "A_1_GED4", "A_3": "A_1_GED4"}
+
+
+def test_a_table_as_excel_writes_it(toy: Path, tmp_path: Path) -> None:
+    table = tmp_path / "patients.csv"
+    table.write_bytes("case,annotated\r\ncase_1,case_0\r\n".encode("utf-8-sig"))
+    assert read_same_patient(table, open_dataset(501)) == {"case_1": "case_0"}
+    table.write_bytes("häl_1,case_0\n".encode("latin-1"))
+    with pytest.raises(OneShotError, match="save the table as UTF-8"):
+        read_same_patient(table, open_dataset(501))
 
 
 BAD: dict[str, tuple[str, str, str]] = {

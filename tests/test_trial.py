@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from PIL import Image as Picture
 from raw_datasets import Roots, image_array, write_image, write_raw
 
 from nnunet_oneshot import cli
+from nnunet_oneshot import trial as trial_module
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.propagate import Outcome, propagate
 from nnunet_oneshot.trial import Trial, trial
 from nnunet_oneshot.trial_cases import choose, evenly, statistics
 from sam2_propagation.interface import Image
@@ -57,6 +61,17 @@ def test_it_spans_the_set_and_weighs_by_what_a_case_stands_for(ready: Roots) -> 
     assert result.quality == pytest.approx(np.dot([5 / 7, 2 / 7], means), abs=1e-3)
     assert 0 < result.divergence < result.divergence_of_foreground < 1
     assert result.megabytes > 0
+
+
+def test_what_is_learnt_first_counts_once(ready: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: Any, **more: Any) -> Outcome:
+        return replace(propagate(*arguments, **more), preparation=600.0)
+
+    monkeypatch.setattr(trial_module, "propagate", slow)
+    result = attempt(2)
+    seconds = float(np.dot([case.share for case in result.cases], [case.seconds for case in result.cases]))
+    assert result.preparation == 600
+    assert result.minutes == pytest.approx(10 + 7 * seconds / 60, abs=0.06)
 
 
 def test_nothing_is_written_but_its_folder(ready: Roots, here: Path) -> None:

@@ -1,0 +1,110 @@
+"""`run` on what is there already: a repeat goes on, other wishes are not passed over; -ref is looked at first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Answer
+from fake_propagator import FakePropagator
+from raw_datasets import Roots, label_array, write_image
+
+from nnunet_oneshot import cli
+from nnunet_oneshot import run as module
+from nnunet_oneshot.output import find_output
+
+Call = Callable[..., Answer]
+RUN = ("-d", 501, "-o", 601, "-c", "3d_fullres", "-preset", "tiny", "-np", 1, "-device", "cpu")
+FAKE = (*RUN, "-propagator", "fake")
+
+
+class Trained(Exception):
+    """Refinement was reached."""
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refine(*_: object, **__: object) -> None:
+        raise Trained
+
+    monkeypatch.setattr(module, "refine", refine)
+
+
+def trains(call: Call, *arguments: object) -> None:
+    with pytest.raises(Trained):
+        call(cli.run, *arguments)
+
+
+def refused(answer: Answer, *words: str) -> None:
+    assert answer.code == 2, answer
+    for word in words:
+        assert word in answer.error
+
+
+def pairs(tmp_path: Path, **content: str) -> Path:
+    path = tmp_path / "patients.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_the_same_again_goes_on_to_training(toy: Path, fakes: dict[str, FakePropagator], call: Call) -> None:
+    trains(call, *FAKE)
+    labels = find_output(501, 601).label_path("case_1").stat()
+    trains(call, *FAKE)
+    assert fakes["fake"].asked == ["case_1", "case_2"], "labelled once"
+    assert find_output(501, 601).label_path("case_1").stat() == labels
+
+
+def test_labels_drawn_since_are_refines_to_take_up(toy: Path, fakes: dict[str, FakePropagator], call: Call) -> None:
+    trains(call, *FAKE)
+    write_image(toy / "labelsTr/case_0.nii.gz", np.roll(label_array(0), 1, axis=1))
+    write_image(toy / "labelsTr/case_1.nii.gz", label_array(1))
+    trains(call, *FAKE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*RUN, "-propagator", "fake", "twin"), ("twin",)),
+        ((*FAKE, "-views", "still", "spare"), ("spare", "shifted")),
+        ((*RUN, "-propagator", "sam2", "-adapt", "150"), ("adapt 150", '"sam2"')),
+    ],
+)
+def test_other_wishes_are_not_passed_over(
+    toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call, arguments: tuple, words: tuple[str, ...]
+) -> None:
+    trains(call, *FAKE)
+    before = roots.snapshot()
+    refused(call(cli.run, *arguments), *words, "--overwrite", "nnUNetv2_oneshot_refine")
+    assert roots.snapshot() == before
+    trains(call, *arguments, "--overwrite")
+
+
+def test_the_pairs_of_patients_count_too(
+    toy: Path, fakes: dict[str, FakePropagator], call: Call, tmp_path: Path
+) -> None:
+    trains(call, *FAKE, "-same_patient", pairs(tmp_path, case_1="case_0"))
+    refused(call(cli.run, *FAKE), "same_patient none instead of")
+    refused(call(cli.run, *FAKE, "-same_patient", pairs(tmp_path, case_2="case_0")), "same_patient")
+    again = (*FAKE, "-same_patient", pairs(tmp_path, case_1="case_0"))
+    trains(call, *again)
+    write_image(toy / "labelsTr/case_1.nii.gz", label_array(1))
+    trains(call, *again)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_true_labels_are_looked_for_before_anything_is_done(
+    toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call, tmp_path: Path, made: bool
+) -> None:
+    truth = tmp_path / "truth"
+    if made:
+        # The annotated case's own label scores nothing.
+        write_image(truth / "case_0.nii.gz", label_array(0))
+    before = roots.snapshot()
+    refused(call(cli.run, *FAKE, "-ref", truth), str(truth), "expected true labels", "check -ref")
+    assert roots.snapshot() == before
+    write_image(truth / "case_2.nii.gz", label_array(2))
+    trains(call, *FAKE, "-ref", truth)
