@@ -28,6 +28,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.refine_record import begun_plan
 
 STOCK_TRAINER = "nnUNetTrainer"
 CHECKPOINT = "checkpoint_final.pth"
@@ -101,7 +102,8 @@ def export(
         configuration: for example "3d_fullres"; a cascade takes its low-resolution model along.
         output_zip: file to write; must not exist.
         trainer, plans: of the model; may be None when there is only one model of that configuration.
-        folds: None takes `fold_all` where there is one and else all numbered folds that are trained.
+        folds: None takes those of the refinement that made it; of a model that none made `fold_all` where there is
+            one and else all numbered folds that are trained.
         container: folder to write a Dockerfile, run script, README, self-test and model to; must be empty or absent.
 
     Raises:
@@ -169,7 +171,17 @@ def _find_model(
         names = ", ".join(folder.name for folder, _, _ in fitting)
         raise OneShotError(f"expected one model of {configuration}, found {names}; choose by -tr and -p")
     folder, found_trainer, found_plans = fitting[0]
-    return _Model(folder, found_trainer, found_plans, configuration, _choose_folds(folder, folds))
+    planned = _refined_folds(dataset.name, (found_trainer, found_plans, configuration))
+    return _Model(
+        folder, found_trainer, found_plans, configuration, _choose_folds(folder, planned if folds is None else folds)
+    )
+
+
+def _refined_folds(dataset: str, model: tuple[str, str, str]) -> Sequence[int | str] | None:
+    """The folds that a refinement trains; None where the labels are not on this machine or trained no such model."""
+    root = os.environ.get("nnUNet_raw")
+    plan = begun_plan(Path(root) / dataset) if root else None
+    return plan.folds if plan is not None and (plan.trainer, plan.plans, plan.configuration) == model else None
 
 
 def _finished_folds(folder: Path) -> list[str]:

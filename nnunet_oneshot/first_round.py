@@ -11,7 +11,7 @@ from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.quality import estimate
 from nnunet_oneshot.quality_gate import gate
 from nnunet_oneshot.quality_opinions import opinions
-from nnunet_oneshot.refine_changes import Look, Taken, look_at
+from nnunet_oneshot.refine_changes import Taken, take_up
 from nnunet_oneshot.rounds import is_kept, keep, put_in_force, target_path
 from nnunet_oneshot.store import CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
@@ -39,14 +39,19 @@ def take_over(dataset: RawDataset, store: Store, processes: int, min_quality: fl
         return []
     known = [case for case in dataset.cases if case.name in manifest.cases]
     tasks = [Task(dataset, store, case, manifest.cases[case.name], manifest.round) for case in known]
-    judged = list(over_cases(judge_case, tasks, processes=processes, title="judge labels"))
-    manifest.cases = gate(dict(sorted(record for record, _ in judged)), min_quality)
+    judged = dict(over_cases(judge_case, tasks, processes=processes, title="judge labels"))
+    # Before the round is kept and put in force, which would put the labels that were propagated over a correction.
+    taken = take_up(dataset, store, processes)
+    manifest = store.read_manifest()
+    changed = {change.case for change in taken}
+    judged = {name: record for name, record in judged.items() if name not in changed}
+    manifest.cases = gate(dict(sorted({**manifest.cases, **judged}.items())), min_quality)
     keep(store, manifest, manifest.round)
     put_in_force(dataset, store, manifest.round, processes)
-    return [taken for _, taken in judged if taken is not None]
+    return taken
 
 
-def judge_case(task: Task) -> tuple[tuple[str, CaseRecord], Taken | None]:
+def judge_case(task: Task) -> tuple[str, CaseRecord]:
     """Keep one case's training label of the round and estimate its quality."""
     dataset, store, name = task.dataset, task.store, task.case.name
     guess, label = (dataset.read_label(p) for p in (store.round_path(task.number, name), store.label_path(name)))
@@ -55,8 +60,7 @@ def judge_case(task: Task) -> tuple[tuple[str, CaseRecord], Taken | None]:
         # What the fusion wrote: its guess or ignore. Anything else is a person's.
         target = np.where(label == guess, label, ignore).astype(np.int16)
     store.write_label(dataset, target, target_path(store, task.number, name), task.case)
-    named, taken = look_at(Look(dataset, store, task.case, task.record, task.number))
-    if taken is not None or task.record.status not in ("pseudo", "sparse"):
-        return named, taken
+    if task.record.status not in ("pseudo", "sparse"):
+        return name, task.record
     found = estimate(guess, opinions(dataset, store, name, task.record, None))
-    return (name, task.record.model_copy(update={"quality": found})), None
+    return name, task.record.model_copy(update={"quality": found})

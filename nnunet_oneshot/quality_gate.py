@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nnunet_oneshot.store import CaseRecord, Manifest
+from nnunet_oneshot.store import MACHINE_MADE, CaseRecord, Manifest
 
 MIN_QUALITY = 0.3
 """Estimated mean Dice below which a label is left out; chosen before anything was measured: most of it is wrong."""
@@ -36,7 +36,7 @@ def gate(cases: Mapping[str, CaseRecord], min_quality: float) -> dict[str, CaseR
     A person's word and failed cases stay as they are. Of the pseudo-labelled cases at most half are gated, the worst
     ones: were the estimate off for a whole set, training would be left with nothing.
     """
-    machine_made = {name: record for name, record in cases.items() if record.status in ("pseudo", "gated")}
+    machine_made = {name: record for name, record in cases.items() if record.status in MACHINE_MADE}
     low = {name: _mean(r) for name, r in machine_made.items() if r.quality is not None and _mean(r) < min_quality}
     worst = sorted(low, key=lambda name: (low[name], name))[: int(MOST_GATED * len(machine_made))]
     return {
@@ -53,7 +53,7 @@ def needs_review(manifest: Manifest, below: float = REVIEW_QUALITY) -> list[Doub
 
 def mean_quality(manifest: Manifest) -> float | None:
     """Mean estimated Dice over the cases labelled by a program; None where nothing is known."""
-    known = [_mean(r) for r in manifest.cases.values() if r.quality is not None and r.status in ("pseudo", "gated")]
+    known = [_mean(r) for r in manifest.cases.values() if r.quality is not None and r.status in MACHINE_MADE]
     return sum(known) / len(known) if known else None
 
 

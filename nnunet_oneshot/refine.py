@@ -24,12 +24,33 @@ from nnunet_oneshot.refine_models import Models
 from nnunet_oneshot.refine_record import Plan, Record, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
-from nnunet_oneshot.rounds import check_room, finish_switch, kept_manifest, put_in_force, record_path
+from nnunet_oneshot.round_quality import compare_rounds
+from nnunet_oneshot.rounds import (
+    check_room,
+    finish_switch,
+    is_kept,
+    keep,
+    kept_manifest,
+    kept_rounds,
+    put_in_force,
+    record_path,
+)
 from nnunet_oneshot.second_opinion import ask_sam2, check_sam2, forget_opinions
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
+from nnunet_oneshot.training_data import write_training_files
 
-__all__ = ["FOLDS", "Limits", "Plan", "Refinement", "check_no_results", "make_plan", "open_store", "refine"]
+__all__ = [
+    "FOLDS",
+    "Limits",
+    "Plan",
+    "Refinement",
+    "check_arguments",
+    "check_no_results",
+    "make_plan",
+    "open_store",
+    "refine",
+]
 
 FOLDS: tuple[Fold, ...] = ("all",)
 """What is trained unless cases are dealt over folds: one model on all of them."""
@@ -132,7 +153,7 @@ def refine(
             label changed to something that does not fit.
     """
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
-    _check(configuration, limits, num_folds, min_margin)
+    check_arguments(configuration, rounds=rounds, min_quality=min_quality, num_folds=num_folds, min_margin=min_margin)
     store, raw = open_store(dataset, grown=True)
     more = {"num_folds": num_folds, "warm_start": warm_start, "weight_by_quality": weight_by_quality}
     trust = {"self_opinion": self_opinion, "min_margin": min_margin}
@@ -157,13 +178,22 @@ def check_no_results(dataset: str, plan: Plan) -> None:
     Models(dataset, plan, "cpu").check_none()
 
 
-def _check(configuration: str, limits: Limits, num_folds: int, min_margin: float) -> None:
-    if limits.rounds < 0:
-        raise OneShotError(f"expected -rounds to be 0 or more, found {limits.rounds}; give a whole number")
+def check_arguments(
+    configuration: str,
+    *,
+    rounds: int = 1,
+    min_quality: float = MIN_QUALITY,
+    num_folds: int = 1,
+    min_margin: float = 0.0,
+    **others: object,
+) -> None:
+    """OneShotError where `refine` would refuse these arguments whatever the dataset is; others are not looked at."""
+    if rounds < 0:
+        raise OneShotError(f"expected -rounds to be 0 or more, found {rounds}; give a whole number")
     if not 1 <= num_folds <= 5:
         raise OneShotError(f"expected -num_folds from 1 to 5, found {num_folds}; 1 trains one model on all cases")
-    if not 0 <= limits.min_quality <= 1:
-        raise OneShotError(f"expected -min_quality from 0 to 1, found {limits.min_quality}; it is a Dice")
+    if not 0 <= min_quality <= 1:
+        raise OneShotError(f"expected -min_quality from 0 to 1, found {min_quality}; it is a Dice")
     if not 0 <= min_margin < 1:
         raise OneShotError(f"expected -min_margin from 0 to below 1, found {min_margin}; 0 asks for none")
     if "cascade" in configuration:
@@ -221,9 +251,14 @@ class _Work:
 
     def begin(self) -> list[str]:
         """Check that this refinement may run here, record what it is, and bring the labels to a known state."""
-        if self.plans_given:
+        if self.plans_given or nnunet.plans_file(self.name, self.plan.plans).is_file():
             nnunet.check_configuration(self.name, self.plan.plans, self.plan.configuration)
-        if not self.record.path.is_file():
+        begun = self.record.begun()
+        if begun is not None and begun != self.plan and not self.record.is_trained():
+            # A training that never ended leaves a folder, which the one that is asked for now must not go on from.
+            Models(self.name, begun, self.device).set_aside_superseded(0, self.record.in_place())
+            begun = None
+        if begun is None:
             self.models.check_none()
         self.record.begin(self.plan)
         finish_switch(self.raw, self.store, self.processes)
@@ -236,7 +271,7 @@ class _Work:
         number = self.store.read_manifest().round
         said = [str(change) for change in taken]
         self._label_added(number)
-        before, now = self.record.labels(number), label_hashes(self.store, self.store.read_manifest().cases)
+        before, now = self.record.labels(number), self._label_hashes()
         if before is None or before == now:
             return said
         changed = sorted(name for name in now if before.get(name) != now[name])
@@ -252,32 +287,40 @@ class _Work:
             if self.limits.all_rounds:
                 continue
             if (worse := self._worse(number + 1)) is not None:
-                self._put_in_force(number)
+                self.end(number)
                 return f"{worse}: round {number} is in force again"
             if change.mean >= self.limits.stop_dice:
-                self.train(number + 1)
+                self.end(number + 1)
                 return f"labels settled: Dice {change.mean:.3f} between rounds {number} and {number + 1}"
-        self.train(self.limits.rounds)
+        self.end(self.limits.rounds)
         return f"{self.limits.rounds} rounds were asked for"
 
     def train(self, number: int) -> None:
-        """Train on the labels of round `number`; the model of the round before is kept aside."""
+        """Train on the labels of round `number`; the models of other rounds are kept aside."""
         if self.record.is_done(f"train-{number}"):
             return
-        if not self.record.is_done(f"prepare-{number}"):
-            if number:
-                self.models.keep_aside(number - 1)
-            self.record.mark(f"prepare-{number}")
+        self._go_to(number)
         self._preprocess()
-        self.record.note_labels(number, label_hashes(self.store, self.store.read_manifest().cases))
+        self.record.note_labels(number, self._label_hashes())
         self.models.train(number)
         self.record.mark(f"train-{number}")
+
+    def end(self, number: int) -> None:
+        """Leave the labels of round `number` in force, and the models that were trained on them in place."""
+        self.train(number)
+        self._go_to(number)
+        if self.record.labels(number) not in (None, self._label_hashes()):
+            # What a person decided while another round was in force holds in this one too.
+            self._forget(number)
+            self.train(number)
 
     def relabel(self, number: int) -> Change:
         """Predict the un-annotated cases by the last model and make round `number`'s labels."""
         predictions = self._predictions(number)
         if (agreement := self.record.value(f"relabel-{number}")) is None:
             check_room(self.store, number - 1)
+            if not is_kept(self.store, number):
+                self._go_to(number - 1)
             manifest = self.store.read_manifest()
             cases = cases_to_predict(self.raw, manifest)
             self.models.predict(cases, manifest, predictions, probabilities=self.plan.min_margin > 0)
@@ -317,25 +360,53 @@ class _Work:
 
     def _worse(self, number: int) -> str | None:
         """In words, where a round's labels are estimated worse than those before; None where they are not."""
-        now, before = self._quality(number), self._quality(number - 1)
-        if now is None or before is None or now >= before - QUALITY_FALL:
+        if (found := self.record.value(f"quality-{number}")) is None:
+            found = compare_rounds(self.raw, self.store, number, self.processes)
+            self.record.mark(f"quality-{number}", found)
+        if not found or found["now"] >= found["before"] - QUALITY_FALL:
             return None
-        return f"the estimated Dice of the labels fell from {before:.3f} to {now:.3f} in round {number}"
+        return (
+            f"by the same evidence the estimated Dice of the labels fell from {found['before']:.3f} to "
+            f"{found['now']:.3f} in round {number}"
+        )
 
-    def _put_in_force(self, number: int) -> None:
+    def _go_to(self, number: int) -> None:
+        """Put the labels of round `number` in force and its models, if there are any yet, in place.
+
+        An earlier run may have ended at another round, by other limits.
+        """
         if self.store.read_manifest().round != number:
             put_in_force(self.raw, self.store, number, self.processes)
+        if (before := self.record.in_place()) == number:
+            return
+        if before is not None:
+            self.models.keep_aside(before)
+            # Noted before others come: after a kill these would be taken for those of the round before.
+            self.record.note_in_place(None)
+        self.models.bring_back(number)
+        self.record.note_in_place(number)
+
+    def _label_hashes(self) -> dict[str, str]:
+        return label_hashes(self.store, self.store.read_manifest().cases)
 
     def _predictions(self, number: int) -> Path:
         return self.store.state_folder / "predictions" / f"{number:02d}"
 
     def _adopt_plan(self) -> None:
-        """What nnU-Net and the trainer must know of the plan goes into the manifest and into every round's."""
+        """What nnU-Net and the trainer must know of the plan goes into the manifest and into every round's.
+
+        The one in force comes last: as long as it differs, a killed run does all of it again.
+        """
         manifest = self.store.read_manifest()
         folds = self.plan.num_folds if self.plan.num_folds > 1 else manifest.num_folds
-        if (manifest.num_folds, manifest.weight_by_quality) != (folds, self.plan.weight_by_quality):
-            manifest.num_folds, manifest.weight_by_quality = folds, self.plan.weight_by_quality
-            self.store.write_manifest(manifest)
+        if (manifest.num_folds, manifest.weight_by_quality) == (folds, self.plan.weight_by_quality):
+            return
+        adopted = {"num_folds": folds, "weight_by_quality": self.plan.weight_by_quality}
+        for number in kept_rounds(self.store):
+            keep(self.store, kept_manifest(self.store, number).model_copy(update=adopted), number)
+        manifest = manifest.model_copy(update=adopted)
+        write_training_files(self.raw, self.store, manifest)
+        self.store.write_manifest(manifest)
 
     def _preprocess(self) -> None:
         """Full preprocessing where there is none; then whatever labels and images changed since."""
@@ -365,6 +436,7 @@ class _Work:
         added = [case for case in self.raw.cases if is_added(cases[case.name])]
         if not added or not self.record.is_done(f"train-{number}"):
             return
+        self._go_to(number)
         predictions = self.store.state_folder / "predictions" / "added"
         shutil.rmtree(predictions, ignore_errors=True)
         self.models.predict(added, self.store.read_manifest(), predictions)
@@ -372,13 +444,14 @@ class _Work:
 
     def _forget(self, number: int) -> None:
         """Round `number` is to be trained on again, and nothing that came of its models counts any longer."""
-        if self.record.labels(number) is not None:
-            self.models.set_aside_superseded(number)
+        self.models.set_aside_superseded(number, before := self.record.in_place())
+        if before is not None and before >= number:
+            self.record.note_in_place(None)
         for folder in sorted((self.store.state_folder / "predictions").glob("[0-9][0-9]")):
             if int(folder.name) > number:
                 shutil.rmtree(folder)
         forget_opinions(self.store, number)
-        for path in sorted((self.store.state_folder / "rounds").glob("*.json")):
-            if int(path.stem) > number:
-                path.unlink()
+        for later in kept_rounds(self.store):
+            if later > number:
+                record_path(self.store, later).unlink()
         self.record.forget_from(number)

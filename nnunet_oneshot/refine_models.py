@@ -30,10 +30,13 @@ class Models:
 
     def check_none(self) -> None:
         """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
-        if any((self.folder / f"fold_{fold}").exists() for fold in self.plan.folds):
+        # Folds of another number too: export and nnU-Net's own commands could take them for this model.
+        there = [*self.folder.glob("fold_*"), *self.folder.glob("oneshot_rounds/[0-9][0-9]/fold_*")]
+        if there:
+            names = ", ".join(sorted(path.relative_to(self.folder).as_posix() for path in there))
             raise OneShotError(
-                f"expected no earlier results in {self.folder}, found some that this dataset's labels did not make; "
-                "move or remove them"
+                f"expected no earlier results in {self.folder}, found {names}, which this dataset's labels did not "
+                "make; move or remove them"
             )
 
     def train(self, number: int) -> None:
@@ -64,13 +67,24 @@ class Models:
 
     def keep_aside(self, number: int) -> None:
         """Move the models trained on round `number` out of nnU-Net's way; repeating it does nothing."""
-        self._move(self._kept(number))
+        self._move(self.folder, self._kept(number))
 
-    def set_aside_superseded(self, number: int) -> None:
-        """Move models trained on labels of round `number` that are no longer in force out of the way."""
-        taken = self.folder / "oneshot_rounds"
-        free = next(n for n in range(1, 10_000) if not (taken / f"{number:02d}_superseded_{n}").exists())
-        self._move(taken / f"{number:02d}_superseded_{free}")
+    def bring_back(self, number: int) -> None:
+        """Move models that were kept aside, if there are any, to where nnU-Net looks; repeating it does nothing."""
+        self._move(self._kept(number), self.folder)
+
+    def set_aside_superseded(self, number: int, in_place: int | None) -> None:
+        """Move models trained on labels of round `number`, and all that came of it, out of the way.
+
+        Args:
+            number: the round whose labels are no longer those that were trained on.
+            in_place: the round whose models lie where nnU-Net looks, None for none.
+        """
+        if in_place is not None and in_place >= number:
+            self._move(self.folder, self._superseded(in_place))
+        for folder in sorted((self.folder / "oneshot_rounds").glob("[0-9][0-9]")):
+            if int(folder.name) >= number:
+                self._move(folder, self._superseded(int(folder.name)))
 
     def _predict(
         self, folds: tuple[nnunet.Fold, ...], cases: Sequence[Case], output: Path, probabilities: bool
@@ -99,9 +113,20 @@ class Models:
     def _kept(self, number: int) -> Path:
         return self.folder / "oneshot_rounds" / f"{number:02d}"
 
-    def _move(self, target: Path) -> None:
+    def _superseded(self, number: int) -> Path:
+        taken = self.folder / "oneshot_rounds"
+        free = next(n for n in range(1, 10_000) if not (taken / f"{number:02d}_superseded_{n}").exists())
+        return taken / f"{number:02d}_superseded_{free}"
+
+    def _move(self, origin: Path, target: Path) -> None:
         for fold in self.plan.folds:
-            source = self.folder / f"fold_{fold}"
-            if source.is_dir() and not (target / source.name).exists():
-                target.mkdir(parents=True, exist_ok=True)
-                os.rename(source, target / source.name)
+            source = origin / f"fold_{fold}"
+            if not source.is_dir():
+                continue
+            if (target / source.name).exists():
+                raise OneShotError(
+                    f"expected no {target / source.name} when {source} was to be moved there, found one; move away the "
+                    "one that is not of this refinement"
+                )
+            target.mkdir(parents=True, exist_ok=True)
+            os.rename(source, target / source.name)

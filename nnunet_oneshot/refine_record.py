@@ -58,6 +58,14 @@ def make_plan(
     return Plan(configuration, trainer or chosen.trainer(), plans or chosen.plans, preset, **more)
 
 
+def begun_plan(folder: Path) -> Plan | None:
+    """What the refinement of a pseudo-label dataset's folder trains, None where none was begun."""
+    if not _path(folder).is_file():
+        return None
+    content = json.loads(_path(folder).read_text(encoding="utf-8"))["plan"]
+    return Plan(**{key: value for key, value in content.items() if key in _names()})
+
+
 class Record:
     """The steps that are done, and the labels that each training began with."""
 
@@ -67,14 +75,25 @@ class Record:
     @property
     def path(self) -> Path:
         """Where it lies."""
-        return self._store.state_folder / "refine.json"
+        return _path(self._store.folder)
+
+    def begun(self) -> Plan | None:
+        """What was begun, None where nothing was."""
+        return begun_plan(self._store.folder)
+
+    def is_trained(self) -> bool:
+        """Whether any training has ended."""
+        return any(step.startswith("train-") for step in self.steps())
 
     def begin(self, plan: Plan) -> bool:
-        """Record what is begun; False where it had begun before. OneShotError where something else had."""
-        if not self.path.is_file():
+        """Record what is begun; False where it had begun before. OneShotError where something else was trained.
+
+        What was begun and never trained to an end, for example by a mistyped trainer, gives way.
+        """
+        begun = self.begun()
+        if begun is None or (begun != plan and not self.is_trained()):
             self._store.write_json({"plan": asdict(plan), "done": {}, "labels": {}}, self.path)
             return True
-        begun = Plan(**{key: value for key, value in self._content()["plan"].items() if key in _names()})
         if begun != plan:
             raise OneShotError(
                 f"{self._store.folder.name}: expected the refinement that was begun there, {asdict(begun)}, "
@@ -99,6 +118,20 @@ class Record:
     def steps(self) -> dict[str, dict[str, float]]:
         """All steps that are done, in order, with what they found."""
         return self._content()["done"]
+
+    def in_place(self) -> int | None:
+        """The round whose models lie where nnU-Net looks; None for none, and while they are moved."""
+        content = self._content()
+        # Older records say which round's training was prepared, by moving the models before it.
+        prepared = [int(step.split("-")[1]) for step in content["done"] if step.startswith("prepare-")]
+        found: int | None = content.get("in_place", max(prepared, default=None))
+        return found
+
+    def note_in_place(self, number: int | None) -> None:
+        """Models were moved."""
+        content = self._content()
+        content["in_place"] = number
+        self._store.write_json(content, self.path)
 
     def note_labels(self, number: int, labels: Mapping[str, str]) -> None:
         """The labels that the training of a round begins with, as hashes by case."""
@@ -129,6 +162,10 @@ class Record:
 def label_hashes(store: Store, cases: Mapping[str, object]) -> dict[str, str]:
     """Hash of each case's label that is trained on."""
     return {name: hash_of(store.label_path(name))[:_HASH] for name in cases}
+
+
+def _path(folder: Path) -> Path:
+    return Store(folder, "").state_folder / "refine.json"
 
 
 def _names() -> set[str]:

@@ -21,7 +21,6 @@ from nnunet_oneshot.quality import dice_by_class, estimate, foreground
 from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
 from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.rounds import (
-    HUMAN_WORD,
     Placement,
     is_kept,
     keep,
@@ -30,7 +29,7 @@ from nnunet_oneshot.rounds import (
     put_in_force,
     write_round,
 )
-from nnunet_oneshot.store import CaseRecord, Manifest, Store
+from nnunet_oneshot.store import HUMAN_WORD, CaseRecord, Manifest, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import BoolVolume, FloatVolume, LabelVolume

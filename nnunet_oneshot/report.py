@@ -35,9 +35,9 @@ from nnunet_oneshot.report_pictures import (
     data_uri,
     thumbnail,
 )
-from nnunet_oneshot.rounds import kept_manifest, record_path
-from nnunet_oneshot.store import CaseRecord, Manifest, Store, read_manifest
-from nnunet_oneshot.training_data import HUMAN, ignore_value
+from nnunet_oneshot.rounds import kept_manifest, kept_rounds
+from nnunet_oneshot.store import DRAWN, CaseRecord, Manifest, Store, read_manifest
+from nnunet_oneshot.training_data import ignore_value
 from sam2_propagation.interface import LabelVolume
 
 OUTLIER = 3.5
@@ -178,8 +178,7 @@ def _look(
 
 
 def _estimates(store: Store, manifest: Manifest) -> dict[int, float]:
-    rounds = sorted(int(path.stem) for path in record_path(store, 0).parent.glob("[0-9][0-9].json"))
-    means = {number: mean_quality(kept_manifest(store, number)) for number in rounds}
+    means = {number: mean_quality(kept_manifest(store, number)) for number in kept_rounds(store)}
     means.setdefault(manifest.round, mean_quality(manifest))
     return {number: mean for number, mean in means.items() if mean is not None}
 
@@ -347,7 +346,7 @@ def _note(record: CaseRecord) -> str:
 
 def _case_cells(case: str, record: CaseRecord, fact: CaseFacts) -> list[str]:
     last = fact.agreement[max(fact.agreement)] if fact.agreement else None
-    divergence = None if record.divergence is None or record.status in HUMAN else 100 * record.divergence
+    divergence = None if record.divergence is None or record.status in DRAWN else 100 * record.divergence
     return [
         f'<td data-sort="{escape(case, quote=True)}"><img loading="lazy" alt="" src="{fact.picture}"></td>',
         _cell(case),

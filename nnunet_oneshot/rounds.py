@@ -19,26 +19,28 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.store import CaseRecord, Manifest, Store, read_manifest
-from nnunet_oneshot.training_data import LEFT_OUT, ignore_value, write_training_files
+from nnunet_oneshot.store import FINAL_WORD, HUMAN_WORD, LEFT_OUT, CaseRecord, Manifest, Store, read_manifest
+from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import LabelVolume
 
-HUMAN_WORD = ("annotated", "corrected", "accepted")
-"""Statuses whose label no model changes."""
-FINAL_WORD = (*HUMAN_WORD, "rejected")
-"""Statuses that no round changes; the best guess of a rejected case is still refreshed, its training label is not."""
 _SWITCH = "switch.json"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One case whose labels of a round are put in force."""
+    """One case whose labels of a round are put in force.
+
+    Attributes:
+        left_out: the label to train on is ignore but for what a person drew.
+        drawn: a person drew a part of its label, maybe after that round was made.
+    """
 
     dataset: RawDataset
     store: Store
     case: Case
     number: int
     left_out: bool
+    drawn: bool = False
 
 
 def target_path(store: Store, number: int, case: str) -> Path:
@@ -54,6 +56,11 @@ def record_path(store: Store, number: int) -> Path:
 def is_kept(store: Store, number: int) -> bool:
     """True where a round's labels and record are whole."""
     return record_path(store, number).is_file()
+
+
+def kept_rounds(store: Store) -> list[int]:
+    """The rounds that are whole, ascending."""
+    return sorted(int(path.stem) for path in record_path(store, 0).parent.glob("[0-9][0-9].json"))
 
 
 def keep(store: Store, manifest: Manifest, number: int) -> None:
@@ -99,12 +106,12 @@ def put_in_force(dataset: RawDataset, store: Store, number: int, processes: int)
     """
     store.write_json({"to": number}, store.state_folder / _SWITCH)
     manifest = kept_manifest(store, number)
+    left_out = {name for name, record in manifest.cases.items() if record.status in LEFT_OUT}
     manifest.cases = _persons_word_kept(store.read_manifest().cases, manifest.cases)
     placements = [
-        Placement(dataset, store, dataset.case(name), number, record.status in LEFT_OUT)
+        Placement(dataset, store, dataset.case(name), number, _is_left_out(record, name in left_out), _is_drawn(record))
         for name, record in manifest.cases.items()
-        # An image that was added since has no label of that round: it keeps the one it has.
-        if record.status not in HUMAN_WORD and target_path(store, number, name).is_file()
+        if record.status not in HUMAN_WORD
     ]
     for _ in over_cases(place, placements, processes=processes, title=f"labels of round {number}"):
         pass
@@ -124,17 +131,40 @@ def finish_switch(dataset: RawDataset, store: Store, processes: int) -> None:
 def place(placement: Placement) -> None:
     """Copy one case's labels of a round to where they are in force."""
     store, name = placement.store, placement.case.name
-    _copy(store, store.round_path(placement.number, name), store.fused_path(name))
-    target = target_path(store, placement.number, name)
+    guess, target = store.round_path(placement.number, name), target_path(store, placement.number, name)
+    if not target.is_file():
+        # An image that was added since has no label of that round: the one that it has becomes its label there.
+        copy_label(store, store.fused_path(name), guess)
+        copy_label(store, store.label_path(name), target)
+        return
+    if placement.drawn:
+        _draw_over(placement, (guess, target))
+    copy_label(store, guess, store.fused_path(name))
     if not placement.left_out:
-        _copy(store, target, store.label_path(name))
+        copy_label(store, target, store.label_path(name))
         return
     shape = placement.dataset.read_label(target).shape
     nothing = np.full(shape, ignore_value(placement.dataset), np.int16)
+    if placement.drawn:
+        nothing = _drawn_over(placement, nothing)
     store.write_label(placement.dataset, nothing, store.label_path(name), placement.case)
 
 
-def _copy(store: Store, source: Path, destination: Path) -> None:
+def _draw_over(placement: Placement, paths: tuple[Path, ...]) -> None:
+    """Write the voxels that a person drew since a round was made into that round's labels."""
+    for path in paths:
+        label = placement.dataset.read_label(path)
+        if not np.array_equal(label, drawn := _drawn_over(placement, label)):
+            placement.store.write_label(placement.dataset, drawn, path, placement.case)
+
+
+def _drawn_over(placement: Placement, label: LabelVolume) -> LabelVolume:
+    assert placement.case.label is not None
+    human = placement.dataset.read_label(placement.case.label)
+    return np.where(human != placement.dataset.ignore, human, label).astype(np.int16)
+
+
+def copy_label(store: Store, source: Path, destination: Path) -> None:
     """Copy a label atomically, with the side file that some formats have."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     stem = source.name.removesuffix(store.file_ending)
@@ -152,4 +182,18 @@ def _persons_word_kept(now: Mapping[str, CaseRecord], then: Mapping[str, CaseRec
 
 
 def _decided(then: CaseRecord, now: CaseRecord) -> CaseRecord:
-    return now if now.status in FINAL_WORD else then.model_copy(update={"review": now.review})
+    if now.status in FINAL_WORD:
+        return now
+    if now.status == "sparse" and then.status != "sparse":
+        # Drawn since that round was made, whose estimate is of a label without it.
+        return then.model_copy(update={"status": "sparse", "quality": None, "reason": None, "review": now.review})
+    return then.model_copy(update={"review": now.review})
+
+
+def _is_drawn(record: CaseRecord) -> bool:
+    return record.status == "sparse"
+
+
+def _is_left_out(record: CaseRecord, was_left_out: bool) -> bool:
+    """Whether no voxel of a program is trained on: a label that was left out is no better for what a person drew."""
+    return record.status in LEFT_OUT or (was_left_out and _is_drawn(record))

@@ -13,7 +13,7 @@ from nnunet_oneshot.evaluate import evaluate, format_table
 from nnunet_oneshot.output import find_output
 from nnunet_oneshot.propagate import PropagatorOptions, check_repeated, propagate
 from nnunet_oneshot.propagators import DEFAULT
-from nnunet_oneshot.refine import Refinement, check_no_results, make_plan, open_store, refine
+from nnunet_oneshot.refine import Refinement, check_arguments, check_no_results, make_plan, open_store, refine
 from nnunet_oneshot.store import Manifest, Store
 
 
@@ -58,14 +58,16 @@ def run(
     Raises:
         OneShotError: whatever `propagate`, `refine` and `evaluate` refuse.
     """
-    store, training, options = find_output(dataset, output), dict(training or {}), options or PropagatorOptions()
+    training, options = dict(training or {}), options or PropagatorOptions()
+    # Better to say so before hours of labelling and training than after.
+    check_arguments(configuration, **training)
+    store = find_output(dataset, output)
     if reference is not None:
-        # Hours of training come before it is read.
         _scored_cases(open_dataset(dataset), reference)
     if overwrite or not store.manifest_path.is_file():
         named = {key: training[key] for key in ("trainer", "plans", "preset", "num_folds") if key in training}
         plan = make_plan(configuration, **named)
-        # New labels make a new model; better to say so before hours of labelling than after.
+        # New labels make a new model.
         check_no_results(store.folder.name, plan)
         propagate(
             dataset,

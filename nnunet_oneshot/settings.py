@@ -136,7 +136,7 @@ class OneShotBlock:
         round: how often the labels have been refreshed.
         annotated: cases with a label drawn by a person; always in training.
         left_out: cases that are never in training or validation (failed, gated or rejected).
-        case_weight: weight of a case's loss, 1 where not named.
+        case_weight: how often a case is drawn in training, relative to 1 for those not named.
     """
 
     round: int = 0

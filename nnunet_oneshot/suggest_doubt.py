@@ -8,12 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_oneshot.dataset import Case, RawDataset
-from nnunet_oneshot.store import CaseRecord, Store
-
-HUMAN = ("annotated", "sparse", "accepted", "corrected")
-"""Status of cases whose label a person drew or approved."""
-HOPELESS = ("failed", "gated", "rejected")
-"""Status of cases that have no label to speak of."""
+from nnunet_oneshot.store import HUMAN_WORD, LEFT_OUT, CaseRecord, Store
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +45,9 @@ def doubt_of_slices(dataset: RawDataset, case: Case, doubt: Doubt, axis: int) ->
 
 
 def _doubt(record: CaseRecord, largest: float) -> Doubt:
-    if record.status in HUMAN and record.status != "sparse":
+    if record.status in HUMAN_WORD:
         return Doubt(0.0, human=True)
-    if record.status in HOPELESS:
+    if record.status in LEFT_OUT:
         return Doubt(1.0)
     signs = [] if record.divergence is None or largest == 0 else [record.divergence / largest]
     if record.quality is not None and "mean" in record.quality:

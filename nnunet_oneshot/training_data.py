@@ -10,14 +10,10 @@ from typing import Any
 from nnunet_oneshot.dataset import IGNORE, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.settings import BLOCK_KEY, OneShotBlock
-from nnunet_oneshot.store import Manifest, Store
+from nnunet_oneshot.store import DRAWN, LEFT_OUT, Manifest, Store
 
 FOLDS = 5
 """nnU-Net's number of folds."""
-LEFT_OUT = ("failed", "gated", "rejected")
-"""Statuses of cases whose label is all ignore and that training leaves out."""
-HUMAN = ("annotated", "sparse", "corrected")
-"""Statuses of cases whose label a person drew."""
 
 
 def ignore_value(dataset: RawDataset) -> int:
@@ -57,7 +53,7 @@ def oneshot_block(manifest: Manifest) -> OneShotBlock:
     weighed = in_training if manifest.weight_by_quality else {}
     return OneShotBlock(
         round=manifest.round,
-        annotated=tuple(name for name, record in cases.items() if record.status in HUMAN),
+        annotated=tuple(name for name, record in cases.items() if record.status in DRAWN),
         left_out=tuple(name for name in cases if name not in in_training),
         case_weight={name: record.quality["mean"] for name, record in weighed.items() if record.quality},
     )
@@ -69,8 +65,8 @@ def splits(manifest: Manifest, folds: int = FOLDS) -> list[dict[str, list[str]]]
     With fewer pseudo-labelled cases than folds some cases validate twice; with a single case it trains and validates,
     since nnU-Net needs one of each.
     """
-    human = [name for name, record in manifest.cases.items() if record.status in HUMAN]
-    others = [name for name, record in manifest.cases.items() if record.status not in HUMAN]
+    human = [name for name, record in manifest.cases.items() if record.status in DRAWN]
+    others = [name for name, record in manifest.cases.items() if record.status not in DRAWN]
     # Dealt before any are left out, so that a case stays in its fold when a round gates or lifts another one.
     dealt = [[n for n in others[f::folds] if manifest.cases[n].status not in LEFT_OUT] for f in range(folds)]
     pseudo = [name for name in others if manifest.cases[name].status not in LEFT_OUT]

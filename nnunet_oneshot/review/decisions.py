@@ -18,7 +18,8 @@ import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.store import CaseRecord, Manifest, Status, Store
+from nnunet_oneshot.rounds import target_path
+from nnunet_oneshot.store import LEFT_OUT, CaseRecord, Manifest, Status, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import LabelVolume
 
@@ -186,6 +187,10 @@ def _restore(raw: RawDataset, store: Store, case: Case, record: CaseRecord, numb
         if kind == "fused":
             store.write_label(raw, label, store.round_path(number, case.name), case)
     before = CaseRecord.model_validate_json((folder / "record.json").read_text(encoding="utf-8"))
+    if before.status not in LEFT_OUT:
+        # What the round in force would train on is what lies there again: `refine` takes a difference for an edit.
+        target = raw.read_label(store.label_path(case.name))
+        store.write_label(raw, target, target_path(store, number, case.name), case)
     shutil.rmtree(folder)
     return before.model_copy(update={"review": record.review})
 
