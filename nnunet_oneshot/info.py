@@ -36,7 +36,7 @@ def _checkpoints() -> dict[str, Any]:
     try:
         builtin = {"name": builtin_file().name, "sha256": file_sum(builtin_file())}
     except PropagationError:
-        builtin = {"name": "not installed", "sha256": None}
+        builtin = {"name": "not installed", "sha256": "none"}
     return {"builtin": builtin, "cache": str(cache_folder()), "downloaded": downloaded()}
 
 
