@@ -34,7 +34,7 @@ def info() -> dict[str, Any]:
 
 def _checkpoints() -> dict[str, Any]:
     try:
-        builtin = {"name": builtin_file().name, "sha256": file_sum(builtin_file())}
+        builtin: dict[str, str | None] = {"name": builtin_file().name, "sha256": file_sum(builtin_file())}
     except PropagationError:
         builtin = {"name": "not installed", "sha256": None}
     return {"builtin": builtin, "cache": str(cache_folder()), "downloaded": downloaded()}
