@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nnunet_oneshot import cli
 from nnunet_oneshot.container.predict import find_cases
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.export import CHECKPOINT, export
+from nnunet_oneshot.refine_record import Plan
 
 DATASET = "Dataset777_secret_oneshot"
 CASE = "patient_mueller_1962"
@@ -333,3 +335,19 @@ def test_the_command_ends_with_the_model_and_what_to_type(results: Path, tmp_pat
     assert answer.out.splitlines()[-1].startswith(f"nnUNetv2_predict -d {DATASET} ")
     figures = json.loads(call(cli.export, "-d", 777, "-c", "3d_fullres", "-o", tmp_path / "b.zip", "-json").out)
     assert figures["commands"][1] == answer.out.splitlines()[-1]
+
+
+def test_the_folds_of_the_refinement_are_packed(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fold that somebody trained beside them is no part of its model; one that is not finished is said."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    train("all")
+    train("0")
+    plan = asdict(Plan("3d_fullres", "OneShotTrainer", "nnUNetPlans", "default", num_folds=2))
+    record = tmp_path / "raw" / DATASET / ".oneshot" / "refine.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"plan": plan, "done": {}}))
+    with pytest.raises(OneShotError, match=f"found no {CHECKPOINT} of 1; train them first"):
+        export(777, "3d_fullres", tmp_path / "model.zip")
+    train("1")
+    assert export(777, "3d_fullres", tmp_path / "model.zip").folds == ("0", "1")
+    assert export(777, "3d_fullres", tmp_path / "all.zip", folds=["all"]).folds == ("all",)

@@ -1,0 +1,316 @@
+"""Refinements that stop, end at an earlier round or are taken up with other limits: nothing of anybody is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from conftest import Answer
+from fake_propagator import FakePropagator
+from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, read, write_image, write_raw
+from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
+
+from nnunet_oneshot import cli, nnunet
+from nnunet_oneshot import refine as refine_module
+from nnunet_oneshot import run as run_module
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.refine_record import Record
+from nnunet_oneshot.review.decisions import decide
+from nnunet_oneshot.settings import Preset
+from nnunet_oneshot.store import Store
+from nnunet_oneshot.training_data import splits
+
+IGNORE = 3
+
+
+@pytest.fixture
+def fake(roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.MonkeyPatch) -> FakeNnunet:
+    """Dataset601 with one annotated and four pseudo-labelled cases, an ignore label, and nnU-Net replaced."""
+    edit_json(write_raw(roots.raw, cases=CASES), labels={**LABELS, "ignore": IGNORE})
+    propagate(501, 601, propagators=("fake",), views=("still", "shifted"), num_processes=1)
+    made = replace_nnunet(roots, monkeypatch)
+    made.say = drifting
+    return made
+
+
+@pytest.fixture
+def worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round is estimated worse than the one before."""
+    monkeypatch.setattr(refine_module, "compare_rounds", lambda *_: {"before": 0.9, "now": 0.5})
+
+
+def training_in_place(fake: FakeNnunet) -> str:
+    return (fake.folder(open_store(601)[0].folder.name) / "fold_all" / nnunet.FINAL).read_text()
+
+
+def labels_in_force(store: Store) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (store.folder / "labelsTr").iterdir()}
+
+
+# --- a plan that was never trained --------------------------------------------------------------------------------
+
+
+def test_a_mistyped_configuration_is_said_each_time_and_blocks_nothing(
+    fake: FakeNnunet, call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = nnunet.plan_and_preprocess
+
+    def planned(dataset: str, preset: Preset, configurations: list[str], *_: object, **__: object) -> None:
+        plan(dataset, preset, configurations)
+        nnunet.check_configuration(dataset, preset.plans, configurations[0])
+
+    monkeypatch.setattr(nnunet, "plan_and_preprocess", planned)
+    more = ("-d", 601, "-device", "cpu", "-np", 1, "-rounds", 0)
+    for _ in range(2):
+        answer = call(cli.refine, "-c", "3d_fullres", *more)
+        assert answer.code == 2
+        assert "expected configuration '3d_fullres' in plans 'nnUNetPlans'" in answer.error
+    assert call(cli.refine, "-c", "2d", *more).code == 0
+
+
+def test_a_plan_that_was_not_trained_to_an_end_gives_way(fake: FakeNnunet) -> None:
+    """The first fold of two was trained, on other cases than one model is trained on."""
+    fake.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=0, num_folds=2)
+    result = run(rounds=0, num_folds=3)
+    store, _ = open_store(601)
+    assert [fold for fold, _ in fake.trained] == [0, 0, 1, 2], "fold 0 of another split is not gone on from"
+    assert result.folds == (0, 1, 2)
+    preprocessed = fake.roots.preprocessed / store.folder.name / "splits_final.json"
+    assert json.loads(preprocessed.read_text()) == splits(store.read_manifest(), 3)
+    with pytest.raises(OneShotError, match="expected the refinement that was begun there"):
+        run(rounds=0)
+
+
+def test_run_refuses_bad_arguments_before_anything_is_labelled(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_raw(roots.raw)
+    monkeypatch.setattr(run_module, "propagate", lambda *_, **__: pytest.fail("labelled first"))
+    for bad in ({"rounds": -1}, {"num_folds": 9}, {"min_margin": 1.0}, {"min_quality": -0.1}):
+        with pytest.raises(OneShotError, match=f"-{next(iter(bad))}"):
+            run_module.run(501, 601, "2d", training={"trainer": None, **bad})
+    with pytest.raises(OneShotError, match="expected a configuration of one stage"):
+        run_module.run(501, 601, "3d_cascade_fullres")
+
+
+@pytest.mark.parametrize("stale", ["fold_all", "oneshot_rounds/00/fold_0"])
+def test_folds_of_any_number_are_in_the_way(fake: FakeNnunet, stale: str) -> None:
+    (fake.folder(open_store(601)[0].folder.name) / stale).mkdir(parents=True)
+    with pytest.raises(OneShotError, match=f"expected no earlier results in .*, found {stale},"):
+        run(rounds=0, num_folds=5)
+
+
+# --- what people changed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [None, 1], ids=["before the first refinement", "after a round"])
+def test_a_mistake_in_one_correction_loses_no_other(fake: FakeNnunet, rounds: int | None) -> None:
+    if rounds is not None:
+        run(rounds=rounds)
+    store, _ = open_store(601)
+    drawn = np.roll(label_array(0), 2, axis=1)
+    write_image(store.label_path("case_1"), drawn)
+    write_image(store.label_path("case_2"), label_array(0, (4, 9, 8)))
+    with pytest.raises(OneShotError, match="case_2"):
+        run(rounds=1)
+    write_image(store.label_path("case_2"), drawn)
+    assert run(rounds=1).taken_up[:2] == ["case_1: corrected by hand", "case_2: corrected by hand"]
+    run(rounds=2)
+    for case in ("case_1", "case_2"):
+        assert store.read_manifest().cases[case].status == "corrected"
+        np.testing.assert_array_equal(read(store.label_path(case)), drawn)
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_a_correction_survives_a_kill_amid_taking_it_up(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed before each of the four labels is published, and before the manifest is written."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    edited = read(store.label_path("case_3"))
+    edited[:2], edited[2] = IGNORE, 1
+    write_image(store.label_path("case_3"), edited)
+    calls: list[object] = []
+    copy = refine_module.take_up.__globals__["copy_label"]
+
+    def killed(*arguments: object) -> None:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        copy(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nnunet_oneshot.refine_changes.copy_label", killed)
+        if stop == 4:
+            patched.setattr(Store, "write_manifest", lambda *_: killed())
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    assert run(rounds=1).taken_up[0] == "case_3: corrected by hand"
+    assert store.read_manifest().cases["case_3"].status == "corrected"
+    np.testing.assert_array_equal(read(store.label_path("case_3")), edited)
+    assert (read(store.fused_path("case_3"))[2] == 1).all()
+    assert not list(store.state_folder.glob("taken*"))
+
+
+@pytest.mark.parametrize("action", ["flag", "comment"])
+def test_an_edit_of_a_flagged_case_is_taken_up(fake: FakeNnunet, action: str) -> None:
+    run(rounds=1)
+    store, raw = open_store(601)
+    decide(raw, store, "case_1", action, comment="look at the edge")  # type: ignore[arg-type]
+    assert run(rounds=1).taken_up == [], "a flag is no edit"
+    drawn = np.roll(label_array(0), 2, axis=1)
+    write_image(store.label_path("case_1"), drawn)
+    assert run(rounds=1).taken_up[0] == "case_1: corrected by hand"
+    run(rounds=2)
+    np.testing.assert_array_equal(read(store.label_path("case_1")), drawn)
+
+
+def test_an_undone_decision_is_no_edit(fake: FakeNnunet) -> None:
+    store, raw = open_store(601)
+    decide(raw, store, "case_1", "accept")
+    run(rounds=1)
+    decide(raw, store, "case_1", "undo", seen=(store.read_manifest().cases["case_1"].review or {})["time"])
+    assert not [line for line in run(rounds=1).taken_up if "by hand" in line]
+    assert store.read_manifest().cases["case_1"].status == "pseudo"
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("gated", [False, True])
+def test_slices_drawn_since_survive_a_fall_back(fake: FakeNnunet, roots: Roots, gated: bool) -> None:
+    run(rounds=1, min_quality=1.0 if gated else 0.0)
+    store, _ = open_store(601)
+    case = next(n for n, r in store.read_manifest().cases.items() if r.status == ("gated" if gated else "pseudo"))
+    drawn = np.full_like(label_array(0), IGNORE)
+    drawn[1] = 2
+    write_image(roots.raw / "Dataset501_toy" / "labelsTr" / f"{case}.nii.gz", drawn)
+    result = run(rounds=1, all_rounds=False)
+    assert result.round == 0
+    assert store.read_manifest().cases[case].status == "sparse"
+    for path in (store.label_path(case), store.fused_path(case), store.round_path(0, case)):
+        assert (read(path)[1] == 2).all()
+    assert fake.labels[-1] == labels_in_force(store), "the model in force was trained on them"
+    assert run(rounds=0).taken_up == []
+
+
+@pytest.mark.usefixtures("worse")
+def test_an_image_added_in_a_later_round_survives_a_fall_back(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=1)
+    write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
+    assert run(rounds=1, all_rounds=False).round == 0
+    store, _ = open_store(601)
+    said = read(store.label_path("case_5"))
+    assert said.any()
+    assert run(rounds=0).taken_up == []
+    np.testing.assert_array_equal(read(store.round_path(0, "case_5")), said)
+    assert run(rounds=1).round == 1, "the next round begins with it"
+
+
+# --- other limits from one run to the next ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("worse")
+def test_rounds_asked_for_after_a_fall_back_train_on_their_own_labels(fake: FakeNnunet) -> None:
+    assert run(rounds=2, all_rounds=False).round == 0
+    result = run(rounds=2)
+    assert result.round == 2
+    store, _ = open_store(601)
+    assert len(fake.trained) == 3
+    shifts = [np.roll(label_array(1), shift, axis=2) for shift in (1, 0)]
+    for number, shift in ((1, shifts[0]), (2, shifts[1])):
+        np.testing.assert_array_equal(read(store.round_path(number, "case_1")), shift)
+    assert fake.labels[0] != fake.labels[1], "round 1 was trained on round 1's labels"
+    assert fake.labels[2] == labels_in_force(store)
+
+
+@pytest.mark.usefixtures("worse")
+def test_a_fall_back_by_two_rounds_takes_the_model_along(fake: FakeNnunet) -> None:
+    run(rounds=2)
+    assert training_in_place(fake) == "3"
+    store, _ = open_store(601)
+    for _ in range(2):
+        assert run(rounds=2, all_rounds=False).round == 0
+        assert (training_in_place(fake), labels_in_force(store)) == ("1", fake.labels[0])
+    assert run(rounds=2).round == 2
+    assert (training_in_place(fake), labels_in_force(store)) == ("3", fake.labels[2])
+    assert run(rounds=3).round == 3
+    assert training_in_place(fake) == "4"
+    assert len(fake.trained) == 4, "nothing is trained twice"
+    aside = fake.folder(store.folder.name) / "oneshot_rounds"
+    assert [(aside / f"{n:02d}" / "fold_all" / nnunet.FINAL).read_text() for n in range(3)] == ["1", "2", "3"]
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("stop", range(4))
+def test_models_reach_their_place_whenever_their_move_is_killed(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed before each move of two folds out and two folds in."""
+    run(rounds=1, num_folds=2)
+    calls: list[object] = []
+    rename = nnunet.os.rename
+
+    def killed(*arguments: str) -> None:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        rename(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nnunet_oneshot.refine_models.os.rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1, num_folds=2, all_rounds=False)
+    assert run(rounds=1, num_folds=2, all_rounds=False).round == 0
+    folder = fake.folder(open_store(601)[0].folder.name)
+    assert [(folder / f"fold_{fold}" / nnunet.FINAL).read_text() for fold in (0, 1)] == ["1", "2"]
+    kept = folder / "oneshot_rounds" / "01"
+    assert [(kept / f"fold_{fold}" / nnunet.FINAL).read_text() for fold in (0, 1)] == ["3", "4"]
+
+
+def test_a_model_that_lies_where_another_is_to_be_kept_is_said(fake: FakeNnunet) -> None:
+    run(rounds=0)
+    folder = fake.folder(open_store(601)[0].folder.name)
+    (folder / "oneshot_rounds" / "00" / "fold_all").mkdir(parents=True)
+    with pytest.raises(OneShotError, match="move away the one that is not of this refinement"):
+        run(rounds=1)
+
+
+def test_models_of_labels_that_no_longer_count_are_never_brought_back(fake: FakeNnunet, roots: Roots) -> None:
+    """After two rounds the first is in force again, and a label of it is corrected: round 2's model is of no use."""
+    run(rounds=2)
+    assert run(rounds=1).round == 1
+    store, _ = open_store(601)
+    write_image(store.label_path("case_1"), label_array(0))
+    run(rounds=2)
+    assert [fold for fold, _ in fake.trained] == ["all"] * 5
+    assert training_in_place(fake) == "5"
+    names = {p.name for p in (fake.folder(store.folder.name) / "oneshot_rounds").iterdir() if any(p.iterdir())}
+    assert names == {"00", "01", "01_superseded_1", "02_superseded_1"}
+
+
+# --- one rule for two rounds --------------------------------------------------------------------------------------
+
+
+def test_a_first_round_that_is_far_from_what_all_views_said_is_not_taken(fake: FakeNnunet) -> None:
+    """Its own estimate is not below that of round 0: another rule, which says more of the same agreement."""
+    fake.say = lambda case, _: np.roll(label_array(int(case[-1])), 1, axis=1)
+    result = run(rounds=1, all_rounds=False)
+    assert result.round == 0
+    assert "by the same evidence the estimated Dice of the labels fell from" in result.ended
+    found = Record(open_store(601)[0]).value("quality-1")
+    assert found is not None
+    assert found["now"] < found["before"] - refine_module.QUALITY_FALL
+
+
+def test_labels_that_stay_as_they_are_are_estimated_alike_in_both_rounds(fake: FakeNnunet) -> None:
+    store, _ = open_store(601)
+    propagated = {case: read(store.fused_path(case)) for case in CASES}
+    fake.say = lambda case, _: propagated[case]
+    assert "settled" in run(rounds=1, all_rounds=False).ended
+    found = Record(store).value("quality-1")
+    assert found is not None
+    assert found["now"] == found["before"]
