@@ -191,8 +191,8 @@ def _fused(
 def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> dict[str, Propagator]:
     """SAM2 last: registration's labels, where they are asked for too, prompt `self` mode and are not made again.
 
-    The order is also that of trust: a tie between SAM2's views and registration's goes to the latter, which was never
-    worse than registration alone on four real sets, while the other way about was (benchmarks/builtin_checkpoint.py).
+    The order is also that of trust: a tie between SAM2's views and registration's goes to the latter, which finds
+    organs, while SAM2 redraws boundaries.
     """
     sam2, prompter = made.get("sam2"), "registration"
     if isinstance(sam2, Sam2Propagator):
