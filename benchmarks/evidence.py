@@ -9,8 +9,8 @@ training sees. All trained rows of a set share plans, trainer schedule and cases
 so many of the pool, the annotated one included). Finished rows are small JSON files in benchmarks/results/ and are not
 run again; an unfinished one goes on from what is in WORK. Rows that share labels share their labelling, and a row with
 refinement goes on from the one without, so minutes are those that the row itself took. `--table` writes docs/results.md
-of all rows that there are and names those that are not. Only "full" trains on labels of other cases; elsewhere they are
-read by scoring alone.
+of all rows that there are and names those that are not. Only "full" trains on labels of other cases, and methods from
+one slice a volume on that slice; elsewhere they are read by scoring alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import SimpleITK as sitk
 from common import DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import LABELS, METHODS, Method
 from evidence_table import write_results
+from oneseg import sparse_support
+from registration import read_image, read_label
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import train_annotated_only
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
+from nnunet_oneshot.make_sparse import make_sparse
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
@@ -37,9 +42,12 @@ from nnunet_oneshot.settings import PRESETS
 
 SETS = {"hippocampus": "3d_fullres", "chaos_mr_t2": "3d_fullres", "acdc_mr": "2d", "hc18_us": "2d"}
 """The sets and the configuration that each is trained in."""
-POOL, ALONE, FULL, TEST = 501, 502, 503, 504
-STOCK, TESTED = 100, 200
-"""Added to the number of a label dataset: its best guess everywhere, and the same labels for the test images."""
+FLAT = ("hc18_us",)
+"""Sets of single images: one slice a volume is all of it."""
+POOL, ALONE, FULL, TEST, SLICES = 501, 502, 503, 504, 505
+STOCK, TESTED, REPLACED = 100, 200, 300
+"""Added to the number of a label dataset: its best guess everywhere, the same labels for the test images, and what a
+model that learnt from the best guess says in its place (once more for every time that it is replaced)."""
 
 
 class Evidence:
@@ -89,8 +97,8 @@ class Evidence:
         """Label the pool; minutes."""
         begin = time.monotonic()
         if recipe.labels in LABELS:
-            self._pool()
-            self._propagate(recipe.labels, POOL, 0)
+            (self._sliced if LABELS[recipe.labels].slices else self._pool)()
+            self._propagate(recipe.labels, SLICES if LABELS[recipe.labels].slices else POOL, 0)
         return (time.monotonic() - begin) / 60
 
     def _propagate(self, labels: str, source: int, offset: int) -> int:
@@ -120,7 +128,12 @@ class Evidence:
         if recipe.labels is None:
             self._pool()
             train_annotated_only(
-                POOL, ALONE, plan.configuration, preset=self.preset, device=self.device, num_processes=_processes()
+                POOL,
+                ALONE,
+                plan.configuration,
+                preset=self.preset,
+                device=self.device,
+                num_processes=default_processes(),
             )
             return ALONE
         if recipe.labels == "truth":
@@ -132,27 +145,56 @@ class Evidence:
         if recipe.trainer == "OneShotTrainer":
             refine(number, plan.configuration, rounds=recipe.rounds, preset=self.preset, device=self.device)
             return number
-        return self._train_stock(number if recipe.ignore else self._best_guess(number), plan)
+        trained = self._train_stock(number if recipe.ignore else self._best_guess(number), plan)
+        for again in range(1, recipe.replaced + 1):
+            trained = self._train_stock(self._replaced(number, trained, again, plan), plan)
+        return trained
 
     def _train_stock(self, number: int, plan: Plan) -> int:
-        nnunet.plan_and_preprocess(number, PRESETS[self.preset], [plan.configuration], _processes())
+        nnunet.plan_and_preprocess(number, PRESETS[self.preset], [plan.configuration], default_processes())
         nnunet.train(number, plan.configuration, "all", plan.trainer, plan.plans, self.device)
         return number
 
     def _best_guess(self, number: int) -> int:
         """A dataset of round 0's best guess everywhere; its number."""
         store, _ = open_store(number)
-        folder = store.folder.with_name(f"Dataset{number + STOCK}_{self.data.name}_guess")
+        guesses = store.round_path(0, "x").parent
+        return self._whole(number, number + STOCK, "guess", dict.fromkeys(self.pool, guesses))
+
+    def _replaced(self, number: int, trained: int, again: int, plan: Plan) -> int:
+        """A dataset of what a model says of the un-annotated cases in place of their pseudo labels; its number."""
+        store, raw = open_store(number)
+        said = self.work / "predictions" / f"{number}_pool_{again}"
+        images = {case.name: list(case.channels) for case in raw.unannotated}
+        nnunet.predict(trained, plan.configuration, ("all",), plan.trainer, plan.plans, images, said, self.device)
+        drawn = store.round_path(0, "x").parent
+        labels = {case.name: said if case.name in images else drawn for case in raw.cases}
+        return self._whole(number, number + REPLACED + again - 1, f"replaced{again}", labels)
+
+    def _whole(self, number: int, new: int, name: str, labels: dict[str, Path]) -> int:
+        """A stock dataset, nothing ignored, of the folders that hold each case's label; its number."""
+        store, _ = open_store(number)
+        folder = store.folder.with_name(f"Dataset{new}_{self.data.name}_{name}")
         content = json.loads((store.folder / "dataset.json").read_text())
         del content["labels"]["ignore"], content["oneshot"]
         for case, entry in content["dataset"].items():
-            entry["label"] = f"../{store.folder.name}/pseudoTr/rounds/00/{case}{self.data.ending}"
+            entry["label"] = os.path.relpath(labels[case] / f"{case}{self.data.ending}", folder)
         folder.mkdir(exist_ok=True)
         (folder / "dataset.json").write_text(json.dumps(content, indent=2))
-        return number + STOCK
+        return new
 
     def _pool(self) -> Path:
         return lay_out(self.data, POOL, self.pool, [self.annotated])
+
+    def _sliced(self) -> Path:
+        """The pool with one annotated slice a volume, everything else of its label ignored."""
+        folder = lay_out(self.data, SLICES, self.pool, [], name=f"{self.data.name}_slices")
+        if not (folder / "labelsTr" / f"{self.pool[-1]}{self.data.ending}").is_file():
+            drawn = self.work / "drawn_slices"
+            for case in self.pool:
+                draw_slice(self.data, case, drawn)
+            make_sparse(SLICES, drawn, overwrite=True)
+        return folder
 
     def _labels(self, recipe: Method) -> dict[str, Any]:
         """Dice of the pool's labels, round by round; nothing where there are none."""
@@ -163,7 +205,7 @@ class Evidence:
         for number in range(recipe.rounds + 1):
             folder = store.round_path(number, "x").parent
             if folder.is_dir():
-                cases = [case.name for case in raw.unannotated]
+                cases = [name for name, record in manifest.cases.items() if record.status != "annotated"]
                 scored = evaluate(self.data.labels, folder, raw.folder / "dataset.json", cases=cases)
                 rounds[str(number)] = round(scored.summary[FOREGROUND]["Dice"].mean, 4)
         shares = [record.divergence for record in manifest.cases.values() if record.divergence is not None]
@@ -183,8 +225,17 @@ def figures(scored: Evaluation) -> dict[str, Any]:
     return {"scores": mean, "dice_per_case": dict(zip(scored.cases, (round(float(v), 4) for v in dice), strict=True))}
 
 
-def _processes() -> int:
-    return default_processes()
+def draw_slice(data: DataSet, case: str, folder: Path) -> None:
+    """Write a case's label with 0 off the slice of the largest foreground area, as a person who draws one leaves it."""
+    image, truth = read_image(data.name, case), sitk.ReadImage(str(data.labels / f"{case}{data.ending}"))
+    support, shown, index = sparse_support(image, read_label(data.name, case), suggested=False)
+    seen = shown.forward(support.label)
+    kept = np.zeros_like(seen)
+    kept[index] = seen[index]
+    label = sitk.GetImageFromArray(shown.inverse(kept).astype(np.uint8))
+    label.CopyInformation(truth)
+    folder.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(label, str(folder / f"{case}{data.ending}"))
 
 
 def main() -> None:
@@ -210,7 +261,8 @@ def main() -> None:
                     name, annotated, arguments.cases, arguments.preset, arguments.device, arguments.o.resolve()
                 )
                 for method in sorted(arguments.methods, key=lambda method: METHODS[method].rounds):
-                    made.row(method)
+                    if name not in FLAT or not METHODS[method].by_slices:
+                        made.row(method)
     write_results(list(SETS))
 
 

@@ -16,11 +16,14 @@ class Labels:
         number: id of the dataset that it writes.
         propagators: their names.
         options: how they are set up.
+        slices: what they start from is one annotated slice in every volume of the pool (the one with the largest
+            foreground area across its thickest axis), not one annotated case.
     """
 
     number: int
     propagators: tuple[str, ...]
     options: PropagatorOptions = field(default_factory=PropagatorOptions)
+    slices: bool = False
 
 
 LABELS: Mapping[str, Labels] = {
@@ -32,6 +35,9 @@ LABELS: Mapping[str, Labels] = {
     "yoloseg": Labels(604, ("sam2",), PropagatorOptions(recipe="yoloseg", checkpoint="builtin")),
     "ssl_medsam2": Labels(605, ("sam2",), PropagatorOptions(recipe="ssl_medsam2", checkpoint="builtin")),
     "across": Labels(606, ("sam2",), PropagatorOptions(mode="retrieve")),
+    "oneseg": Labels(607, ("correspondence",), PropagatorOptions(recipe="oneseg")),
+    "oneseg_slices": Labels(608, ("correspondence",), PropagatorOptions(recipe="oneseg"), slices=True),
+    "slices": Labels(609, ("sam2", "correspondence"), slices=True),
 }
 
 
@@ -45,6 +51,8 @@ class Method:
         trainer: a trainer's base name; None scores labels carried to the test images themselves.
         ignore: whether divergence is ignored; otherwise the best guess is trained on everywhere.
         rounds: of refinement.
+        replaced: how often nnU-Net's own predictions take the place of all pseudo labels and it is trained anew, as
+            SSL-MedSAM2 does (without its end at convergence).
     """
 
     what: str
@@ -52,6 +60,12 @@ class Method:
     trainer: str | None = "nnUNetTrainer"
     ignore: bool = False
     rounds: int = 0
+    replaced: int = 0
+
+    @property
+    def by_slices(self) -> bool:
+        """Whether it starts from one slice a volume."""
+        return self.labels in LABELS and LABELS[self.labels].slices
 
 
 METHODS: Mapping[str, Method] = {
@@ -63,13 +77,17 @@ METHODS: Mapping[str, Method] = {
     "sam2_stock": Method("SAM2 (self mode), then nnU-Net", "sam2"),
     "fused_stock": Method("SAM2 + registration, then nnU-Net", "sam2_registration"),
     "yoloseg": Method("YoloSeg's labels, loss and cross patches", "yoloseg", "OneShotTrainerYoloSeg", ignore=True),
-    "ssl_medsam2": Method("SSL-MedSAM2's labels, then nnU-Net", "ssl_medsam2"),
+    "ssl_medsam2_once": Method("SSL-MedSAM2's labels, then nnU-Net", "ssl_medsam2"),
+    "ssl_medsam2": Method("SSL-MedSAM2: the same, relabelled once by nnU-Net", "ssl_medsam2", replaced=1),
+    "oneseg": Method("OneSeg's labels from the one case, then nnU-Net", "oneseg"),
+    "oneseg_slices": Method("OneSeg's labels from one slice a volume, then nnU-Net", "oneseg_slices"),
     "ours": Method("ours", "sam2_registration", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_refinement": Method("ours without refinement", "sam2_registration", "OneShotTrainer", ignore=True),
     "ours_no_sam2": Method("ours without SAM2", "registration", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_sam2_no_refinement": Method(
         "ours without SAM2 and refinement", "registration", "OneShotTrainer", ignore=True
     ),
+    "ours_slices": Method("ours, from one slice a volume", "slices", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_fusion": Method("ours, SAM2 alone", "sam2", "OneShotTrainer", ignore=True, rounds=1),
     "no_label_in_divergence": Method(
         "registration, consistency alone in divergence", "registration", "OneShotTrainerConsistency", ignore=True

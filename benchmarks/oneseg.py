@@ -1,11 +1,13 @@
 """One annotated slice in every volume: what carries it best to the rest of its volume?
 
     python benchmarks/oneseg.py [--sets chaos_mr_t2 acdc_mr hippocampus] [--cases 8] [--methods ...] [--suggested]
+                                [--trained_on SET] [--inverted]
 
 Data: $ONESHOT_DATA, or ../shared/data beside the repository. Of each pool case (a subset at even distances in the
 sorted names) one slice across the thickest axis is annotated: the one with the largest foreground area, or with
 `--suggested` the one that `suggest` names, which sees no label. The other slices' labels are read for scoring only.
-Correspondence is trained once a set on ALL its pool images without labels. Methods:
+Correspondence is trained once a set on ALL its pool images without labels, or out of distribution: `--trained_on` on
+those of another set, `--inverted` on the set's own but used on images whose contrast is turned round. Methods:
 
     copy               the annotated slice in every slice
     copy_clipped       the same between the first and the last slice that truly shows foreground, which flatters it
@@ -25,7 +27,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +50,39 @@ from sam2_propagation.views import Presentation, present
 SETS = ("chaos_mr_t2", "acdc_mr", "hippocampus")
 METHODS = ("copy", "copy_clipped", "registration_2d", "sam2", "correspondence", "fused")
 IGNORE = 99
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a row is of.
+
+    Attributes:
+        name: data set.
+        count: cases.
+        methods: in the order in which they run.
+        suggested: the annotated slice is the suggested one rather than the one of the largest area.
+        trained_on: set whose images correspondence is trained on; the set itself when None.
+        inverted: images are shown with their contrast turned round, which training never saw.
+    """
+
+    name: str
+    count: int
+    methods: tuple[str, ...]
+    suggested: bool = False
+    trained_on: str | None = None
+    inverted: bool = False
+
+    @property
+    def title(self) -> str:
+        """Name of the row's file."""
+        parts = [f"oneseg_{self.name}_{self.count}", "suggested" if self.suggested else ""]
+        parts += [f"trained_on_{self.trained_on}" if self.trained_on else "", "inverted" if self.inverted else ""]
+        return "_".join(part for part in parts if part)
+
+    def image(self, case: str) -> Image:
+        """A case's image as methods see it."""
+        image = read_image(self.name, case)
+        return replace(image, data=image.data.max() + image.data.min() - image.data) if self.inverted else image
 
 
 def sparse_support(image: Image, truth: LabelVolume, suggested: bool) -> tuple[Support, Presentation, int]:
@@ -99,12 +135,10 @@ def carried(propagator: Propagator, support: Support) -> list[LabelVolume]:
     return [result.label for result in found if result.label is not None]
 
 
-def run_case(
-    name: str, case: str, methods: Sequence[str], propagators: dict[str, Propagator], suggested: bool
-) -> dict[str, Any]:
+def run_case(setting: Setting, case: str, propagators: dict[str, Propagator]) -> dict[str, Any]:
     """Dice and seconds of every method on one case."""
-    image, truth = read_image(name, case), read_label(name, case)
-    support, shown, index = sparse_support(image, truth, suggested)
+    image, truth = setting.image(case), read_label(setting.name, case)
+    support, shown, index = sparse_support(image, truth, setting.suggested)
     seen, labels, seconds = shown.forward(truth), {}, {}
     views: list[LabelVolume] = []
     data = shown.forward(scale(image))[0]
@@ -114,7 +148,7 @@ def run_case(
         "registration_2d": lambda: shown.inverse(registered(data, seen[index], index)),
         "fused": lambda: fuse(views).label,
     }
-    for method in methods:
+    for method in setting.methods:
         begin = time.process_time()
         if method in propagators:
             found = carried(propagators[method], support)
@@ -123,7 +157,7 @@ def run_case(
         else:
             labels[method] = simple[method]()
         seconds[method] = round(time.process_time() - begin, 1)
-    return {"case": case, "slice": index, "seconds": seconds, **scores(labels, seen, shown, index, name)}
+    return {"case": case, "slice": index, "seconds": seconds, **scores(labels, seen, shown, index, setting.name)}
 
 
 def scores(
@@ -141,48 +175,50 @@ def scores(
     }
 
 
-def run_set(name: str, count: int, methods: Sequence[str], suggested: bool) -> dict[str, Any]:
+def run_set(setting: Setting) -> dict[str, Any]:
     """One set's row, from its file if it is there."""
-    title = f"oneseg_{name}_{count}{'_suggested' if suggested else ''}"
-    if (row := read_row(title)) is not None:
+    if (row := read_row(setting.title)) is not None:
         return row
-    partial = RESULTS / f"{title}.partial"
+    partial = RESULTS / f"{setting.title}.partial"
     done = [json.loads(line) for line in partial.read_text().splitlines()] if partial.is_file() else []
-    cases = spread(split_of(name)["pool"], count)
+    cases = spread(split_of(setting.name)["pool"], setting.count)
     todo = [case for case in cases if case not in [entry["case"] for entry in done]]
-    propagators, training = _propagators(name, methods) if todo else ({}, 0.0)
+    propagators, training = _propagators(setting) if todo else ({}, 0.0)
     with partial.open("a") as file:
         for case in todo:
-            done.append(run_case(name, case, methods, propagators, suggested))
+            done.append(run_case(setting, case, propagators))
             file.write(json.dumps(done[-1]) + "\n")
             file.flush()
             print(case, done[-1]["dice"], done[-1]["seconds"], flush=True)
-    row = _summary(name, done, methods, suggested)
+    row = _summary(setting, done)
     if todo:
         row["training_cpu_seconds"] = round(training, 1)
     partial.unlink()
-    return write_row(title, row)
+    return write_row(setting.title, row)
 
 
-def _propagators(name: str, methods: Sequence[str]) -> tuple[dict[str, Propagator], float]:
+def _propagators(setting: Setting) -> tuple[dict[str, Propagator], float]:
     made: dict[str, Propagator] = {}
     begin = time.process_time()
-    if "correspondence" in methods:
+    if "correspondence" in setting.methods:
+        learnt = setting.trained_on or setting.name
         made["correspondence"] = CorrespondencePropagator()
-        made["correspondence"].fit(read_image(name, case) for case in sorted(split_of(name)["pool"]))
+        made["correspondence"].fit(read_image(learnt, case) for case in sorted(split_of(learnt)["pool"]))
     seconds = time.process_time() - begin
-    if "sam2" in methods:
+    if "sam2" in setting.methods:
         made["sam2"] = Sam2Propagator(mode="slice")
     return made, seconds
 
 
-def _summary(name: str, done: list[dict[str, Any]], methods: Sequence[str], suggested: bool) -> dict[str, Any]:
+def _summary(setting: Setting, done: list[dict[str, Any]]) -> dict[str, Any]:
     def mean(kind: str) -> dict[str, float]:
-        return {method: round(float(np.mean([entry[kind][method] for entry in done])), 4) for method in methods}
+        return {method: round(float(np.mean([entry[kind][method] for entry in done])), 4) for method in setting.methods}
 
     return {
-        "set": name,
-        "annotated": "one slice a volume: " + ("suggested" if suggested else "largest foreground area"),
+        "set": setting.name,
+        "annotated": "one slice a volume: " + ("suggested" if setting.suggested else "largest foreground area"),
+        "correspondence_trained_on": setting.trained_on or setting.name,
+        "inverted": setting.inverted,
         "n": len(done),
         "dice": mean("dice"),
         "all_classes": mean("all_classes"),
@@ -199,9 +235,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=8)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--suggested", action="store_true")
+    parser.add_argument("--trained_on", choices=SETS)
+    parser.add_argument("--inverted", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [run_set(name, options.cases, options.methods, options.suggested) for name in options.sets]
+    how = (tuple(options.methods), options.suggested, options.trained_on, options.inverted)
+    rows = [run_set(Setting(name, options.cases, *how)) for name in options.sets]
     cells = [[r["set"], r["n"], *(f"{r['dice'][m]:.3f}" for m in options.methods)] for r in rows]
     print(markdown(["set", "n", *options.methods], cells))
 

@@ -1,0 +1,105 @@
+"""Does `suggest --slices` find a good slice to annotate? Its rank among a volume's slices by the Dice each gives.
+
+    python benchmarks/suggest_slices.py [--sets chaos_mr_t2 acdc_mr hippocampus] [--cases 8]
+
+Data: $ONESHOT_DATA, or ../shared/data beside the repository; of each set so many pool cases at even distances in the
+sorted names. Every slice of a volume that shows foreground is annotated in turn and carried from slice to slice by 2D
+demons on a grid of 64x64 pixels; its worth is the mean Dice over the volume's classes, on all slices but itself. The
+suggested slice sees no label; where it shows no foreground it is worth 0 and ranked last. Beside it: the slice with the
+largest foreground area, which reads the truth. True labels are read to carry and to score. Nothing is random. A
+finished row, benchmarks/results/suggest_slices_<set>_<cases>.json, is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import markdown, read_row, write_row
+from oneseg import registered
+from registration import dice, read_image, read_label, split_of
+from suggest import spread
+from tqdm import tqdm
+
+from nnunet_oneshot.suggest_features import alike, describe
+from nnunet_oneshot.suggest_ranking import best_slice
+from sam2_propagation.intensities import scale
+from sam2_propagation.interface import LabelVolume
+from sam2_propagation.views import present
+
+SETS = ("chaos_mr_t2", "acdc_mr", "hippocampus")
+PIXELS = 64
+
+
+def small(name: str, case: str) -> tuple[np.ndarray, LabelVolume, int]:
+    """Intensities and labels (N, 64, 64) of a volume's slices, and the suggested one."""
+    image, truth = read_image(name, case), read_label(name, case)
+    shown = present(image, "identity")
+    found = describe(image)
+    stored = best_slice(alike(found.slices, found.slices), found.content)
+    seen = torch.from_numpy(np.ascontiguousarray(shown.forward(scale(image))[0], dtype=np.float32))
+    label = torch.from_numpy(np.ascontiguousarray(shown.forward(truth), dtype=np.float32))
+    pixels = F.interpolate(seen[None], size=(PIXELS, PIXELS), mode="area")[0].numpy()
+    labels = F.interpolate(label[None], size=(PIXELS, PIXELS), mode="nearest")[0].numpy().astype(np.int16)
+    return pixels, labels, len(labels) - 1 - stored if shown.flips[0] else stored
+
+
+def run_case(name: str, case: str) -> dict[str, Any]:
+    """Worth of every slice with foreground, and where the suggested one stands."""
+    pixels, labels, suggested = small(name, case)
+    classes = [int(value) for value in np.unique(labels) if value]
+    shown = np.flatnonzero(labels.any(axis=(1, 2)))
+    worth = {}
+    for index in map(int, shown):
+        rest = np.arange(len(labels)) != index
+        worth[index] = dice(registered(pixels, labels[index], index)[rest], labels[rest], classes)
+    largest = max(worth, key=lambda i: int((labels[i] > 0).sum()))
+    own = worth.get(suggested, 0.0)
+    return {
+        "case": case,
+        "suggested": suggested,
+        "slices": len(labels),
+        "with_foreground": len(worth),
+        "rank": 1 + sum(value > own for value in worth.values()),
+        "dice": round(own, 4),
+        "median": round(float(np.median(list(worth.values()))), 4),
+        "best": round(max(worth.values()), 4),
+        "largest_area": round(worth[largest], 4),
+    }
+
+
+def run_set(name: str, count: int) -> dict[str, Any]:
+    """One set's row, from its file if it is there."""
+    title = f"suggest_slices_{name}_{count}"
+    if (row := read_row(title)) is not None:
+        return row
+    cases = [run_case(name, case) for case in tqdm(spread(split_of(name)["pool"], count), desc=name)]
+    means = {
+        key: round(float(np.mean([c[key] for c in cases])), 4) for key in ("dice", "median", "best", "largest_area")
+    }
+    # 0 is the best slice, 1 the worst; chance is .5.
+    place = [(c["rank"] - 1) / max(c["with_foreground"] - 1, 1) for c in cases]
+    third = float(np.mean([value <= 1 / 3 for value in place]))
+    return write_row(
+        title,
+        {"set": name, "n": len(cases), **means, "relative_rank": round(float(np.mean(place)), 4)}
+        | {"in_best_third": round(third, 4), "cases": cases},
+    )
+
+
+def main() -> None:
+    """Fill in what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--cases", type=int, default=8)
+    options = parser.parse_args()
+    keys = ("n", "dice", "median", "best", "largest_area", "relative_rank", "in_best_third")
+    rows = [run_set(name, options.cases) for name in options.sets]
+    print(markdown(["set", *keys], [[row["set"], *(row[key] for key in keys)] for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
