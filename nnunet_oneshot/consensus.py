@@ -113,7 +113,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, CaseRecord(status="annotated")
     views, labels, reasons = _trusted(*_collect(task))
     if labels:
-        fused = fuse(labels)
+        fused = fuse(labels, spacing=dataset.read_image(case).spacing)
         guess, agreed = fused.label, fused.agreed
     else:
         guess = np.zeros(dataset.read_image(case).shape, np.int16)

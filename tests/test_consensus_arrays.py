@@ -58,6 +58,50 @@ def test_inputs_stay_as_they_are(given_labels: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(label, copy)
 
 
+@quick
+@given(labels(), st.tuples(*[st.floats(0.3, 8)] * 3))
+def test_shapes_give_a_label_that_someone_gave_and_the_same_consensus(
+    given_labels: list[np.ndarray], spacing: tuple[float, float, float]
+) -> None:
+    fused = fuse(given_labels, spacing=spacing)
+    assert (np.stack(given_labels) == fused.label).any(axis=0).all()
+    np.testing.assert_array_equal(fused.agreed, fuse(given_labels).agreed)
+    np.testing.assert_array_equal(fused.label[fused.agreed], given_labels[0][fused.agreed])
+
+
+def disc(radius: float, shape: tuple[int, int, int] = (1, 41, 41), centre: float = 20) -> np.ndarray:
+    """Label 1 in a disc on every slice."""
+    y, x = np.ogrid[: shape[1], : shape[2]]
+    return np.broadcast_to(np.hypot(y - 20, x - centre) <= radius, shape).astype(np.int16)
+
+
+@pytest.mark.parametrize("order", [(9, 11), (11, 9)])
+def test_between_two_discs_lies_the_disc_of_their_mean_radius(order: tuple[int, int]) -> None:
+    fused = fuse([disc(radius) for radius in order], spacing=(1, 1, 1)).label
+    wrong = (fused != disc(10)).sum()
+    assert wrong < 0.25 * min((disc(radius) != disc(10)).sum() for radius in order)
+
+
+def test_weights_move_the_surface() -> None:
+    inner, outer = disc(9), disc(11)
+    sizes = [fuse([inner, outer], w, (1, 1, 1)).label.sum() for w in ([5.0, 1.0], [1.0, 1.0], [1.0, 5.0])]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_a_label_that_misses_the_structure_does_not_take_it_away() -> None:
+    fused = fuse([disc(10), disc(10), np.zeros((1, 41, 41), np.int16)], spacing=(1, 1, 1)).label
+    np.testing.assert_array_equal(fused, disc(10))
+
+
+def test_far_slices_count_less_than_near_pixels() -> None:
+    """Two of three labels end a slice earlier: across thick slices that is a majority, not a shape to average."""
+    whole = disc(10, (6, 41, 41))
+    short = whole.copy()
+    short[4:] = 0
+    fused = fuse([whole, short, short], spacing=(10, 1, 1)).label
+    np.testing.assert_array_equal(fused, short)
+
+
 def test_divergence_is_the_share_of_voxels() -> None:
     first, second = np.zeros((1, 2, 5), np.int16), np.zeros((1, 2, 5), np.int16)
     second[0, 0, :3] = 1
