@@ -6,8 +6,9 @@
 
 Every row is one set, annotated case and method: mean foreground Dice over the un-annotated pool cases (with one
 annotated slice a volume: over the other slices), per view and fused, accuracy inside consensus and divergence, median
-seconds. Finished rows are small JSON files in benchmarks/results/ and are not computed again; `--work` keeps the labels
-that registration carried, which prompt `self` mode and are fused with, and the scores of an interrupted row.
+seconds; beside it fused by majority rather than by shape. Finished rows are small JSON files in benchmarks/results/ and
+are not computed again; `--work` keeps the labels that registration carried, which prompt `self` mode and are fused
+with, and the scores of an interrupted row.
 
 Protocol. The annotated case's label is all that any method is given (with one annotated slice a volume: that slice);
 other pool labels are read for scoring alone, test cases never. `phantom` is made by nnunet_oneshot.phantom, which the
@@ -187,7 +188,7 @@ def make_propagator(row: Row, cases: Sequence[str]) -> Sam2Propagator:
     if method.adapt:
         in_slices = method.settings["mode"] == "slice"
         supports = [_sparse(row, case) for case in cases] if in_slices else [_support(row.name, row.annotated)]
-        made.adapt(supports, method.views or made.default_views)
+        made.adapt(supports, method.views or made.fitting_views(supports))
     return made
 
 
@@ -233,7 +234,7 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
     query, truth = read_case(row.name, case)
     if row.method == REGISTRATION:
         carried = registered(row, query)
-        return {"case": case, "seconds": carried["seconds"], **figures(carried["labels"], truth(), None)}
+        return {"case": case, "seconds": carried["seconds"], **figures(query, carried["labels"], truth(), None)}
     method = METHODS[row.method]
     in_slices = method.settings["mode"] == "slice"
     carried = {} if in_slices or not (method.prompt or method.with_registration) else registered(row, query)["labels"]
@@ -242,10 +243,10 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
     labels = _sam2(row, supports, query, _prompt(method, carried))
     seconds = time.process_time() - begin
     if method.with_registration:
-        # First, as `propagate` has them: ties go to registration.
-        labels = {**{f"registration/{view}": label for view, label in carried.items()}, **labels}
+        # Last, as `propagate` has them: ties go to SAM2.
+        labels |= {f"registration/{view}": label for view, label in carried.items()}
     left_out = annotated_slice(truth()) if in_slices else None
-    return {"case": case, "seconds": seconds, **figures(labels, truth(), left_out)}
+    return {"case": case, "seconds": seconds, **figures(query, labels, truth(), left_out)}
 
 
 def _prompt(method: Method, labels: Mapping[str, LabelVolume]) -> LabelVolume | None:
@@ -260,17 +261,26 @@ def _sam2(row: Row, supports: list[Support], query: Image, prompt: LabelVolume |
     prompter = propagator.prompter
     assert isinstance(prompter, Recorded)
     prompter.label = prompt
-    views = METHODS[row.method].views or propagator.default_views
+    views = METHODS[row.method].views or propagator.fitting_views(supports)
     return {r.view: r.label for r in propagator.propagate(supports, [query], views) if r.label is not None}
 
 
-def figures(labels: Mapping[str, LabelVolume], truth: LabelVolume, left_out: int | None) -> dict[str, Any]:
+def figures(
+    query: Image, labels: Mapping[str, LabelVolume], truth: LabelVolume, left_out: int | None
+) -> dict[str, Any]:
     """Dice of every view and of the fused label, and how many voxels are right where."""
     classes = [int(value) for value in np.unique(truth) if value]
     if not labels:
-        return {"views": {}, "fused": 0.0, "per_class": dict.fromkeys(map(str, classes), 0.0), "voxels": None}
+        return {
+            "views": {},
+            "fused": 0.0,
+            "majority": 0.0,
+            "per_class": dict.fromkeys(map(str, classes), 0.0),
+            "voxels": None,
+        }
     scored = np.array([i for i in range(len(truth)) if i != left_out])
-    fused, truth = fuse(list(labels.values())), truth[scored]
+    fused, truth = fuse(list(labels.values()), spacing=query.spacing), truth[scored]
+    majority = fuse(list(labels.values())).label[scored]
     label, agreed = fused.label[scored], fused.agreed[scored]
     right = label == truth
     voxels = {"consensus": agreed, "consensus_right": right & agreed}
@@ -278,6 +288,7 @@ def figures(labels: Mapping[str, LabelVolume], truth: LabelVolume, left_out: int
     return {
         "views": {view: dice(each[scored], truth, classes) for view, each in labels.items()},
         "fused": dice(label, truth, classes),
+        "majority": dice(majority, truth, classes),
         "per_class": {str(c): dice(label, truth, [c]) for c in classes if ((label == c) | (truth == c)).any()},
         "voxels": {key: int(where.sum()) for key, where in voxels.items()},
     }
@@ -316,6 +327,7 @@ def summary(row: Row, entries: list[dict[str, Any]], processes: int) -> dict[str
         "checkpoint": None if row.method == REGISTRATION else {"name": Path(row.checkpoint).name, "sha256": row.digest},
         "n": len(entries),
         "fused": float(np.mean([e["fused"] for e in entries])),
+        "fused_by_majority": float(np.mean([e["majority"] for e in entries])),
         "views": {view: float(np.mean([e["views"].get(view, 0.0) for e in entries])) for view in views},
         "per_class": {c: float(np.mean([e["per_class"][c] for e in entries if c in e["per_class"]])) for c in classes},
         **voxel_shares([e["voxels"] for e in entries if e["voxels"]]),

@@ -146,14 +146,14 @@ def run_case(setting: Setting, case: str, propagators: dict[str, Propagator]) ->
         "copy": lambda: shown.inverse(copied(seen, index, False)),
         "copy_clipped": lambda: shown.inverse(copied(seen, index, True)),
         "registration_2d": lambda: shown.inverse(registered(data, seen[index], index)),
-        "fused": lambda: fuse(views).label,
+        "fused": lambda: fuse(views, spacing=image.spacing).label,
     }
     for method in setting.methods:
         begin = time.process_time()
         if method in propagators:
             found = carried(propagators[method], support)
             views += found
-            labels[method] = fuse(found).label if found else np.zeros_like(truth)
+            labels[method] = fuse(found, spacing=image.spacing).label if found else np.zeros_like(truth)
         else:
             labels[method] = simple[method]()
         seconds[method] = round(time.process_time() - begin, 1)

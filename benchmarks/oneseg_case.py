@@ -42,8 +42,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "correspondence": ("correspondence",),
     "across": ("across",),
     "sam2": ("sam2",),
-    "fused": ("registration", "sam2"),
-    "all": ("registration", "sam2", "correspondence"),
+    "fused": ("sam2", "registration"),
+    "all": ("sam2", "registration", "correspondence"),
 }
 """Whose views are fused in each row."""
 
@@ -67,18 +67,22 @@ def run_case(made: Mapping[str, Propagator], support: Support, query: Image) -> 
         if isinstance(propagator, Sam2Propagator) and isinstance(propagator.prompter, Recorded):
             carried = found["registration"]
             propagator.prompter.label = fuse(carried).label if carried else None
-        results = propagator.propagate([support], [query], propagator.default_views)
+        results = propagator.propagate([support], [query], _views(propagator, support))
         found[name] = [result.label for result in results if result.label is not None]
     return found
 
 
-def scores(found: Mapping[str, list[LabelVolume]], truth: LabelVolume) -> dict[str, float]:
+def _views(propagator: Propagator, support: Support) -> tuple[str, ...]:
+    return propagator.fitting_views([support]) if isinstance(propagator, Sam2Propagator) else propagator.default_views
+
+
+def scores(found: Mapping[str, list[LabelVolume]], query: Image, truth: LabelVolume) -> dict[str, float]:
     """Dice of every method; 0 where none of its views gave a label."""
     classes = [int(value) for value in np.unique(truth) if value]
     out = {}
     for method, sources in METHODS.items():
         labels = [label for source in sources for label in found[source]]
-        out[method] = round(dice(fuse(labels).label, truth, classes), 4) if labels else 0.0
+        out[method] = round(dice(fuse(labels, spacing=query.spacing).label, truth, classes), 4) if labels else 0.0
     return out
 
 
@@ -92,7 +96,8 @@ def run_set(name: str, annotated: str, count: int) -> dict[str, Any]:
     cases = spread([case for case in split_of(name)["pool"] if case != annotated], count)
     found = {}
     for case in tqdm(cases, desc=name):
-        found[case] = scores(run_case(made, support, read_image(name, case)), read_label(name, case))
+        query = read_image(name, case)
+        found[case] = scores(run_case(made, support, query), query, read_label(name, case))
     means = {method: round(float(np.mean([entry[method] for entry in found.values()])), 4) for method in METHODS}
     return write_row(title, {"set": name, "annotated": annotated, "n": len(cases), "dice": means, "cases": found})
 

@@ -94,7 +94,7 @@ def score_case(task: tuple[str, str, str]) -> dict[str, Any]:
         "seconds": seconds,
         "reasons": {r.view: r.reason for r in results if r.reason},
         "dice": {view: dice(labels[view], truth, classes) if view in labels else 0.0 for view in VIEWS},
-        **fused_figures(list(labels.values()), truth, classes),
+        **fused_figures(list(labels.values()), truth, classes, query.spacing),
     }
 
 
@@ -103,11 +103,13 @@ def _support(name: str, annotated: str) -> Support:
     return Support(read_image(name, annotated), read_label(name, annotated))
 
 
-def fused_figures(labels: list[LabelVolume], truth: LabelVolume, classes: Sequence[int]) -> dict[str, Any]:
+def fused_figures(
+    labels: list[LabelVolume], truth: LabelVolume, classes: Sequence[int], spacing: tuple[float, float, float]
+) -> dict[str, Any]:
     """Dice of the fused label and how many voxels are right inside consensus and divergence; 0 without labels."""
     if not enough_views(len(labels), len(VIEWS)):  # as the consensus stage leaves such a case out
         return {"fused": 0.0, "per_class": {str(c): 0.0 for c in classes}, "voxels": None}
-    fused = fuse(labels)
+    fused = fuse(labels, spacing=spacing)
     right, agreed = fused.label == truth, fused.agreed
     counts = {"consensus": agreed.sum(), "consensus_right": right[agreed].sum()}
     counts |= {"divergence": (~agreed).sum(), "divergence_right": right[~agreed].sum()}

@@ -32,7 +32,8 @@ def score_case(task: tuple[str, str]) -> dict[str, Any]:
     name, case = task
     annotated = split_of(name)["annotated_default"]
     support = Support(read_image(name, annotated), read_label(name, annotated))
-    results = list(RegistrationPropagator().propagate([support], [read_image(name, case)], VIEWS))
+    query = read_image(name, case)
+    results = list(RegistrationPropagator().propagate([support], [query], VIEWS))
     labels = {r.view: r.label for r in results if r.label is not None}
     truth = read_label(name, case)
     classes = [value for value in split_of(name)["labels"].values() if value]
@@ -40,7 +41,7 @@ def score_case(task: tuple[str, str]) -> dict[str, Any]:
         "set": name,
         "alone": {view: dice(labels[view], truth, classes) if view in labels else 0.0 for view in VIEWS},
         "fused": {
-            "+".join(three): fused_figures([labels[v] for v in three if v in labels], truth, classes)
+            "+".join(three): fused_figures([labels[v] for v in three if v in labels], truth, classes, query.spacing)
             for three in TRIPLES
         },
     }

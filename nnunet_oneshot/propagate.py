@@ -112,8 +112,9 @@ def propagate(
     prepare(made.values())
     _check_whole_sets(made, num_parts)
     _check_supports(raw, made)
-    chosen = choose_views(made, views)
-    _check_sam2(raw, made.get("sam2"), chosen)
+    supports = [raw.support(case) for case in raw.annotated]
+    chosen = choose_views(made, views, supports)
+    _check_sam2(raw, made.get("sam2"), supports, chosen)
     patients = {} if same_patient is None else read_same_patient(same_patient, raw)
     processes = num_processes or default_processes()
     check_images(raw, processes)
@@ -128,7 +129,7 @@ def propagate(
             job = Job(raw, store, propagator, chosen[name], options.reverse_check and name in REVERSIBLE)
             preparation += carry(job, _queries(raw, name, patients)[part_id::num_parts], processes)
         whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
-        sources = {name: describe(propagator, options) for name, propagator in made.items()}
+        sources = {name: describe(made[name], options) for name in sorted(made, key=lambda name: name != "sam2")}
         manifest = _fused(raw, store, sources, settings, processes) if whole else None
     return Outcome(store, manifest, warnings, time.monotonic() - begin, preparation)
 
@@ -152,7 +153,8 @@ def check_repeated(
     made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
     manifest = store.read_manifest()
     before = {key: value for key, value in manifest.settings.items() if key != LABEL_SUMS}
-    now = _settings(choose_views(made, views), options) | _pairs_now(dataset, same_patient, manifest)
+    supports = [dataset.support(case) for case in dataset.annotated]
+    now = _settings(choose_views(made, views, supports), options) | _pairs_now(dataset, same_patient, manifest)
     if found := differences(before, now):
         raise OneShotError(
             f"{store.folder.name}: expected the settings of its labels, which are finished, found {', '.join(found)}; "
@@ -191,8 +193,8 @@ def _fused(
 def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> dict[str, Propagator]:
     """SAM2 last: registration's labels, where they are asked for too, prompt `self` mode and are not made again.
 
-    The order is also that of trust: a tie between SAM2's views and registration's goes to the latter, which finds
-    organs, while SAM2 redraws boundaries.
+    Fusion takes them in the opposite order: where both are as deep in what they say, SAM2 is believed, which redraws
+    the boundaries that registration carried.
     """
     sam2, prompter = made.get("sam2"), "registration"
     if isinstance(sam2, Sam2Propagator):
@@ -237,11 +239,15 @@ def _check_supports(dataset: RawDataset, propagators: Collection[str]) -> None:
         )
 
 
-def _check_sam2(dataset: RawDataset, propagator: Propagator | None, chosen: Mapping[str, tuple[str, ...]]) -> None:
+def _check_sam2(
+    dataset: RawDataset,
+    propagator: Propagator | None,
+    supports: Sequence[Support],
+    chosen: Mapping[str, tuple[str, ...]],
+) -> None:
     """PropagationError where annotated cases, views or the mode do not fit each other, before anything is written."""
     if not isinstance(propagator, Sam2Propagator):
         return
-    supports = [dataset.support(case) for case in dataset.annotated]
     propagator.check(supports, chosen["sam2"])
     fit = propagator.settings.check_fit
     for support in supports:

@@ -11,7 +11,7 @@ from nnunet_oneshot.store import Source
 from sam2_propagation.correspondence import CorrespondencePropagator
 from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.intensities import Intensities
-from sam2_propagation.interface import Propagator
+from sam2_propagation.interface import Propagator, Support
 from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
@@ -22,8 +22,8 @@ NAMES = ("registration", "sam2", "correspondence")
 RECIPE = Recipe()
 """How the network of `correspondence` is trained."""
 DEFAULT = ("registration", "sam2")
-"""Fused, they were better than registration alone on three real sets and .002 worse on the fourth, ultrasound; for
-each set the mean over the others asks for both (benchmarks/builtin_checkpoint.py)."""
+"""Fused, they were better than registration alone on three real sets and worse on the fourth, ultrasound; for each set
+the mean over the others asks for both (benchmarks/builtin_checkpoint.py)."""
 RECIPES = {"yoloseg": "sam2", "ssl_medsam2": "sam2", "oneseg": "correspondence"}
 """Published procedures, and the propagator that each sets up and that carries its labels alone."""
 NEEDS_WHOLE_LABEL = ("registration",)
@@ -199,14 +199,20 @@ def self_prompted(checkpoint: str, device: str, prompter: Propagator) -> Sam2Pro
     return propagator
 
 
-def choose_views(propagators: Mapping[str, Propagator], wanted: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
-    """The views of each propagator: its defaults, or those of `wanted` that it offers.
+def _default_views(propagator: Propagator, supports: Sequence[Support]) -> tuple[str, ...]:
+    return propagator.fitting_views(supports) if isinstance(propagator, Sam2Propagator) else propagator.default_views
+
+
+def choose_views(
+    propagators: Mapping[str, Propagator], wanted: Sequence[str] | None, supports: Sequence[Support]
+) -> dict[str, tuple[str, ...]]:
+    """The views of each propagator: its defaults for annotated images like these, or those of `wanted` that it offers.
 
     Raises:
         OneShotError: a view that no chosen propagator offers, or a propagator left without one.
     """
     if wanted is None:
-        return {name: propagator.default_views for name, propagator in propagators.items()}
+        return {name: _default_views(propagator, supports) for name, propagator in propagators.items()}
     offered = {name: propagator.views for name, propagator in propagators.items()}
     for view in wanted:
         if not any(view in views for views in offered.values()):

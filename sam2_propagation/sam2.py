@@ -18,8 +18,13 @@ from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.registration import affinely_aligned
 from sam2_propagation.sam2_engine import Prompts, Sam2Engine
-from sam2_propagation.sam2_settings import Sam2Settings
+from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 from sam2_propagation.views import VIEWS, natural_plane, present
+
+PLANES = ("axial", "coronal", "sagittal")
+_THICK = 3.0
+"""Ratio of the largest to the smallest spacing from which on slices are thick; nnU-Net's own for anisotropic data."""
+_FEWEST_SLICES = 8
 
 
 class Sam2Propagator:
@@ -108,6 +113,15 @@ class Sam2Propagator:
             for view in views:
                 present(support.image, view, natural_plane(usable[0].image))
 
+    def fitting_views(self, supports: Sequence[Support]) -> tuple[str, ...]:
+        """The default views for images like these.
+
+        Three planes where slices across each of them show the structures alike: volumes whose voxels are near cubes
+        and whose labels are whole, in modes that look at every slice by itself. Otherwise turns in the natural plane.
+        """
+        planes = self.settings.views == TURNED and self.settings.mode in (None, "self", "retrieve")
+        return PLANES if planes and all(_near_cubes(support) for support in supports) else self.default_views
+
     def share(self, folder: Path | None) -> None:
         """Let processes that this is sent to share encoded supports in a folder that exists; None for no more."""
         self._shared = folder
@@ -193,6 +207,12 @@ class Sam2Propagator:
             prompted = self.prompter is not None
             self._engine = Sam2Engine(loaded, self.settings, self._batch_size, self._budget, prompted, shared)
         return self._engine
+
+
+def _near_cubes(support: Support) -> bool:
+    """Whether a whole label's volume may be sliced along any axis."""
+    spacing, whole = support.image.spacing, support.ignore is None or not bool((support.label == support.ignore).any())
+    return whole and min(support.image.shape) >= _FEWEST_SLICES and max(spacing) < _THICK * min(spacing)
 
 
 def _usable(supports: Sequence[Support]) -> list[Support]:

@@ -14,6 +14,10 @@ MATCHINGS = ("position", "line", "similarity")
 """How support slices are found for a query slice."""
 
 
+TURNED = ("identity", "rot90", "rot180")
+"""YoloSeg's three views."""
+
+
 def _one_of(what: str, found: str | None, known: tuple[str | None, ...]) -> None:
     if found not in known:
         names = ", ".join(str(k) for k in known if k is not None)
@@ -30,7 +34,7 @@ class Sam2Settings:
             volume), `retrieve` (matching support slices are each query slice's memory), `self` (the query's own
             slices, prompted with another propagator's labels, are the memory), or None: `slice` for a query with a
             sparse label of its own, `self` where there is a prompting propagator, else `retrieve`.
-        views: the default views.
+        views: the default views; these three may give way to three planes (see `Sam2Propagator.fitting_views`).
         checkpoint: the default checkpoint.
         intensities: windows and channels.
         memory_slices: slices that each query slice remembers in `retrieve` and `self`.
@@ -58,7 +62,7 @@ class Sam2Settings:
     """
 
     mode: str | None = None
-    views: tuple[str, ...] = ("identity", "rot90", "rot180")
+    views: tuple[str, ...] = TURNED
     checkpoint: str = "builtin"
     intensities: Intensities = field(default_factory=Intensities)
     memory_slices: int = 4
@@ -121,7 +125,7 @@ _RECIPES = {
     "yoloseg": Sam2Settings(
         mode="sequence",
         checkpoint="sam2.1_hiera_small",
-        views=("identity", "rot90", "rot180"),
+        views=TURNED,
         intensities=Intensities(window=(0.0, 255.0)),
         background=True,
     ),
