@@ -28,10 +28,11 @@ from common import DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import LABELS, METHODS, Method
 from evidence_table import write_results
 from oneseg import sparse_support
-from registration import read_image, read_label
+from registration import read_image, read_label, voxel_shares
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import train_annotated_only
+from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_oneshot.make_sparse import make_sparse
 from nnunet_oneshot.metrics import METRICS
@@ -39,6 +40,8 @@ from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import Plan, open_store, refine
 from nnunet_oneshot.settings import PRESETS
+from nnunet_oneshot.store import Store
+from nnunet_oneshot.training_data import ignore_value
 
 SETS = {"hippocampus": "3d_fullres", "chaos_mr_t2": "3d_fullres", "acdc_mr": "2d", "hc18_us": "2d"}
 """The sets and the configuration that each is trained in."""
@@ -197,19 +200,28 @@ class Evidence:
         return folder
 
     def _labels(self, recipe: Method) -> dict[str, Any]:
-        """Dice of the pool's labels, round by round; nothing where there are none."""
+        """Dice of the pool's labels, round by round, and those in force inside consensus and divergence."""
         if recipe.labels not in LABELS:
             return {}
         store, raw = open_store(LABELS[recipe.labels].number)
-        manifest, rounds = store.read_manifest(), {}
+        cases = [name for name, record in store.read_manifest().cases.items() if record.status != "annotated"]
+        rounds = {}
         for number in range(recipe.rounds + 1):
             folder = store.round_path(number, "x").parent
             if folder.is_dir():
-                cases = [name for name, record in manifest.cases.items() if record.status != "annotated"]
                 scored = evaluate(self.data.labels, folder, raw.folder / "dataset.json", cases=cases)
                 rounds[str(number)] = round(scored.summary[FOREGROUND]["Dice"].mean, 4)
-        shares = [record.divergence for record in manifest.cases.values() if record.divergence is not None]
-        return {"label_dice": rounds, "divergence": round(sum(shares) / max(1, len(shares)), 4)}
+        shares = voxel_shares([self._right_voxels(store, raw, case) for case in cases])
+        return {"label_dice": rounds, **{key: round(value, 4) for key, value in shares.items()}}
+
+    def _right_voxels(self, store: Store, raw: RawDataset, case: str) -> dict[str, int]:
+        """How many voxels of a pseudo label are right, in consensus and in divergence."""
+        paths = (store.fused_path(case), store.label_path(case), self.data.labels / f"{case}{self.data.ending}")
+        guess, target, truth = (raw.read_label(path) for path in paths)
+        agreed, right = target != ignore_value(raw), guess == truth
+        found = {"consensus": agreed, "consensus_right": agreed & right}
+        found |= {"divergence": ~agreed, "divergence_right": ~agreed & right}
+        return {key: int(where.sum()) for key, where in found.items()}
 
 
 def figures(scored: Evaluation) -> dict[str, Any]:
