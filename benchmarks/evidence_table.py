@@ -69,10 +69,9 @@ def headline(rows: Sequence[Row]) -> list[str]:
         gaps.append(100 * gap)
         best = max(others, key=lambda row: row["scores"][FOREGROUND]["Dice"][0])
         mean, first, last = paired(ours[0], best)
-        lines.append(
-            f"- {name}: {100 * gap:+.1f} points against full supervision ({100 * low:+.1f} to {100 * high:+.1f}); "
-            f"{100 * mean:+.1f} ({100 * first:+.1f} to {100 * last:+.1f}) against the best of the others, {best['what']}"
-        )
+        to_full = f"{100 * gap:+.1f} points against full supervision ({100 * low:+.1f} to {100 * high:+.1f})"
+        to_best = f"{100 * mean:+.1f} ({100 * first:+.1f} to {100 * last:+.1f}) against {best['what']}"
+        lines.append(f"- {name}: {to_full}; {to_best}, the best of the others")
     if not lines:
         return ["Ours with its defaults was run on no set yet.", ""]
     mean = (
