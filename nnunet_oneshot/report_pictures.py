@@ -55,6 +55,15 @@ class Overlay:
     oriented: bool = True
 
 
+def shown_divergence(target: LabelVolume, ignore: int) -> BoolVolume:
+    """Where a training label is ignore, as pictures show it: nowhere where it is ignore throughout.
+
+    Such a case is left out as a whole, which its status says; a tint over all of it would only hide the label.
+    """
+    ignored = target == ignore
+    return np.zeros_like(ignored) if ignored.all() else ignored
+
+
 def class_color(value: int) -> Color:
     """The colour of a label value, from 1."""
     return CLASS_COLORS[(value - 1) % len(CLASS_COLORS)]
