@@ -198,7 +198,15 @@ def export_summary(packed: Exported) -> dict[str, Any]:
     lines += [] if packed.container is None else [f"container: {packed.container}; its README says how to build it"]
     figures = {"zip": str(packed.zip), "models": list(packed.models), "folds": list(packed.folds)}
     figures["commands"] = list(packed.commands)
-    return {**figures, "lines": [*lines, "", "next: where a stock nnU-Net is installed", *packed.commands]}
+    return {
+        **figures,
+        "lines": [
+            *lines,
+            "",
+            "next: where a stock nnU-Net is installed (without a GPU add -device cpu)",
+            *packed.commands,
+        ],
+    }
 
 
 def demo_summary(result: DemoResult) -> dict[str, Any]:
