@@ -300,12 +300,12 @@ def run_row(row: Row, cases: list[str], processes: int) -> dict[str, Any]:
     if done is not None and done["n"] >= len(cases):
         return done
     partial = row.work / f"{row.file}.partial"
-    lines = partial.read_text().splitlines() if partial.exists() else []
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
     entries = {entry["case"]: entry for entry in map(json.loads, lines)}
     tasks = [(row, case) for case in cases if case not in entries]
     propagator = None if row.method == REGISTRATION or not tasks else make_propagator(row, cases)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _begin_worker, (propagator,)) as workers, partial.open("a") as file:
+    with context.Pool(processes, _begin_worker, (propagator,)) as workers, partial.open("a", encoding="utf-8") as file:
         for entry in tqdm(workers.imap_unordered(score_case, tasks), row.file, len(tasks)):
             file.write(json.dumps(entry) + "\n")
             file.flush()

@@ -46,7 +46,7 @@ def data_set(name: str) -> DataSet:
     folder = root / name
     if not (folder / "split.json").is_file():
         raise FileNotFoundError(f"no data set {name} in {root}; set ONESHOT_DATA to the folder that holds it")
-    return DataSet(name, folder, json.loads((folder / "split.json").read_text()))
+    return DataSet(name, folder, json.loads((folder / "split.json").read_text(encoding="utf-8")))
 
 
 def lay_out(data: DataSet, number: int, cases: list[str], annotated: list[str], *, name: str | None = None) -> Path:
@@ -66,7 +66,7 @@ def lay_out(data: DataSet, number: int, cases: list[str], annotated: list[str], 
         "numTraining": len(annotated),
         "file_ending": data.ending,
     }
-    (folder / "dataset.json").write_text(json.dumps(content, indent=2))
+    (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     return folder
 
 
@@ -90,14 +90,14 @@ def surroundings() -> dict[str, Any]:
 def read_row(name: str) -> dict[str, Any] | None:
     """A finished row of an earlier run, or None."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_row(name: str, row: dict[str, Any]) -> dict[str, Any]:
     """Write a finished row as small JSON and return it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     content = {**row, **surroundings()}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
 
@@ -109,7 +109,11 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
 
 

@@ -178,12 +178,12 @@ class Evidence:
         """A stock dataset, nothing ignored, of the folders that hold each case's label; its number."""
         store, _ = open_store(number)
         folder = store.folder.with_name(f"Dataset{new}_{self.data.name}_{name}")
-        content = json.loads((store.folder / "dataset.json").read_text())
+        content = json.loads((store.folder / "dataset.json").read_text(encoding="utf-8"))
         del content["labels"]["ignore"], content["oneshot"]
         for case, entry in content["dataset"].items():
             entry["label"] = os.path.relpath(labels[case] / f"{case}{self.data.ending}", folder)
         folder.mkdir(exist_ok=True)
-        (folder / "dataset.json").write_text(json.dumps(content, indent=2))
+        (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         return new
 
     def _pool(self) -> Path:

@@ -20,7 +20,7 @@ PAGE = REPOSITORY / "docs" / "results.md"
 
 def read_rows() -> list[Row]:
     """Every finished row, in the order of METHODS."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("evidence_*.json"))]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("evidence_*.json"))]
     return sorted(rows, key=lambda row: (row["set"], row["annotated"], list(METHODS).index(row["method"])))
 
 
@@ -98,7 +98,7 @@ def page(sets: Sequence[str]) -> str:
 
 def write_results(sets: Sequence[str]) -> None:
     """Put the tables between the marks of docs/results.md."""
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{page(sets)}{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{page(sets)}{END}{after}", encoding="utf-8")

@@ -87,7 +87,7 @@ def train(dataset, configuration, fold, trainer, plans, *_, **__):
     if not (folder / nnunet.FINAL).is_file():
         time.sleep(1)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "part").write_text("weights")
+        (folder / "part").write_text("weights", encoding="utf-8")
         os.replace(folder / "part", folder / nnunet.FINAL)
     return folder
 
@@ -240,7 +240,7 @@ class Experiment:
             )
 
     def _log(self, folder: Path) -> str:
-        return (folder.parent / f"{folder.name}.log").read_text(errors="replace")
+        return (folder.parent / f"{folder.name}.log").read_text(errors="replace", encoding="utf-8")
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def result(folder: Path) -> dict[str, Any]:
 def content(path: Path) -> Any:
     """A file's content, in a form that can be compared."""
     if path.suffix == ".json":
-        return without_times(json.loads(path.read_text()))
+        return without_times(json.loads(path.read_text(encoding="utf-8")))
     if path.suffix == ".b2nd":
         array = np.ascontiguousarray(blosc2.open(urlpath=str(path), mode="r")[:])
         return hashlib.sha256(array.tobytes()).hexdigest()
@@ -284,7 +284,7 @@ def stage(folder: Path) -> str:
     """What the run was at, for the report."""
     record = next(iter((folder / "nnUNet_raw").glob("Dataset601*/.oneshot/refine.json")), None)
     if record is not None:
-        return f"after {(list(json.loads(record.read_text())['done']) or ['begin'])[-1]}"
+        return f"after {(list(json.loads(record.read_text(encoding='utf-8'))['done']) or ['begin'])[-1]}"
     return "propagate" if list((folder / "nnUNet_raw").glob("Dataset601*")) else "start"
 
 
@@ -321,7 +321,7 @@ def main() -> None:
     work = arguments.o.resolve()
     shutil.rmtree(work, ignore_errors=True)
     (work / "trainer").mkdir(parents=True)
-    (work / "trainer" / "still.py").write_text(TRAINER)
+    (work / "trainer" / "still.py").write_text(TRAINER, encoding="utf-8")
     use_folders(work / "fresh")
     write_phantom_dataset(
         work / "fresh" / "nnUNet_raw", 501, truth=work / "truth", cases=4, shape=(1, 64, 64), kind="rgb2d"

@@ -180,11 +180,11 @@ def run_set(setting: Setting) -> dict[str, Any]:
     if (row := read_row(setting.title)) is not None:
         return row
     partial = RESULTS / f"{setting.title}.partial"
-    done = [json.loads(line) for line in partial.read_text().splitlines()] if partial.is_file() else []
+    done = [json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines()] if partial.is_file() else []
     cases = spread(split_of(setting.name)["pool"], setting.count)
     todo = [case for case in cases if case not in [entry["case"] for entry in done]]
     propagators, training = _propagators(setting) if todo else ({}, 0.0)
-    with partial.open("a") as file:
+    with partial.open("a", encoding="utf-8") as file:
         for case in todo:
             done.append(run_case(setting, case, propagators))
             file.write(json.dumps(done[-1]) + "\n")

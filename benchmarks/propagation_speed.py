@@ -373,7 +373,7 @@ def main() -> None:
     text = json.dumps({"machine": machine, arguments.run.__name__: arguments.run(arguments)}, indent=1)
     print(text)
     if arguments.o is not None:
-        arguments.o.write_text(text + "\n")
+        arguments.o.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

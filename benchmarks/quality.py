@@ -105,7 +105,7 @@ def phantom_rows(arguments: argparse.Namespace, kind: str) -> list[Row]:
     """Evidence and true Dice of every label of one phantom set; kept in the working folder."""
     kept = arguments.o / f"rows_{kind}.json"
     if kept.is_file():
-        return json.loads(kept.read_text())
+        return json.loads(kept.read_text(encoding="utf-8"))
     number = 920 + list(PHANTOMS).index(kind)
     shape, seed, configuration = PHANTOMS[kind]
     truth, folder = arguments.o / f"truth_{kind}", nnunet.root("nnUNet_raw") / f"Dataset{number}_{kind}"
@@ -121,7 +121,7 @@ def phantom_rows(arguments: argparse.Namespace, kind: str) -> list[Row]:
     said = arguments.o / f"predictions_{kind}"
     predictions = train_and_predict(store, raw, configuration, said) if kind in arguments.train else None
     rows = list(case_rows(store, raw, truth, predictions, kind, reverse=True))
-    kept.write_text(json.dumps(rows))
+    kept.write_text(json.dumps(rows), encoding="utf-8")
     return rows
 
 
@@ -251,9 +251,9 @@ def key_of(kinds: Sequence[str]) -> str:
 def write_rules(rules: Mapping[tuple[str, ...], tuple[float, ...]]) -> None:
     """Write the constants as a module."""
     entries = "".join(f"    {key_of(kinds)}: {values},\n" for kinds, values in rules.items())
-    head = RULES_FILE.read_text().split("] = {\n")[0]
+    head = RULES_FILE.read_text(encoding="utf-8").split("] = {\n")[0]
     tail = '}\n"""By kinds of evidence: the bias, then the weight of each kind."""\n'
-    RULES_FILE.write_text(f"{head}] = {{\n{entries}{tail}")
+    RULES_FILE.write_text(f"{head}] = {{\n{entries}{tail}", encoding="utf-8")
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -103,9 +103,9 @@ def lay_out(arguments: argparse.Namespace, kind: str, number: int) -> str:
             for path in (made.folder / "imagesTr" / f"{case}_0000.nii.gz", made.folder / "labelsTr" / f"{case}.nii.gz"):
                 respace(path, scale)
     shutil.copytree(made.folder / "labelsTr", made.folder / "kept")
-    content = json.loads((made.folder / "dataset.json").read_text())
+    content = json.loads((made.folder / "dataset.json").read_text(encoding="utf-8"))
     content["labels"]["ignore"], content["numTraining"] = len(content["labels"]), arguments.cases
-    (made.folder / "dataset.json").write_text(json.dumps(content))
+    (made.folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return name
 
 
@@ -150,7 +150,7 @@ def processor_seconds() -> float:
 
 def preprocess(base: Path, name: str) -> None:
     """What the full command does, in this process."""
-    dataset_json = json.loads((base / "dataset.json").read_text())
+    dataset_json = json.loads((base / "dataset.json").read_text(encoding="utf-8"))
     for target in preprocessed_targets(base):
         shutil.rmtree(target.folder)
         target.folder.mkdir()

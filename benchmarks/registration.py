@@ -138,11 +138,11 @@ def run_row(name: str, annotated: str, limit: int | None, processes: int) -> dic
 
 def _scored(partial: Path, name: str, annotated: str, cases: list[str], processes: int) -> list[dict[str, Any]]:
     """Every case's figures, in the order of `cases`; each is appended to `partial` as soon as it is there."""
-    lines = partial.read_text().splitlines() if partial.exists() else []
+    lines = partial.read_text(encoding="utf-8").splitlines() if partial.exists() else []
     done = {entry["case"]: entry for entry in map(json.loads, lines)}
     tasks = [(name, annotated, case) for case in cases if case not in done]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes) as pool, partial.open("a") as file:
+    with context.Pool(processes) as pool, partial.open("a", encoding="utf-8") as file:
         for entry in tqdm(pool.imap_unordered(score_case, tasks), f"{name} {annotated}", len(tasks)):
             file.write(json.dumps(entry) + "\n")
             file.flush()

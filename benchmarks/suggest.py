@@ -88,7 +88,7 @@ def carried(fixed: sitk.Image, moving: sitk.Image, shares: npt.NDArray[np.float3
 def carried_pairs(name: str, candidates: list[str], queries: list[str]) -> Pairs:
     """Dice of every pair of a candidate and another case; candidates of an interrupted run are not done again."""
     path = RESULTS / f"suggest_{name}.partial"
-    pairs: Pairs = json.loads(path.read_text()) if path.is_file() else {}
+    pairs: Pairs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     cases = {case: small(name, case) for case in dict.fromkeys([*candidates, *queries])}
     classes = [value for value in split_of(name)["labels"].values() if value]
     for candidate in tqdm([c for c in candidates if set(pairs.get(c, [])) < {*queries} - {c}], desc=name):
@@ -98,7 +98,7 @@ def carried_pairs(name: str, candidates: list[str], queries: list[str]) -> Pairs
                 label = carried(cases[query][0], moving, shares).astype(np.int16)
                 score = dice(label, cases[query][1].argmax(axis=0).astype(np.int16), classes)
                 pairs.setdefault(candidate, {})[query] = round(score, 4)
-        path.write_text(json.dumps(pairs))
+        path.write_text(json.dumps(pairs), encoding="utf-8")
     return {candidate: pairs[candidate] for candidate in candidates}
 
 

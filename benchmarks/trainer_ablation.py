@@ -110,7 +110,7 @@ class Ablation:
         if not list(raw.glob(f"Dataset{LABELLED}_*/oneshot.json")):
             propagate(POOL, LABELLED, num_processes=1)
         labelled = next(raw.glob(f"Dataset{LABELLED}_*"))
-        self.label_settings = json.loads((labelled / "oneshot.json").read_text())["settings"]
+        self.label_settings = json.loads((labelled / "oneshot.json").read_text(encoding="utf-8"))["settings"]
         self._write_fused(labelled)
         for number in (LABELLED, FUSED):
             nnunet.plan_and_preprocess(number, PRESET, [self.configuration], 1)
@@ -125,13 +125,13 @@ class Ablation:
         return write_row(self.key(row), self._content(row, scored, trainer, trained - begin))
 
     def _write_fused(self, labelled: Path) -> None:
-        content = json.loads((labelled / "dataset.json").read_text())
+        content = json.loads((labelled / "dataset.json").read_text(encoding="utf-8"))
         del content["labels"]["ignore"], content["oneshot"]
         for case, entry in content["dataset"].items():
             entry["label"] = f"../{labelled.name}/pseudoTr/rounds/00/{case}{self.data.ending}"
         folder = labelled.with_name(f"Dataset{FUSED}_{self.data.name}_fused")
         folder.mkdir(exist_ok=True)
-        (folder / "dataset.json").write_text(json.dumps(content, indent=2))
+        (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def _trained(self, recipe: Recipe) -> Any:
         base = "nnUNetTrainer" if recipe.settings is None else "OneShotTrainer"

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ IMAGE_FOLDERS = ("imagesTr", "imagesUn")
 IGNORE = "ignore"
 READ_ERRORS = (RuntimeError, OSError, ValueError, SyntaxError, EOFError, AssertionError, zlib.error, ImageFileError)
 """What nnU-Net's readers and the libraries below them raise for files that are broken."""
-
+_ONE_AT_A_TIME = threading.Lock()
+"""Who redirects standard output: of two threads at once, the second would put the first one's buffer back for good."""
 
 Geometry = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 """Shape (Z, Y, X), spacing (z, y, x) in mm, origin (x, y, z) in mm and nine direction cosines."""
@@ -339,7 +341,7 @@ def _reader(content: Mapping[str, Any], example: Path) -> type[BaseReaderWriter]
     wanted = dict(content)
     example_file = str(example) if content["file_ending"] == ".tif" else None
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _ONE_AT_A_TIME, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return determine_reader_writer_from_dataset_json(wanted, example_file, verbose=False)
     except RuntimeError as error:
         raise OneShotError(
@@ -352,7 +354,8 @@ def _read_files(reader: type[BaseReaderWriter], names: list[str], label: bool = 
     """Data (C, Z, Y, X) and properties as nnU-Net's reader gives them; OneShotError where it cannot."""
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):  # the readers print what they then raise without a message
+        # The readers print what they then raise without a message.
+        with _ONE_AT_A_TIME, contextlib.redirect_stdout(said):
             return reader().read_seg(names[0]) if label else reader().read_images(names)
     except READ_ERRORS as error:
         detail = (str(error) or said.getvalue()).strip().splitlines() or ["no reason given"]

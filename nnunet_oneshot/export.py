@@ -262,9 +262,11 @@ def _check_no_paths(content: Any, where: str) -> None:
 
 
 def _check_loads(model: _Model, folder: Path) -> None:
-    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
     try:
+        # Off a GPU the predictor says, whatever it was told, that it does not work on the GPU alone.
         with contextlib.redirect_stdout(io.StringIO()):
+            device = torch.device("cpu")
+            predictor = nnUNetPredictor(device=device, perform_everything_on_device=False, allow_tqdm=False)
             predictor.initialize_from_trained_model_folder(str(folder), model.folds, CHECKPOINT)
     except (RuntimeError, KeyError, ImportError) as error:
         raise OneShotError(

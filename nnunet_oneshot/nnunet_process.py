@@ -14,11 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import _nnunet_oneshot_path
 from nnunet_oneshot.errors import NnunetFailureError, OneShotError
-from nnunet_oneshot.parallel import default_processes
+from nnunet_oneshot.parallel import default_processes, progress_bar
 
 _POLL_SECONDS = 0.3
 USER_ERROR = "bad input: "
@@ -45,7 +43,7 @@ class Progress:
 
     def __init__(self, title: str, total: int | None, done: Callable[[], int]) -> None:
         self._done = done
-        self._bar = tqdm(desc=title, total=total, disable=None)
+        self._bar = progress_bar(title, total)
 
     def __enter__(self) -> Progress:
         return self
@@ -57,7 +55,10 @@ class Progress:
     def update(self) -> None:
         """Move the bar to what is done by now."""
         self._bar.n = self._done()
-        self._bar.refresh()
+        if sys.stderr.isatty():
+            self._bar.refresh()  # the clock goes on within an epoch
+        else:
+            self._bar.update(0)
 
 
 class Epochs:

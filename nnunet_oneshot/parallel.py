@@ -27,6 +27,12 @@ def default_processes() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def progress_bar(title: str, total: int | None, unit: str = "it") -> tqdm[Any]:
+    """A bar on standard error; a file or a cluster's log gets a line now and then, not two a second."""
+    pause = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=title, unit=unit, disable=total == 0, file=sys.stderr, mininterval=pause)
+
+
 class _Meter:
     """Hands on the shares of items that are done; an item is never more than whole."""
 
@@ -70,9 +76,7 @@ def over_cases(
         title: the progress bar's text.
         setup: called once in each process with `setup_arguments` before its first item.
     """
-    # A file or a cluster's log gets a line now and then, not two a second.
-    pause = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(total=len(items), desc=title, unit="case", disable=not items, file=sys.stderr, mininterval=pause)
+    bar = progress_bar(title, len(items), "case")
     used = min(processes, len(items))
     with bar:
         if used <= 1:

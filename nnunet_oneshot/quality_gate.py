@@ -45,10 +45,17 @@ def gate(cases: Mapping[str, CaseRecord], min_quality: float) -> dict[str, CaseR
     }
 
 
-def needs_review(manifest: Manifest, below: float = REVIEW_QUALITY) -> list[Doubt]:
+def needs_review(manifest: Manifest, class_names: Mapping[int, str]) -> list[Doubt]:
     """Labels that a person should look at, worst first: none was made, left out, or estimated low."""
-    doubts = [doubt for name, record in manifest.cases.items() if (doubt := _doubt(name, record, below)) is not None]
+    doubts = [doubt for name, record in manifest.cases.items() if (doubt := _doubt(name, record, class_names))]
     return sorted(doubts, key=lambda doubt: (-1.0 if doubt.quality is None else doubt.quality, doubt.case))
+
+
+def low_estimate(record: CaseRecord, class_names: Mapping[int, str]) -> str | None:
+    """In words, that a label that training uses is estimated low, and for which class most; None where it is not."""
+    if record.status not in ("pseudo", "sparse") or record.quality is None or _mean(record) >= REVIEW_QUALITY:
+        return None
+    return f"estimated Dice {_mean(record):.2f}, {_lowest(record.quality, class_names)}"
 
 
 def mean_quality(manifest: Manifest) -> float | None:
@@ -71,20 +78,19 @@ def _with_status(record: CaseRecord, low: bool, min_quality: float) -> CaseRecor
     return record
 
 
-def _doubt(name: str, record: CaseRecord, below: float) -> Doubt | None:
+def _doubt(name: str, record: CaseRecord, class_names: Mapping[int, str]) -> Doubt | None:
     quality = None if record.quality is None else _mean(record)
     if record.status == "failed":
         return Doubt(name, None, f"no label: {record.reason}")
     if record.status == "gated":
         return Doubt(name, quality, f"left out of training: {record.reason}")
-    if record.status in ("pseudo", "sparse") and record.quality is not None and _mean(record) < below:
-        return Doubt(name, quality, f"estimated Dice {quality:.2f}, {_lowest(record.quality)}")
-    return None
+    low = low_estimate(record, class_names)
+    return None if low is None else Doubt(name, quality, low)
 
 
-def _lowest(quality: Mapping[str, float]) -> str:
-    classes = {key: value for key, value in quality.items() if key != "mean"}
+def _lowest(quality: Mapping[str, float], class_names: Mapping[int, str]) -> str:
+    classes = {int(key): value for key, value in quality.items() if key != "mean"}
     if not classes:
         return "no foreground found"
-    worst = min(classes, key=lambda key: classes[key])
-    return f"lowest for label {worst}: {classes[worst]:.2f}"
+    worst = min(classes, key=lambda value: classes[value])
+    return f"lowest for {class_names.get(worst, f'label {worst}')}: {classes[worst]:.2f}"

@@ -347,7 +347,7 @@ class _Work:
             manifest.round,
             ended,
             taken,
-            needs_review(manifest),
+            needs_review(manifest, self.raw.class_names),
         )
 
     def _changes(self) -> Iterator[Change]:

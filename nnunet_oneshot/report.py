@@ -24,7 +24,7 @@ from nnunet_oneshot.evaluate import Evaluation, evaluate
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.quality import dice_by_class, foreground
-from nnunet_oneshot.quality_gate import mean_quality
+from nnunet_oneshot.quality_gate import low_estimate, mean_quality
 from nnunet_oneshot.report_charts import histogram, line_chart, scatter_chart
 from nnunet_oneshot.report_pictures import (
     DIVERGENCE_COLOR,
@@ -33,22 +33,27 @@ from nnunet_oneshot.report_pictures import (
     class_color,
     contact_sheet,
     data_uri,
+    shown_divergence,
     thumbnail,
 )
 from nnunet_oneshot.rounds import kept_manifest, kept_rounds
-from nnunet_oneshot.store import DRAWN, CaseRecord, Manifest, Store, read_manifest
+from nnunet_oneshot.store import DRAWN, HUMAN_WORD, STATUS_MEANING, CaseRecord, Manifest, Store, read_manifest
 from nnunet_oneshot.training_data import ignore_value
 from sam2_propagation.interface import LabelVolume
 
 OUTLIER = 3.5
 """Robust z-score from which a volume is called an outlier (Iglewicz and Hoaglin)."""
+ESTIMATE_MEANING = (
+    "Estimated Dice is the overlap, from 0 (none) to 1 (all), to be expected with a label that a person would draw; "
+    "no such label of these cases was looked at."
+)
 PLAIN_FORMATS = (".png", ".bmp", ".tif", ".tiff")
 """Formats that hold no direction."""
 
 
 @dataclass(frozen=True)
 class CaseTask:
-    """What a worker needs to look at one case."""
+    """What a worker needs to look at one case; `rounds` are those that relabelled it."""
 
     dataset: RawDataset
     store: Store
@@ -63,7 +68,7 @@ class CaseFacts:
 
     Attributes:
         volumes: millilitres (pixels for 2D formats) of each label value in the best guess.
-        agreement: mean foreground Dice of each round's label with the one before, by round.
+        agreement: mean foreground Dice with the label before, by the round that relabelled the case.
         picture: address of the thumbnail, or of the contact sheet where one was asked for.
     """
 
@@ -147,7 +152,7 @@ def look_at_case(task: CaseTask) -> CaseFacts:
     guess = _read(dataset, store.fused_path(name))
     target = _read(dataset, store.label_path(name))
     oriented = dataset.file_ending not in PLAIN_FORMATS
-    overlay = Overlay(image, guess, target == ignore_value(dataset), oriented)
+    overlay = Overlay(image, guess, shown_divergence(target, ignore_value(dataset)), oriented)
     picture = data_uri(contact_sheet(overlay)) if task.sheet else data_uri(thumbnail(overlay), quality=70)
     counts = np.bincount(guess.ravel(), minlength=max(dataset.label_values) + 1)
     unit = float(np.prod(image.spacing)) / 1000 if oriented else 1.0
@@ -171,10 +176,19 @@ def volume_outliers(facts: Mapping[str, CaseFacts]) -> dict[str, dict[int, float
 def _look(
     raw: RawDataset, store: Store, cases: Sequence[Case], processes: int, title: str, sheet: bool = False
 ) -> dict[str, CaseFacts]:
-    rounds = tuple(int(p.name) for p in sorted((store.folder / "pseudoTr" / "rounds").glob("[0-9][0-9]")))
-    tasks = [CaseTask(raw, store, case, () if sheet else rounds, sheet) for case in cases]
+    relabelled = {} if sheet else _relabelled(store)
+    tasks = [
+        CaseTask(raw, store, case, tuple(n for n, names in relabelled.items() if case.name in names), sheet)
+        for case in cases
+    ]
     found = {f.case: f for f in over_cases(look_at_case, tasks, processes=processes, title=title)}
     return dict(sorted(found.items()))
+
+
+def _relabelled(store: Store) -> dict[int, set[str]]:
+    """Cases that each round after propagation made a new label for: all without a person's whole word."""
+    rounds = {n: kept_manifest(store, n).cases for n in kept_rounds(store) if n > 0}
+    return {n: {name for name, r in cases.items() if r.status not in HUMAN_WORD} for n, cases in rounds.items()}
 
 
 def _estimates(store: Store, manifest: Manifest) -> dict[int, float]:
@@ -190,9 +204,9 @@ def _read(dataset: RawDataset, path: Path) -> LabelVolume:
 
 
 def _agreement(dataset: RawDataset, store: Store, case: str, rounds: Sequence[int]) -> dict[int, float]:
-    present = [n for n in rounds if store.round_path(n, case).is_file()]
-    labels = [dataset.read_label(store.round_path(n, case)) for n in present]
-    return {n: _dice(old, new) for n, old, new in zip(present[1:], labels, labels[1:], strict=False)}
+    pairs = {n: (store.round_path(n - 1, case), store.round_path(n, case)) for n in rounds}
+    there = {n: pair for n, pair in pairs.items() if all(path.is_file() for path in pair)}
+    return {n: _dice(*(dataset.read_label(path) for path in pair)) for n, pair in there.items()}
 
 
 def _dice(first: LabelVolume, second: LabelVolume) -> float:
@@ -228,6 +242,7 @@ def _render(page: _Page, sheets: Sequence[tuple[str, str, str]]) -> str:
     return template.substitute(
         title=escape(f"One-shot labels of {page.dataset.name}"),
         summary=_summary(page),
+        statuses=_statuses(page.manifest),
         legend=_legend(page.dataset),
         rounds=_rounds_table(page),
         charts=_charts(page),
@@ -248,10 +263,16 @@ def _summary(page: _Page) -> str:
     return escape(said)
 
 
+def _statuses(manifest: Manifest) -> str:
+    """What the statuses on the page mean."""
+    found = {record.status for record in manifest.cases.values()}
+    return "".join(f"<li>{escape(f'{s}: {text}')}</li>" for s, text in STATUS_MEANING.items() if s in found)
+
+
 def _legend(dataset: RawDataset) -> str:
     names = sorted(dataset.class_names.items())
     keys = [f"{_key(class_color(value))}{escape(name)} (contour)" for value, name in names]
-    return "".join([*keys, f"{_key(DIVERGENCE_COLOR)}divergence: ignored in training"])
+    return "".join([*keys, f"{_key(DIVERGENCE_COLOR)}divergence: programs disagree, not trained on"])
 
 
 def _key(color: Color) -> str:
@@ -275,7 +296,7 @@ def _rounds_table(page: _Page) -> str:
 def _charts(page: _Page) -> str:
     charts = []
     numbers = sorted({n for f in page.facts.values() for n in f.agreement})
-    if numbers:
+    if len(numbers) > 1:
         means = [
             (n, float(np.mean([f.agreement[n] for f in page.facts.values() if n in f.agreement]))) for n in numbers
         ]
@@ -308,7 +329,8 @@ def _quality_name(page: _Page) -> str:
 
 
 def _ranking(page: _Page) -> str:
-    return f"Ranked by {_quality_name(page)}; annotated, failed and left-out cases are not ranked."
+    text = f"Ranked by {_quality_name(page)}; annotated, failed and left-out cases are not ranked."
+    return f"{text} {ESTIMATE_MEANING}" if _quality_name(page) == "estimated Dice" else text
 
 
 def _sheet(page: _Page, rank: str, case: str, picture: str) -> str:
@@ -333,15 +355,15 @@ def _cases_table(page: _Page) -> str:
         row = _case_cells(case, record, fact)
         row += [_volume_cell(fact.volumes[v], outliers.get(case, {}).get(v)) for v, _ in names]
         row += [_number_cell(true.get(case))] if page.scores is not None else []
-        rows.append([*row, _cell(_note(record))])
+        rows.append([*row, _cell(_note(record, page.dataset.class_names))])
     return _table([*head, "note"], rows)
 
 
-def _note(record: CaseRecord) -> str:
+def _note(record: CaseRecord, class_names: Mapping[int, str]) -> str:
     """Why the label is as it is, and what people said of it."""
     review = record.review or {}
     said = [review.get("decision"), "flagged" if review.get("flag") else None, review.get("comment")]
-    return "; ".join(text for text in (record.reason, *said) if text)
+    return "; ".join(text for text in (record.reason, low_estimate(record, class_names), *said) if text)
 
 
 def _case_cells(case: str, record: CaseRecord, fact: CaseFacts) -> list[str]:

@@ -32,7 +32,9 @@ CLASS_COLORS: tuple[Color, ...] = (
     (213, 94, 0),
     (0, 114, 178),
 )
-"""Of label values 1, 2, ...; they begin again after the last."""
+"""Of label values 1, 2, ...; after the last they begin again in the next shade."""
+SHADES: tuple[tuple[int, float], ...] = ((0, 0.0), (255, 0.55), (0, 0.45))
+"""Towards which grey, and how far: as they are, lighter, darker."""
 DIVERGENCE_COLOR: Color = (204, 121, 167)
 _LETTERS = (("R", "L"), ("A", "P"), ("I", "S"))
 """Names of the negative and the positive direction of SimpleITK's x, y and z axes."""
@@ -55,9 +57,21 @@ class Overlay:
     oriented: bool = True
 
 
+def shown_divergence(target: LabelVolume, ignore: int) -> BoolVolume:
+    """Where a training label is ignore, as pictures show it: nowhere where it is ignore throughout.
+
+    Such a case is left out as a whole, which its status says; a tint over all of it would only hide the label.
+    """
+    ignored = target == ignore
+    return np.zeros_like(ignored) if ignored.all() else ignored
+
+
 def class_color(value: int) -> Color:
     """The colour of a label value, from 1."""
-    return CLASS_COLORS[(value - 1) % len(CLASS_COLORS)]
+    turn, place = divmod(value - 1, len(CLASS_COLORS))
+    grey, share = SHADES[turn % len(SHADES)]
+    red, green, blue = (round((1 - share) * part + share * grey) for part in CLASS_COLORS[place])
+    return red, green, blue
 
 
 def data_uri(picture: Picture.Image, quality: int = 80) -> str:

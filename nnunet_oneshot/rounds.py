@@ -19,7 +19,7 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.store import FINAL_WORD, HUMAN_WORD, LEFT_OUT, CaseRecord, Manifest, Store, read_manifest
+from nnunet_oneshot.store import HUMAN_WORD, LEFT_OUT, CaseRecord, Manifest, Store, read_manifest
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import LabelVolume
 
@@ -182,8 +182,11 @@ def _persons_word_kept(now: Mapping[str, CaseRecord], then: Mapping[str, CaseRec
 
 
 def _decided(then: CaseRecord, now: CaseRecord) -> CaseRecord:
-    if now.status in FINAL_WORD:
+    if now.status in HUMAN_WORD:
         return now
+    if now.status == "rejected":
+        # Its best guess is that round's, and so is what is known of it: a person may look again.
+        return then.model_copy(update={"status": "rejected", "review": now.review})
     if now.status == "sparse" and then.status != "sparse":
         # Drawn since that round was made, whose estimate is of a label without it.
         return then.model_copy(update={"status": "sparse", "quality": None, "reason": None, "review": now.review})

@@ -39,6 +39,17 @@ MACHINE_MADE = ("pseudo", "gated")
 """Statuses of cases whose label is a program's throughout."""
 LEFT_OUT = ("failed", "gated", "rejected")
 """Statuses of cases whose label is all ignore and that training leaves out."""
+STATUS_MEANING: Mapping[Status, str] = {
+    "annotated": "drawn by a person",
+    "sparse": "some slices drawn by a person, the rest made by programs",
+    "pseudo": "made by programs, not decided on by a person",
+    "failed": "no label could be made; left out of training",
+    "gated": "made by programs and estimated too poor; left out of training",
+    "accepted": "made by programs and found right by a person; trained on as it is",
+    "rejected": "found wrong by a person; left out of training",
+    "corrected": "corrected by a person; trained on as it is",
+}
+"""Every status in a reader's words."""
 
 
 class _Record(BaseModel):

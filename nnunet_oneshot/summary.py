@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from nnunet_oneshot.dataset import find_raw_folder
+from nnunet_oneshot.dataset import find_raw_folder, open_dataset
 from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
 from nnunet_oneshot.store import MANIFEST, Manifest, read_manifest
 
@@ -42,7 +42,7 @@ def manifest_figures(manifest: Manifest) -> dict[str, Any]:
         "cases": dict(Counter(r.status for r in records.values())),
         "mean_divergence": round(mean(divergences), 5) if divergences else None,
         "mean_quality": mean_quality(manifest),
-        "needs_review": [vars(doubt) for doubt in needs_review(manifest)],
+        "needs_review": [vars(doubt) for doubt in _doubts(manifest)],
         "failed": {name: r.reason for name, r in records.items() if r.status == "failed"},
     }
 
@@ -57,7 +57,7 @@ def manifest_summary(manifest: Manifest, output: int | str) -> dict[str, Any]:
     if figures["mean_quality"] is not None:
         lines.append(f"estimated Dice of the labels (no ground truth was used): {figures['mean_quality']:.3f}")
     lines += [f"no label for {name}: {reason}" for name, reason in figures["failed"].items()]
-    lines += _review_lines([doubt for doubt in needs_review(manifest) if doubt.case not in figures["failed"]])
+    lines += _review_lines([doubt for doubt in _doubts(manifest) if doubt.case not in figures["failed"]])
     lines += [
         "",
         f"next: nnUNetv2_oneshot_report -d {output} to look at them; nnUNetv2_oneshot_refine -d {output} -c CONFIG",
@@ -151,6 +151,10 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def _doubts(manifest: Manifest) -> list[Doubt]:
+    return needs_review(manifest, open_dataset(manifest.source_dataset).class_names)
+
+
 def _review_lines(doubts: Sequence[Doubt]) -> list[str]:
     """The worst labels, as a list for a person."""
     if not doubts:
@@ -194,7 +198,15 @@ def export_summary(packed: Exported) -> dict[str, Any]:
     lines += [] if packed.container is None else [f"container: {packed.container}; its README says how to build it"]
     figures = {"zip": str(packed.zip), "models": list(packed.models), "folds": list(packed.folds)}
     figures["commands"] = list(packed.commands)
-    return {**figures, "lines": [*lines, "", "next: where a stock nnU-Net is installed", *packed.commands]}
+    return {
+        **figures,
+        "lines": [
+            *lines,
+            "",
+            "next: where a stock nnU-Net is installed (without a GPU add -device cpu)",
+            *packed.commands,
+        ],
+    }
 
 
 def demo_summary(result: DemoResult) -> dict[str, Any]:

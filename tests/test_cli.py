@@ -25,7 +25,7 @@ Call = Callable[..., Answer]
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = r'^(nnUNetv2_oneshot_\w+) = "nnunet_oneshot\.cli:(\w+)"$'
-SCRIPTS = dict(re.findall(SCRIPT, (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+SCRIPTS = dict(re.findall(SCRIPT, (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE))
 COMMANDS = ["suggest", "make_sparse", "propagate", "consensus", "refine", "run", "evaluate"]
 COMMANDS += ["report", "review", "export", "demo", "info"]
 CONVERTERS = ["convert_care_liseg", "convert_yoloseg", "convert_dicom", "convert_labels"]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,26 @@ from nnunet_oneshot.dataset import RawDataset, open_dataset
 @pytest.fixture
 def opened(toy: Path) -> RawDataset:
     return open_dataset(501)
+
+
+class SlowReader(NaturalImage2DIO):
+    """The second of two that read at once ends last."""
+
+    def read_seg(self, seg_fname: str) -> tuple[np.ndarray, dict]:
+        time.sleep(0.2 if seg_fname == "first" else 0.4)
+        return np.zeros((1, 1, 2, 2)), {"spacing": (1, 1, 1)}
+
+
+def test_threads_that_read_leave_standard_output_alone(opened: RawDataset) -> None:
+    """The review page's server reads image, label and divergence at once, and has a summary to print at its end."""
+    before, slow = sys.stdout, replace(opened, reader=SlowReader)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(slow.read_label, Path("first"))
+        time.sleep(0.1)
+        second = threads.submit(slow.read_label, Path("second"))
+        assert first.result().shape == second.result().shape
+    after, sys.stdout = sys.stdout, before
+    assert after is before
 
 
 @pytest.mark.parametrize("wanted", [501, "501", "Dataset501_toy"])

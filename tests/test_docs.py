@@ -24,7 +24,11 @@ Call = Callable[..., Answer]
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 SCRIPTS = dict(
-    re.findall(r'^(nnUNetv2_oneshot_\w+) = "nnunet_oneshot\.cli:(\w+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    re.findall(
+        r'^(nnUNetv2_oneshot_\w+) = "nnunet_oneshot\.cli:(\w+)"$',
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
+        re.M,
+    )
 )
 TRAINING = re.compile(r"^(nnUNetv2_oneshot_(?:refine|run)\b.*?)(\s*#.*)?$", re.M)
 """Gets the preset that a test can wait for."""

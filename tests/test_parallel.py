@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.nnunet_process import Progress
 from nnunet_oneshot.parallel import advance, default_processes, over_cases
 
 _STATE: dict[str, int] = {}
@@ -74,6 +75,18 @@ def test_a_log_gets_the_end_and_not_every_step(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().err.strip().split("\r")
     assert len(shown) <= 3
     assert "1/1" in shown[-1]
+
+
+def test_a_log_tells_of_a_training_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Polled several times a second for hours: neither silence nor a line each time."""
+    epochs = iter([*range(100), 100, 100])
+    with Progress("train fold all", 100, lambda: next(epochs)) as bar:
+        for _ in range(101):
+            bar.update()
+    shown = capsys.readouterr().err.strip().split("\r")
+    assert "train fold all" in shown[0]
+    assert len(shown) <= 3
+    assert "100/100" in shown[-1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

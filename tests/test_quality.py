@@ -145,11 +145,11 @@ def test_what_needs_a_person_is_listed_worst_first() -> None:
     cases["gone"] = CaseRecord(status="failed", reason="no likeness")
     cases["out"] = CaseRecord(status="gated", quality={"mean": 0.2}, reason="estimated Dice 0.20 is below 0.30")
     cases["mine"] = CaseRecord(status="accepted", quality={"mean": 0.1})
-    found = needs_review(Manifest(source_dataset="x", cases=cases))
+    found = needs_review(Manifest(source_dataset="x", cases=cases), {1: "liver", 2: "kidney"})
     assert [doubt.case for doubt in found] == ["gone", "out", "lower", "low"]
     assert found[0].reason == "no label: no likeness"
     assert "left out of training" in found[1].reason
-    assert found[2].reason == "estimated Dice 0.40, lowest for label 2: 0.10"
+    assert found[2].reason == "estimated Dice 0.40, lowest for kidney: 0.10"
 
 
 def test_mean_quality_is_that_of_program_made_labels() -> None:

@@ -29,6 +29,7 @@ from nnunet_oneshot.report_pictures import (
     class_color,
     contact_sheet,
     draw_slice,
+    shown_divergence,
     slice_axis,
     thumbnail,
 )
@@ -76,6 +77,8 @@ def test_page_is_whole_self_contained_and_changes_nothing(labelled: PhantomDatas
     assert all(s.startswith("data:image/") for s in sources)
     assert "http" not in page
     assert "tool_a" in page
+    assert "pseudo: made by programs" in page, "the table's words are explained"
+    assert "rejected: " not in page, "those that are not in it are not"
     assert str(tmp_path) not in page
     assert page == report(601, tmp_path / "again.html", num_processes=1).read_text(encoding="utf-8")
 
@@ -137,6 +140,29 @@ def test_images_added_since_are_counted_and_have_no_row(labelled: PhantomDataset
     assert "n = 4" in page, "true labels of what has a label"
     (labelled.folder / "imagesTr" / f"added_0000{ending}").unlink()
     assert "added since" not in report(601, num_processes=1).read_text(encoding="utf-8")
+
+
+def test_many_classes_have_colours_of_their_own() -> None:
+    colors = [class_color(value) for value in range(1, 19)]
+    assert len({*colors, DIVERGENCE_COLOR}) == 19
+    apart = [sum(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(colors, colors[6:], strict=False)]
+    assert min(apart) > 60, "the same hue in another shade is seen to be another"
+
+
+def test_a_case_that_is_left_out_is_not_hidden_by_a_tint() -> None:
+    target = np.full((2, 3, 3), 5, np.int16)
+    assert not shown_divergence(target, 5).any()
+    target[0] = 1
+    assert shown_divergence(target, 5).sum() == 9
+
+
+def test_notes_name_the_worst_class(labelled: PhantomDataset, tmp_path: Path) -> None:
+    path = tmp_path / "raw" / "Dataset601_phantom_oneshot" / "oneshot.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["cases"][labelled.cases[1]]["quality"] = {"mean": 0.5, "1": 0.9, "2": 0.1}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    page = report(601, num_processes=1).read_text(encoding="utf-8")
+    assert "<td>estimated Dice 0.50, lowest for kidney: 0.10</td>" in page
 
 
 def test_texts_cannot_become_markup(labelled: PhantomDataset, tmp_path: Path) -> None:
@@ -212,7 +238,7 @@ def test_label_and_divergence_are_seen_in_their_colours() -> None:
     assert (np.abs(pixels - class_color(1)).sum(1) == 0).any()
     tint = pixels[(pixels[:, 0] - pixels[:, 1]) > 30]
     assert (np.abs(tint - 0.55 * np.array(DIVERGENCE_COLOR)).max(1) < 30).any()
-    assert class_color(7) == class_color(1)
+    assert class_color(19) == class_color(1)
 
 
 def test_sizes_are_bounded() -> None:

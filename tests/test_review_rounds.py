@@ -12,7 +12,9 @@ from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
 
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.report import report
 from nnunet_oneshot.review.decisions import correct, decide
+from nnunet_oneshot.rounds import kept_manifest
 
 IGNORE = 3
 
@@ -48,6 +50,23 @@ def test_refine_obeys_what_was_decided_after_a_round(fake: FakeNnunet, tmp_path:
     statuses = {name: record.status for name, record in manifest.cases.items()}
     assert [statuses[case] for case in CASES[1:4]] == ["accepted", "rejected", "corrected"]
     assert all((manifest.cases[case].review or {}).get("time") for case in CASES[1:4]), "decisions and times are kept"
+    estimated = kept_manifest(store, 2).cases["case_2"].quality
+    assert manifest.cases["case_2"].round == 2
+    assert manifest.cases["case_2"].quality == estimated, (
+        "what is shown of a rejected case is of the label that is shown"
+    )
+
+
+def test_the_report_counts_only_what_a_round_relabelled(fake: FakeNnunet) -> None:
+    """As `refine` does: a label that a person settled would lift the figure, since it never moves."""
+    fake.say = drifting
+    store, raw = open_store(601)
+    decide(raw, store, "case_1", "accept")
+    change = run(rounds=1).changes[0]
+    page = report(601, num_processes=1).read_text(encoding="utf-8")
+    assert 0 < change.mean < 1
+    assert f"<td>{len(change.agreement)}</td><td>{change.mean:.3f}</td>" in page
+    assert "Mean Dice to the round before" not in page, "one point is no curve"
 
 
 def test_an_undone_decision_is_the_models_again(fake: FakeNnunet) -> None:

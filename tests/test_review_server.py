@@ -152,6 +152,22 @@ def test_list_is_worst_first(page: Client, folder: Path) -> None:
     shown = page.get("/api/dataset").json()
     assert [case["name"] for case in shown["cases"]] == ["case_2", "case_1", "case_3", "case_0"]
     assert [c["name"] for c in shown["classes"]] == ["organ", "spot"]
+    assert set(shown["statuses"]) >= {c["status"] for c in shown["cases"]}, "each is explained"
+
+
+def test_a_low_estimate_names_the_class(page: Client, folder: Path) -> None:
+    manifest = json.loads((folder / "oneshot.json").read_text(encoding="utf-8"))
+    manifest["cases"]["case_1"]["quality"] = {"mean": 0.5, "1": 0.9, "2": 0.1}
+    (folder / "oneshot.json").write_text(json.dumps(manifest), encoding="utf-8")
+    reasons = {case["name"]: case["reason"] for case in page.get("/api/dataset").json()["cases"]}
+    assert reasons["case_1"] == "estimated Dice 0.50, lowest for spot: 0.10"
+
+
+def test_a_rejected_label_is_not_hidden_by_divergence(page: Client, folder: Path) -> None:
+    """All of it is ignored in training; a tint over the whole volume would hide what was rejected."""
+    assert page.post("/api/cases/case_2/decision", json={"action": "reject"}).status_code == 200
+    assert (read(folder / "labelsTr" / "case_2.nii.gz") == 3).all()
+    assert not np.asanyarray(nifti(page.get("/api/cases/case_2/divergence.nii.gz")).dataobj).any()
 
 
 def test_volumes_have_the_images_geometry(page: Client, folder: Path, roots: Roots) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
-from nnunet_oneshot.report_pictures import DIVERGENCE_COLOR, Overlay, class_color, contact_sheet
+from nnunet_oneshot.quality_gate import low_estimate
+from nnunet_oneshot.report_pictures import DIVERGENCE_COLOR, Overlay, class_color, contact_sheet, shown_divergence
 from nnunet_oneshot.review.carry import Carrier, Correction
 from nnunet_oneshot.review.corrections import PICTURES, check_in, check_out, forget, read_label, size_limit
 from nnunet_oneshot.review.decisions import Action, UnknownCaseError, correct, decide
 from nnunet_oneshot.review.volumes import image_nifti, label_nifti
-from nnunet_oneshot.store import CaseRecord, Store
+from nnunet_oneshot.store import STATUS_MEANING, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
 from sam2_propagation.interface import Image, LabelVolume
 
@@ -74,11 +75,12 @@ class Desk:
                 {"value": v, "name": n, "color": class_color(v)} for v, n in sorted(self.raw.class_names.items())
             ],
             "divergence_color": DIVERGENCE_COLOR,
-            "cases": [_listed(name, manifest.cases[name]) for name in worst_first(manifest.cases)],
+            "statuses": STATUS_MEANING,
+            "cases": [self._listed(name, manifest.cases[name]) for name in worst_first(manifest.cases)],
         }
 
     def volume(self, name: str, kind: str, channel: int = 0) -> bytes:
-        """`image`, `label` (the best guess) or `divergence` (1 where training ignores the label) as .nii.gz."""
+        """`image`, `label` (the best guess) or `divergence` (1 where training ignores a part of it) as .nii.gz."""
         case, image = self._case(name), self._image(name)
         if kind == "image":
             return image_nifti(image, min(channel, image.data.shape[0] - 1))
@@ -96,7 +98,7 @@ class Desk:
 
     def decide(self, name: str, action: Action, comment: str | None, seen: str | None) -> dict[str, Any]:
         """See `decisions.decide`; returns the case as the list shows it."""
-        return _listed(name, decide(self.raw, self.store, self._case(name).name, action, comment, seen))
+        return self._listed(name, decide(self.raw, self.store, self._case(name).name, action, comment, seen))
 
     def correct(self, name: str, content: bytes, file_name: str, seen: str | None) -> dict[str, Any]:
         """Take a corrected label out of a file's content; returns the case as the list shows it."""
@@ -141,7 +143,20 @@ class Desk:
         return size_limit(self._image(name))
 
     def _corrected(self, name: str, label: LabelVolume, seen: str | None) -> dict[str, Any]:
-        return _listed(name, correct(self.raw, self.store, name, label, seen=seen))
+        return self._listed(name, correct(self.raw, self.store, name, label, seen=seen))
+
+    def _listed(self, name: str, record: CaseRecord) -> dict[str, Any]:
+        reasons = [text for text in (record.reason, low_estimate(record, self.raw.class_names)) if text]
+        return {
+            "name": name,
+            "status": record.status,
+            "round": record.round,
+            "score": score_of(record),
+            "estimated": bool(record.quality),
+            "divergence": record.divergence,
+            "reason": "; ".join(reasons) or None,
+            "review": record.review,
+        }
 
     def _remember(self, name: str, offer: Offer) -> str:
         number = secrets.token_hex(8)
@@ -152,7 +167,9 @@ class Desk:
         return number
 
     def _ignored(self, name: str) -> Any:
-        return self.raw.read_label(self.store.label_path(self._case(name).name)) == ignore_value(self.raw)
+        return shown_divergence(
+            self.raw.read_label(self.store.label_path(self._case(name).name)), ignore_value(self.raw)
+        )
 
     def _case(self, name: str) -> Case:
         # Names come from outside: only those of the dataset ever become part of a path.
@@ -184,16 +201,3 @@ def score_of(record: CaseRecord) -> float | None:
     if record.quality:
         return record.quality["mean"]
     return None if record.divergence is None else 1 - record.divergence
-
-
-def _listed(name: str, record: CaseRecord) -> dict[str, Any]:
-    return {
-        "name": name,
-        "status": record.status,
-        "round": record.round,
-        "score": score_of(record),
-        "estimated": bool(record.quality),
-        "divergence": record.divergence,
-        "reason": record.reason,
-        "review": record.review,
-    }

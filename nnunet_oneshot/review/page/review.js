@@ -78,6 +78,7 @@ function showList() {
     const score = item.score === null ? "" : item.score.toFixed(3);
     const marks = (item.review?.flag ? "⚑" : "") + (item.review?.comment ? "✎" : "");
     for (const text of [item.name, item.status, score, marks]) row.insertCell().textContent = text;
+    row.cells[1].title = state.dataset.statuses[item.status];
     row.cells[2].className = "score";
     row.addEventListener("click", () => open(item.name));
     return row;
@@ -96,8 +97,9 @@ function showDecision() {
   $("reject").disabled ||= item.status === "sparse";
   $("accept").disabled ||= item.status === "failed";
   $("undo").disabled = !item.review?.decision;
-  const time = item.review?.decision ? ` (${item.review.decision}, ${new Date(item.review.time).toLocaleString()})` : "";
-  $("reason").textContent = `${item.status}${time}${item.reason ? `: ${item.reason}` : ""}`;
+  const sentences = [`${item.status}: ${state.dataset.statuses[item.status]}`, item.reason];
+  if (item.review) sentences.push(`last written ${new Date(item.review.time).toLocaleString()}`);
+  $("reason").textContent = sentences.filter(Boolean).join(" · ");
 }
 
 // A case in the viewer.
@@ -333,7 +335,7 @@ function colors() {
 
 function legend() {
   const { classes, divergence_color: divergence } = state.dataset;
-  const entries = [...classes.map((c) => [c.color, `${c.value} ${c.name}`]), [divergence, "divergence: not trained on"]];
+  const entries = [...classes.map((c) => [c.color, `${c.value} ${c.name}`]), [divergence, "divergence: programs disagree, not trained on"]];
   $("legend").replaceChildren(...entries.map(([color, text]) => {
     const item = document.createElement("span"), key = document.createElement("span");
     key.className = "key";
