@@ -184,9 +184,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.long) if page == "tutorial.md" else page for page in RUN]
-)
+@pytest.mark.parametrize("page", RUN)
 def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()

@@ -35,7 +35,6 @@ BROWSER = next(
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.long,
     pytest.mark.skipif(
         BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver (your distribution's)"
     ),
