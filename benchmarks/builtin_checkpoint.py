@@ -35,6 +35,7 @@ from common import markdown, read_row, write_row
 from registration import dice, read_image, read_label, split_of, voxel_shares
 from tqdm import tqdm
 
+from nnunet_oneshot.consensus import view_weights
 from nnunet_oneshot.phantom import KINDS, make_case
 from sam2_propagation.checkpoints import load_checkpoint
 from sam2_propagation.consensus import fuse
@@ -279,7 +280,8 @@ def figures(
             "voxels": None,
         }
     scored = np.array([i for i in range(len(truth)) if i != left_out])
-    fused, truth = fuse(list(labels.values()), spacing=query.spacing), truth[scored]
+    weights = view_weights([name if "/" in name else f"sam2/{name}" for name in labels])
+    fused, truth = fuse(list(labels.values()), weights, query.spacing), truth[scored]
     majority = fuse(list(labels.values())).label[scored]
     label, agreed = fused.label[scored], fused.agreed[scored]
     right = label == truth

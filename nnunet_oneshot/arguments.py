@@ -141,8 +141,9 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-self_opinion",
         metavar="NAME",
+        default="auto",
         help="SAM2 weights (builtin, ...) for one more opinion in relabelling: self mode, prompted by the model's "
-        "prediction (default: none)",
+        "prediction; none for none; auto: those that labelled the images, if along three planes (default: %(default)s)",
     )
     parser.add_argument(
         "-min_margin",

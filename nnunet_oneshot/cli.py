@@ -536,7 +536,7 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "all_rounds": arguments.all_rounds,
         "min_quality": arguments.min_quality,
         "weight_by_quality": arguments.weight_by_quality,
-        "self_opinion": arguments.self_opinion,
+        "self_opinion": None if arguments.self_opinion == "none" else arguments.self_opinion,
         "min_margin": arguments.min_margin,
     }
 

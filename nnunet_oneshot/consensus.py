@@ -26,6 +26,7 @@ from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import LabelVolume
 from sam2_propagation.physical_space import PhysicalSpacePropagator
+from sam2_propagation.sam2 import PLANES
 
 GIVEN_VIEW = "given"
 """Name of the one view of a label folder made elsewhere."""
@@ -113,7 +114,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, CaseRecord(status="annotated")
     views, labels, reasons = _trusted(*_collect(task))
     if labels:
-        fused = fuse(labels, spacing=dataset.read_image(case).spacing)
+        fused = fuse(labels, view_weights(views), dataset.read_image(case).spacing)
         guess, agreed = fused.label, fused.agreed
     else:
         guess = np.zeros(dataset.read_image(case).shape, np.int16)
@@ -129,6 +130,11 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
         known = Opinions(by_source(views, labels), scores=view_scores(task.store, views, case.name))
         record.quality = estimate(guess, known)
     return case.name, record
+
+
+def view_weights(views: Sequence[str]) -> list[float]:
+    """What views `SOURCE/VIEW` weigh in the best guess: SAM2's three planes, each another look, twice as much."""
+    return [2.0 if name.split("/")[0] == "sam2" and name.split("/")[1] in PLANES else 1.0 for name in views]
 
 
 def _status(human: LabelVolume | None, labels: Sequence[LabelVolume]) -> Status:

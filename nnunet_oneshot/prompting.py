@@ -74,10 +74,16 @@ class PredictedLabels(_LabelsOnDisk):
         return self._dataset.read_label(self._folder / f"{case}{self._dataset.file_ending}")
 
 
-def carried_label(dataset: RawDataset, store: Store, source: str, case: str) -> LabelVolume | None:
-    """The majority of a source's views of a case, None where it has not most of the views that were attempted."""
+def carried_views(dataset: RawDataset, store: Store, source: str, case: str) -> list[LabelVolume]:
+    """A source's views of a case; none where it has not most of those that were attempted."""
     record = store.read_worker(source, case)
     given = [view for view, result in record.views.items() if result.label] if record else []
     if record is None or not enough_views(len(given), len(record.views)):
-        return None
-    return fuse([dataset.read_label(store.view_path(source, view, case)) for view in given]).label
+        return []
+    return [dataset.read_label(store.view_path(source, view, case)) for view in given]
+
+
+def carried_label(dataset: RawDataset, store: Store, source: str, case: str) -> LabelVolume | None:
+    """The majority of a source's views of a case, None where it has not most of the views that were attempted."""
+    views = carried_views(dataset, store, source, case)
+    return fuse(views).label if views else None

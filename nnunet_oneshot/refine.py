@@ -35,7 +35,7 @@ from nnunet_oneshot.rounds import (
     put_in_force,
     record_path,
 )
-from nnunet_oneshot.second_opinion import ask_sam2, check_sam2, forget_opinions
+from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
 from nnunet_oneshot.training_data import write_training_files
@@ -119,7 +119,7 @@ def refine(
     min_quality: float = MIN_QUALITY,
     all_rounds: bool = False,
     weight_by_quality: bool = False,
-    self_opinion: str | None = None,
+    self_opinion: str | None = AS_BEFORE,
     min_margin: float = 0.0,
     device: str = "cpu",
     num_processes: int | None = None,
@@ -144,7 +144,7 @@ def refine(
         all_rounds: make all rounds, whether labels settle or get worse.
         weight_by_quality: draw cases in training as often as their estimated quality says.
         self_opinion: SAM2 weights (`builtin`, ...) that give one more opinion in relabelling, prompted by the model's
-            prediction; None for none.
+            prediction; None for none, "auto" for those that labelled the images along three planes, if they did.
         min_margin: margin between the model's first two classes, 0 to 1, below which a voxel becomes ignore.
         device: cpu, cuda or mps.
         num_processes: cases preprocessed and relabelled at once; the processor count when None.
@@ -157,10 +157,10 @@ def refine(
     check_arguments(configuration, rounds=rounds, min_quality=min_quality, num_folds=num_folds, min_margin=min_margin)
     store, raw = open_store(dataset, grown=True)
     more = {"num_folds": num_folds, "warm_start": warm_start, "weight_by_quality": weight_by_quality}
-    trust = {"self_opinion": self_opinion, "min_margin": min_margin}
+    trust = {"self_opinion": opinion_of(store, self_opinion), "min_margin": min_margin}
     plan = make_plan(configuration, trainer, plans, preset, **more, **trust)
-    if self_opinion is not None:
-        check_sam2(self_opinion, device)
+    if plan.self_opinion is not None:
+        check_sam2(plan.self_opinion, device)
     with store.lock("refine"):
         store.remove_leftovers()
         work = _Work(store, raw, plan, device, num_processes or default_processes(), limits, plans is not None)

@@ -2,7 +2,7 @@
 
 The model is one more opinion: where it agrees with the label of the round before, that is consensus; where it does not,
 the voxel becomes ignore for the next training, and the model's word is the best guess. With a third opinion all three
-must agree, and the best guess is their majority.
+must agree, and the best guess lies between the model and that opinion's views.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.prompting import carried_label
+from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.quality import dice_by_class, estimate, foreground
 from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
 from nnunet_oneshot.quality_opinions import opinions
@@ -183,9 +183,12 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, task.record
     before = dataset.read_label(store.round_path(task.number - 1, case.name))
     predicted = _read_prediction(task, before.shape)
-    fused = fuse(_opinions(task, predicted, before))
-    agreed = fused.agreed & _confident(task, before.shape)
-    guess, target = fused.label, np.where(agreed, fused.label, ignore_value(dataset)).astype(np.int16)
+    third = _third_opinion(task)
+    # An empty label stood in for one that was missing.
+    said = [predicted] if task.record.status == "failed" else [predicted, before]
+    agreed = fuse([*said, *third]).agreed & _confident(task, before.shape)
+    guess = fuse([*third, predicted], spacing=dataset.read_image(case).spacing).label if third else predicted
+    target = np.where(agreed, guess, ignore_value(dataset)).astype(np.int16)
     if case.label is not None:
         human = dataset.read_label(case.label)
         by_hand = human != dataset.ignore
@@ -194,14 +197,10 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord]:
     return case.name, _record(task, agreed, guess, before)
 
 
-def _opinions(task: Task, predicted: LabelVolume, before: LabelVolume) -> list[LabelVolume]:
-    """What is fused, the model's word first: a tie is its own."""
-    if task.record.status == "failed":
-        # An empty label stood in for the one that was missing.
-        return [predicted]
+def _third_opinion(task: Task) -> list[LabelVolume]:
+    """The views of the source that must agree too; none where none was asked for or most of its views failed."""
     source = task.trust.opinion
-    third = None if source is None else carried_label(task.dataset, task.store, source, task.case.name)
-    return [predicted, before] if third is None else [predicted, before, third]
+    return [] if source is None else carried_views(task.dataset, task.store, source, task.case.name)
 
 
 def _confident(task: Task, shape: tuple[int, ...]) -> BoolVolume:

@@ -14,15 +14,31 @@ from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.prompting import PredictedLabels
 from nnunet_oneshot.propagate import Job, carry
 from nnunet_oneshot.propagators import self_prompted
+from nnunet_oneshot.refine_record import begun_plan
 from nnunet_oneshot.store import Store
 from sam2_propagation.checkpoints import load_checkpoint
+from sam2_propagation.sam2 import PLANES
 
 _PREFIX = "self_"
+AS_BEFORE = "auto"
+"""Ask the weights that labelled the images along three planes: prompted by a model they bettered its labels on phantoms
+and on hippocampus (benchmarks/opinion.py); along one plane they did not."""
 
 
 def source_of(number: int) -> str:
     """The source's name of round `number`."""
     return f"{_PREFIX}{number:02d}"
+
+
+def opinion_of(store: Store, asked: str | None) -> str | None:
+    """The weights that give an opinion; None for none. "auto" stays what it was in a refinement that has begun."""
+    if asked != AS_BEFORE:
+        return asked
+    if (begun := begun_plan(store.folder)) is not None:
+        return begun.self_opinion
+    settings = store.read_manifest().settings
+    planes = tuple(settings.get("views", {}).get("sam2", ())) == PLANES
+    return settings.get("checkpoint", "builtin") if planes and "config" not in settings else None
 
 
 def check_sam2(checkpoint: str, device: str) -> None:
@@ -55,7 +71,8 @@ def ask_sam2(
     """
     propagator = self_prompted(checkpoint, device, PredictedLabels(dataset, predictions))
     propagator.name = source_of(number)
-    carry(Job(dataset, store, propagator, propagator.default_views), cases, processes)
+    views = propagator.fitting_views([dataset.support(case) for case in dataset.annotated])
+    carry(Job(dataset, store, propagator, views), cases, processes)
     return propagator.name
 
 

@@ -22,9 +22,8 @@ from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 from sam2_propagation.views import VIEWS, natural_plane, present
 
 PLANES = ("axial", "coronal", "sagittal")
-_THICK = 3.0
-"""Ratio of the largest to the smallest spacing from which on slices are thick; nnU-Net's own for anisotropic data."""
-_FEWEST_SLICES = 8
+_FEWEST_SLICES = 12
+"""Along every axis for slices across each of them to show anything: hearts of 10 slices lost, 16 and more gained."""
 
 
 class Sam2Propagator:
@@ -116,11 +115,11 @@ class Sam2Propagator:
     def fitting_views(self, supports: Sequence[Support]) -> tuple[str, ...]:
         """The default views for images like these.
 
-        Three planes where slices across each of them show the structures alike: volumes whose voxels are near cubes
-        and whose labels are whole, in modes that look at every slice by itself. Otherwise turns in the natural plane.
+        Three planes, which err differently, for volumes with slices enough along every axis and whole labels, in modes
+        that look at every slice by itself. Otherwise turns in the natural plane.
         """
         planes = self.settings.views == TURNED and self.settings.mode in (None, "self", "retrieve")
-        return PLANES if planes and all(_near_cubes(support) for support in supports) else self.default_views
+        return PLANES if planes and all(_deep(support) for support in supports) else self.default_views
 
     def share(self, folder: Path | None) -> None:
         """Let processes that this is sent to share encoded supports in a folder that exists; None for no more."""
@@ -209,10 +208,10 @@ class Sam2Propagator:
         return self._engine
 
 
-def _near_cubes(support: Support) -> bool:
-    """Whether a whole label's volume may be sliced along any axis."""
-    spacing, whole = support.image.spacing, support.ignore is None or not bool((support.label == support.ignore).any())
-    return whole and min(support.image.shape) >= _FEWEST_SLICES and max(spacing) < _THICK * min(spacing)
+def _deep(support: Support) -> bool:
+    """Whether a volume may be sliced along any axis, its label too."""
+    whole = support.ignore is None or not bool((support.label == support.ignore).any())
+    return whole and min(support.image.shape) >= _FEWEST_SLICES
 
 
 def _usable(supports: Sequence[Support]) -> list[Support]:

@@ -227,6 +227,9 @@ class Doubter(FakePropagator):
 
     default_views: tuple[str, ...] = ("still",)
 
+    def fitting_views(self, supports: Sequence[Support]) -> tuple[str, ...]:
+        return self.default_views
+
     def __init__(self, prompter: Propagator) -> None:
         super().__init__()
         self.prompter = prompter
@@ -268,6 +271,36 @@ def test_sam2_prompted_by_the_model_is_one_more_opinion(fake: FakeNnunet, doubte
     assert [doubter.asked for doubter in doubters] == [list(CASES[1:])]
     run(rounds=1, self_opinion="builtin")
     assert len(doubters) == 1, "a round that is made is not made again"
+
+
+@pytest.mark.parametrize(
+    ("sam2", "settings", "asked", "chosen"),
+    [
+        (["axial", "coronal", "sagittal"], {}, "auto", "builtin"),
+        (["axial", "coronal", "sagittal"], {"checkpoint": "mine.pt"}, "auto", "mine.pt"),
+        (["axial", "coronal", "sagittal"], {}, None, None),
+        (["identity", "rot90", "rot180"], {}, "auto", None),
+        ([], {}, "auto", None),
+        ([], {}, "builtin", "builtin"),
+    ],
+)
+def test_sam2_is_asked_again_where_it_looked_along_three_planes(
+    fake: FakeNnunet, sam2: list[str], settings: dict[str, str], asked: str | None, chosen: str | None
+) -> None:
+    store, _ = open_store(601)
+    manifest = store.read_manifest()
+    manifest.settings = {"views": {"registration": ["local"], "sam2": sam2}, **settings}
+    store.write_manifest(manifest)
+    assert second_opinion.opinion_of(store, asked) == chosen
+
+
+def test_a_refinement_that_began_without_an_opinion_goes_on_without(fake: FakeNnunet) -> None:
+    run(rounds=1)
+    store, _ = open_store(601)
+    manifest = store.read_manifest()
+    manifest.settings = {"views": {"sam2": ["axial", "coronal", "sagittal"]}}
+    store.write_manifest(manifest)
+    assert second_opinion.opinion_of(store, "auto") is None
 
 
 def test_opinions_of_rounds_that_no_longer_count_are_removed(fake: FakeNnunet, doubters: list[Doubter]) -> None:
