@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_image, write_raw
 
-from nnunet_oneshot.consensus import consensus
+from nnunet_oneshot.consensus import consensus, view_weights
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.store import Manifest, Store
 
@@ -128,3 +128,8 @@ def test_natural_images(roots: Roots, tmp_path: Path) -> None:
     manifest, store = run(roots, [tmp_path / "tool"])
     assert {record.status for record in manifest.cases.values()} == {"annotated", "pseudo"}
     assert (store.folder / "labelsTr" / "case_1.png").is_file()
+
+
+def test_only_sam2s_planes_weigh_twice() -> None:
+    views = ["sam2/axial", "sam2/coronal", "sam2/identity", "registration/local", "tool/axial"]
+    assert view_weights(views) == [2.0, 2.0, 1.0, 1.0, 1.0]
