@@ -114,7 +114,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, CaseRecord(status="annotated")
     views, labels, reasons = _trusted(*_collect(task))
     if labels:
-        fused = fuse(labels, view_weights(views), dataset.read_image(case).spacing)
+        fused = fuse(labels, view_weights(views), dataset.image_geometry(case)[1])
         guess, agreed = fused.label, fused.agreed
     else:
         guess = np.zeros(dataset.read_image(case).shape, np.int16)

@@ -187,7 +187,7 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord]:
     # An empty label stood in for one that was missing.
     said = [predicted] if task.record.status == "failed" else [predicted, before]
     agreed = fuse([*said, *third]).agreed & _confident(task, before.shape)
-    guess = fuse([*third, predicted], spacing=dataset.read_image(case).spacing).label if third else predicted
+    guess = fuse([*third, predicted], spacing=dataset.image_geometry(case)[1]).label if third else predicted
     target = np.where(agreed, guess, ignore_value(dataset)).astype(np.int16)
     if case.label is not None:
         human = dataset.read_label(case.label)

@@ -35,7 +35,7 @@ class Fused:
 def fuse(
     labels: Sequence[LabelVolume],
     weights: Sequence[float] | None = None,
-    spacing: tuple[float, float, float] | None = None,
+    spacing: tuple[float, ...] | None = None,
 ) -> Fused:
     """Fuse labels where they differ, and the consensus mask (YoloSeg's divergence mask is its complement).
 
@@ -85,9 +85,7 @@ def _votes(stack: LabelVolume, weights: np.ndarray) -> np.ndarray:
     return np.stack([((stack == own) * weights[:, None]).sum(axis=0) for own in stack])
 
 
-def _shapes(
-    stack: LabelVolume, wanted: BoolVolume, weights: np.ndarray, spacing: tuple[float, float, float]
-) -> np.ndarray:
+def _shapes(stack: LabelVolume, wanted: BoolVolume, weights: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     """(N labels, V wanted voxels): how deep, over all labels, each voxel lies in the class that each says there."""
     said = stack[:, wanted]
     classes = [int(value) for value in np.unique(said)]
@@ -100,20 +98,20 @@ def _shapes(
     return depths
 
 
-def _radius(masks: BoolVolume, spacing: tuple[float, float, float]) -> float:
+def _radius(masks: BoolVolume, spacing: tuple[float, ...]) -> float:
     """mm, of a ball (in 2D a disc) of the masks' mean size."""
     sides = _along(masks[0], spacing)
     size = float(masks.sum() / len(masks) * np.prod(sides))
     return float((size * 3 / (4 * np.pi)) ** (1 / 3)) if len(sides) == 3 else float(np.sqrt(size / np.pi))
 
 
-def _along(array: np.ndarray, spacing: tuple[float, float, float]) -> list[float]:
+def _along(array: np.ndarray, spacing: tuple[float, ...]) -> list[float]:
     """Spacing of the axes that are not flat; of all where every one is."""
     return [mm for mm, count in zip(spacing, array.shape, strict=True) if count > 1] or list(spacing)
 
 
 def _depth(
-    masks: BoolVolume, weights: np.ndarray, cap: float, spacing: tuple[float, float, float], *, background: bool
+    masks: BoolVolume, weights: np.ndarray, cap: float, spacing: tuple[float, ...], *, background: bool
 ) -> np.ndarray:
     """Weighted sum of the masks' signed distances, float32 mm (Z, Y, X), inside positive, each in [-cap, cap]."""
     where = np.asarray((~masks if background else masks).any(axis=0))
@@ -126,7 +124,7 @@ def _depth(
     return depth
 
 
-def _signed(mask: BoolVolume, spacing: tuple[float, float, float]) -> np.ndarray:
+def _signed(mask: BoolVolume, spacing: tuple[float, ...]) -> np.ndarray:
     """Signed distance; without a surface in sight, infinity."""
     if mask.all() or not mask.any():
         return np.full(mask.shape, np.inf if mask.any() else -np.inf)
