@@ -267,7 +267,7 @@ def parity(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parity_of(name: str, pixels: int) -> dict[str, float]:
     print(name, flush=True)
     config = at_size(known_configurations()[name], pixels)
-    model = load_checkpoint(f"random:{name}@{pixels}").model
+    model = _seeing(load_checkpoint(f"random:{name}@{pixels}").model)
     support = phantom("video", 8, pixels, 3)
     video = ImageSlices(scale(support.image), pixels).batch(range(8))
     with stock_state(stock := stock_predictor(config, model), video, pixels) as state:
@@ -279,6 +279,14 @@ def _parity_of(name: str, pixels: int) -> dict[str, float]:
         "logit_range": max(float(a.max() - a.min()) for a, _ in both),
         "frames": len(both),
     }
+
+
+def _seeing(model: SAM2Base) -> SAM2Base:
+    """The model, sure that objects are there: random weights may deny it, and then every logit is one constant."""
+    head = getattr(model.sam_mask_decoder, "pred_obj_score_head", None)
+    if head is not None:
+        torch.nn.init.constant_(getattr(head, "layers", [head])[-1].bias, 10.0)
+    return model
 
 
 PROMPTED = (3, 4)
