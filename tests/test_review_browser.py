@@ -35,6 +35,7 @@ BROWSER = next(
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver (your distribution's)"
     ),
@@ -169,6 +170,19 @@ def test_reject_flag_comment_and_undo_by_keys(page: Page, folder: Path) -> None:
     page.until(lambda: "written" in page.message, "done")
     page.press("u")
     page.until(lambda: record(folder, "case_3")["status"] == "pseudo", "undone")
+
+
+def test_a_comment_typed_while_a_decision_is_written_stays(page: Page, folder: Path) -> None:
+    """The page's own functions, so that the typing falls between the request and its answer."""
+    page.script(
+        "document.getElementById('flag').click();"
+        "const field = document.getElementById('comment'); field.value = 'too small';"
+        "field.dispatchEvent(new Event('input'));"
+    )
+    page.until(lambda: "flag: written" in page.message, "flagged")
+    page["reject"].click()
+    page.until(lambda: record(folder, "case_3")["status"] == "rejected", "rejected")
+    assert record(folder, "case_3")["review"]["comment"] == "too small"
 
 
 def test_what_is_shown_is_what_is_saved(page: Page, folder: Path) -> None:

@@ -172,7 +172,8 @@ const decide = (action) => attempt(`${action} …`, async () => {
   const comment = $("comment").value;
   const body = JSON.stringify({ action, comment, seen: seen() });
   await ask(casePath(state.current.name, "decision"), { method: "POST", headers: { "Content-Type": "application/json" }, body });
-  state.typed = false;
+  // What was typed while it was being written is still to be kept.
+  if ($("comment").value === comment) state.typed = false;
   await refresh();
   if (viewer && ["accept", "reject", "undo"].includes(action)) await reload();
   return action === "comment" ? "comment kept" : `${action}: written`;
