@@ -20,6 +20,8 @@ from sam2_propagation.checkpoints import load_checkpoint
 from sam2_propagation.sam2 import PLANES
 
 _PREFIX = "self_"
+_NOT_REPEATED = {"config", "window", "channels", "adapt"}
+"""Options of round 0's SAM2 that an opinion would not have: what looked otherwise is not asked again unless told to."""
 AS_BEFORE = "auto"
 """Ask the weights that labelled the images along three planes: prompted by a model they bettered its labels on phantoms
 and on hippocampus (benchmarks/opinion.py); along one plane they did not."""
@@ -38,7 +40,7 @@ def opinion_of(store: Store, asked: str | None) -> str | None:
         return begun.self_opinion
     settings = store.read_manifest().settings
     planes = tuple(settings.get("views", {}).get("sam2", ())) == PLANES
-    return settings.get("checkpoint", "builtin") if planes and "config" not in settings else None
+    return settings.get("checkpoint", "builtin") if planes and not _NOT_REPEATED & set(settings) else None
 
 
 def check_sam2(checkpoint: str, device: str) -> None:

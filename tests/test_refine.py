@@ -278,6 +278,8 @@ def test_sam2_prompted_by_the_model_is_one_more_opinion(fake: FakeNnunet, doubte
     [
         (["axial", "coronal", "sagittal"], {}, "auto", "builtin"),
         (["axial", "coronal", "sagittal"], {"checkpoint": "mine.pt"}, "auto", "mine.pt"),
+        (["axial", "coronal", "sagittal"], {"window": "abdomen"}, "auto", None),
+        (["axial", "coronal", "sagittal"], {"adapt": 150}, "auto", None),
         (["axial", "coronal", "sagittal"], {}, None, None),
         (["identity", "rot90", "rot180"], {}, "auto", None),
         ([], {}, "auto", None),
@@ -285,7 +287,7 @@ def test_sam2_prompted_by_the_model_is_one_more_opinion(fake: FakeNnunet, doubte
     ],
 )
 def test_sam2_is_asked_again_where_it_looked_along_three_planes(
-    fake: FakeNnunet, sam2: list[str], settings: dict[str, str], asked: str | None, chosen: str | None
+    fake: FakeNnunet, sam2: list[str], settings: dict[str, object], asked: str | None, chosen: str | None
 ) -> None:
     store, _ = open_store(601)
     manifest = store.read_manifest()
