@@ -82,6 +82,7 @@ METHODS: Mapping[str, Method] = {
     "oneseg": Method("OneSeg's labels from the one case, then nnU-Net", "oneseg"),
     "oneseg_slices": Method("OneSeg's labels from one slice a volume, then nnU-Net", "oneseg_slices"),
     "ours": Method("ours", "sam2_registration", "OneShotTrainer", ignore=True, rounds=1),
+    "ours_3_rounds": Method("ours, three rounds", "sam2_registration", "OneShotTrainer", ignore=True, rounds=3),
     "ours_no_refinement": Method("ours without refinement", "sam2_registration", "OneShotTrainer", ignore=True),
     "ours_no_sam2": Method("ours without SAM2", "registration", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_sam2_no_refinement": Method(
