@@ -74,6 +74,7 @@ def test_names_the_file_that_cannot_be_read(tmp_path: Path) -> None:
             read_configuration(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_user_may_still_initialise_hydra_afterwards() -> None:
     code = (
         "import sam2_propagation.architecture\n"

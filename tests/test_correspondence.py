@@ -247,6 +247,7 @@ def test_an_annotated_slice_at_the_end_of_the_stack_is_carried_one_way(taught: C
     assert overlap(found.label, truth, 2) > 0.6
 
 
+@pytest.mark.slow
 def test_a_slice_drawn_across_another_axis_is_carried_along_it(taught: CorrespondencePropagator) -> None:
     image, truth = body(0)
     kept = np.full_like(truth, IGNORE)

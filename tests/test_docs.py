@@ -82,6 +82,7 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), (page.name, target)
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs the extra docs: pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings", reason="needs the extra docs: pip install -e '.[docs]'")

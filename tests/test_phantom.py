@@ -80,6 +80,7 @@ def test_anatomy(kind: str) -> None:
     assert touching >= 3
 
 
+@pytest.mark.slow
 def test_subjects_differ_so_that_copying_the_label_is_poor() -> None:
     scores = []
     reference = make_case(KINDS["thick_slices"], np.random.SeedSequence([0, 0]))[1]

@@ -259,6 +259,7 @@ def test_a_step_reaches_encoder_memory_and_decoder_and_hops(soft: bool) -> None:
         assert any(g.abs().sum() > 0 for g in gradients), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path) -> None:
     recipe = TINY_RUN
     quiet = {"report": lambda line: None}

@@ -277,6 +277,7 @@ module.propagate(501, 601, propagators=("fake",), num_processes=1)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_half_written(toy: Path, fakes: Fakes) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     ended = subprocess.run(
@@ -334,5 +335,6 @@ def test_one_that_must_see_all_sees_all_at_once_and_again(
     assert fakes["fake_set"].asked == ["case_1", "case_2"]
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_dataset(toy: Path, fakes: Fakes) -> None:
     assert contents(run(602, num_processes=2).store) == contents(run().store)

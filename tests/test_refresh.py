@@ -320,6 +320,7 @@ def test_what_a_killed_run_left_is_removed(ready: tuple[Path, Path]) -> None:
     assert not list(base.glob(f"{refresh_case.TEMPORARY}*"))
 
 
+@pytest.mark.slow
 def test_in_workers_the_same(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, base = ready
     relabel_all(folder, (12, 26, 22), SPACINGS, top=3)

@@ -190,6 +190,7 @@ def _accept(folder: Path, cases: list[str]) -> None:
         reviewed.decide(case, "accept")
 
 
+@pytest.mark.slow
 def test_processes_at_once_lose_no_decision(reviewed: Reviewed) -> None:
     context = multiprocessing.get_context("spawn")
     others = [context.Process(target=_accept, args=(reviewed.folder, [case])) for case in ("case_1", "case_2")]

@@ -291,6 +291,7 @@ def test_port_that_is_taken(folder: Path, call: Callable[..., Answer]) -> None:
     assert call(cli.review, "-d", 601, "--no_browser", "-device", "cpu", "--port", 70000).code == 2
 
 
+@pytest.mark.slow
 def test_missing_extra_is_named(folder: Path) -> None:
     code = "import sys; sys.modules['starlette'] = None; from nnunet_oneshot import cli; cli.review()"
     command = [sys.executable, "-c", code, "-d", "601", "--no_browser", "-device", "cpu"]
@@ -300,6 +301,7 @@ def test_missing_extra_is_named(folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_stopped(folder: Path) -> None:
     code = "from nnunet_oneshot import cli; cli.review()"
     command = [sys.executable, "-c", code, "-d", "601", "--no_browser", "-device", "cpu", "--port", "0", "-json"]

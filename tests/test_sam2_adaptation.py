@@ -25,6 +25,7 @@ def one() -> Example:
     return example((data / data.max())[None], label, range(5), 64)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_the_annotated_case(one: Example) -> None:
     losses: list[float] = []
     model = _model()

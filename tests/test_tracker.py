@@ -116,7 +116,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("reset", [True, False], ids=["reset between directions", "memory kept"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "SAM2.1 tiny")) for name in CONFIGS]
+)
 def test_logits_equal_those_of_the_stock_predictor(name: str, reset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = stock_predictor(CONFIGS[name], video_settings=name.startswith("SAM2.1"))
     video = _video(stock.image_size)
