@@ -271,6 +271,16 @@ def test_weights_of_cases_are_how_often_they_are_drawn(make: Make) -> None:
     assert counts == {"case_000": 2, "case_001": 1, "case_002": 0, "case_003": 2}
 
 
+@pytest.mark.parametrize("drawn", ["one slice", "scribbles"])
+@pytest.mark.parametrize("block", [True, False], ids=["block", "no block"])
+def test_it_learns_from_the_few_voxels_that_a_person_drew(make: Make, drawn: str, block: bool) -> None:
+    everyone = [f"case_{number:03d}" for number in range(4)]
+    trainer = make(fold="all", drawn=drawn, annotated=everyone, **({} if block else {"oneshot": None}))
+    losses = seeded_steps(trainer, 12)
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.4
+
+
 def test_a_set_without_a_labelled_voxel_is_refused(make: Make) -> None:
     trainer = make(cases=2, annotated=[], left_out=["case_000", "case_001"], oneshot={"schema": 1})
     with pytest.raises(OneShotError, match="labelled voxel"):

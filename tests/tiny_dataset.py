@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ LABELS = {"background": 0, "ball": 1, "core": 2, "ignore": 3}
 SHAPE = (16, 24, 24)
 SPACING = (1.0, 1.0, 1.0)
 """x, y, z in mm."""
+STROKES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "one slice": lambda distance: np.indices(distance.shape)[0] == SHAPE[0] // 2,
+    # A stroke within the ball, one within its core, one well outside: no boundary is drawn.
+    "scribbles": lambda distance: _row(distance) & (np.abs(distance - 5) < 1) | (distance < 1.5) | _row(distance, 2),
+}
+"""Where a person drew, of distances to the ball's centre (Z, Y, X)."""
 
 
 def write_dataset(
@@ -32,9 +38,13 @@ def write_dataset(
     labels: Mapping[str, Any] = LABELS,
     shape: tuple[int, int, int] = SHAPE,
     spacing: tuple[float, float, float] = SPACING,
+    drawn: str = "whole",
     **dataset_json: Any,
 ) -> Path:
-    """Write a dataset whose un-annotated cases have a rim of ignore voxels around each ball; returns its folder."""
+    """Write a dataset whose un-annotated cases have a rim of ignore voxels around each ball; returns its folder.
+
+    `drawn`, a key of STROKES, says how much of each label a person drew; all else is the ignore label too.
+    """
     folder = raw / name
     for sub in ("imagesTr", "labelsTr"):
         (folder / sub).mkdir(parents=True)
@@ -45,6 +55,8 @@ def write_dataset(
             label[np.abs(distance - 7) < 1] = labels["ignore"]
         if case in left_out:
             label[:] = labels["ignore"]
+        if drawn != "whole":
+            label[~STROKES[drawn](distance)] = labels["ignore"]
         _write(image, folder / "imagesTr" / f"{case}_0000.nii.gz", spacing)
         _write(label, folder / "labelsTr" / f"{case}.nii.gz", spacing)
     content = {
@@ -65,6 +77,13 @@ def write_dataset(
     }
     (folder / "dataset.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
     return folder
+
+
+def _row(distance: np.ndarray, y: int | None = None) -> np.ndarray:
+    """A line along x in the middle slice, through the ball's centre unless `y` is given."""
+    z, row, _ = np.indices(distance.shape)
+    middle = np.unravel_index(distance.argmin(), distance.shape)
+    return (z == middle[0]) & (row == (middle[1] if y is None else y))
 
 
 def _files(case: str) -> dict[str, Any]:
