@@ -78,6 +78,9 @@ METHODS: dict[str, Method] = {
     "self_registration": Method({"mode": "self"}, prompt="fused", with_registration=True),
     "across": Method({"mode": "retrieve"}),
     "across_registration": Method({"mode": "retrieve"}, with_registration=True),
+    "self_planes_registration": Method(
+        {"mode": "self"}, prompt="fused", with_registration=True, views=("axial", "coronal", "sagittal")
+    ),
     "self_adapt150": Method({"mode": "self"}, adapt=150, prompt="fused"),
     "self_adapt150_registration": Method({"mode": "self"}, adapt=150, prompt="fused", with_registration=True),
     "across_adapt150": Method({"mode": "retrieve"}, adapt=150),
