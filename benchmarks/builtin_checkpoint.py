@@ -42,7 +42,7 @@ from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
 from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.sam2 import Sam2Propagator
-from sam2_propagation.sam2_settings import Sam2Settings
+from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 
 SETS = ("hippocampus", "chaos_mr_t2", "acdc_mr", "hc18_us", "phantom")
 REGISTRATION = "registration"
@@ -78,9 +78,7 @@ METHODS: dict[str, Method] = {
     "self_registration": Method({"mode": "self"}, prompt="fused", with_registration=True),
     "across": Method({"mode": "retrieve"}),
     "across_registration": Method({"mode": "retrieve"}, with_registration=True),
-    "self_planes_registration": Method(
-        {"mode": "self"}, prompt="fused", with_registration=True, views=("axial", "coronal", "sagittal")
-    ),
+    "self_turns_registration": Method({"mode": "self"}, prompt="fused", with_registration=True, views=TURNED),
     "self_adapt150": Method({"mode": "self"}, adapt=150, prompt="fused"),
     "self_adapt150_registration": Method({"mode": "self"}, adapt=150, prompt="fused", with_registration=True),
     "across_adapt150": Method({"mode": "retrieve"}, adapt=150),

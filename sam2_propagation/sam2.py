@@ -22,8 +22,8 @@ from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 from sam2_propagation.views import VIEWS, natural_plane, present
 
 PLANES = ("axial", "coronal", "sagittal")
-_FEWEST_SLICES = 12
-"""Along every axis for slices across each of them to show anything: hearts of 10 slices lost, 16 and more gained."""
+_FEWEST_SLICES = 6
+"""Along every axis for slices across each of them to show anything: the fewest that phantoms were measured with."""
 
 
 class Sam2Propagator:

@@ -95,14 +95,14 @@ def test_it_is_a_propagator() -> None:
 @pytest.mark.parametrize(
     ("settings", "shape", "sparse", "planes"),
     [
-        (Sam2Settings(), (12, 14, 14), False, True),
-        (Sam2Settings(mode="retrieve"), (14, 12, 14), False, True),
-        (Sam2Settings(), (10, 14, 14), False, False),
+        (Sam2Settings(), (6, 14, 14), False, True),
+        (Sam2Settings(mode="retrieve"), (14, 6, 14), False, True),
+        (Sam2Settings(), (5, 14, 14), False, False),
         (Sam2Settings(), (1, 14, 14), False, False),
-        (Sam2Settings(), (12, 14, 14), True, False),
-        (Sam2Settings(mode="insert"), (12, 14, 14), False, False),
-        (Sam2Settings(views=("identity",)), (12, 14, 14), False, False),
-        (recipe("yoloseg"), (12, 14, 14), False, False),
+        (Sam2Settings(), (6, 14, 14), True, False),
+        (Sam2Settings(mode="insert"), (6, 14, 14), False, False),
+        (Sam2Settings(views=("identity",)), (6, 14, 14), False, False),
+        (recipe("yoloseg"), (6, 14, 14), False, False),
     ],
 )
 def test_volumes_with_slices_enough_are_sliced_three_ways(
