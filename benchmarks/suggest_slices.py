@@ -1,13 +1,14 @@
 """Does `suggest --slices` find a good slice to annotate? Its rank among a volume's slices by the Dice each gives.
 
-    python benchmarks/suggest_slices.py [--sets chaos_mr_t2 acdc_mr hippocampus] [--cases 8]
+    python benchmarks/suggest_slices.py [--sets phantom chaos_mr_t2 acdc_mr hippocampus] [--cases 8]
 
 Data: $ONESHOT_DATA, or ../shared/data beside the repository; of each set so many pool cases at even distances in the
-sorted names. Every slice of a volume that shows foreground is annotated in turn and carried from slice to slice by 2D
-demons on a grid of 64x64 pixels; its worth is the mean Dice over the volume's classes, on all slices but itself. The
-suggested slice sees no label; where it shows no foreground it is worth 0 and ranked last. Beside it: the slice with the
-largest foreground area, which reads the truth. True labels are read to carry and to score. Nothing is random. A
-finished row, benchmarks/results/suggest_slices_<set>_<cases>.json, is not computed again.
+sorted names, and thick phantoms, which alone choose how slices are ranked. Every slice of a volume that shows
+foreground is annotated in turn and carried from slice to slice by 2D demons on a grid of 64x64 pixels; its worth is
+the mean Dice over the volume's classes, on all slices but itself. The suggested slice sees no label; where it shows no
+foreground it is worth 0 and ranked last. Beside it: the slice with the largest foreground area, which reads the truth.
+True labels are read to carry and to score. Nothing is random. A finished row,
+benchmarks/results/suggest_slices_<set>_<cases>.json, is not computed again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import markdown, read_row, write_row
+from few_slices import subject, thick
 from oneseg import registered
 from registration import dice, read_image, read_label, split_of
 from suggest import spread
@@ -27,16 +29,32 @@ from tqdm import tqdm
 from nnunet_oneshot.suggest_features import alike, describe
 from nnunet_oneshot.suggest_ranking import best_slice
 from sam2_propagation.intensities import scale
-from sam2_propagation.interface import LabelVolume
+from sam2_propagation.interface import Image, LabelVolume
 from sam2_propagation.views import present
 
-SETS = ("chaos_mr_t2", "acdc_mr", "hippocampus")
+PHANTOM = "phantom"
+SETS = (PHANTOM, "chaos_mr_t2", "acdc_mr", "hippocampus")
 PIXELS = 64
+
+
+def read_case(name: str, case: str) -> tuple[Image, LabelVolume]:
+    """An image and its true label."""
+    if name == PHANTOM:
+        made = subject(thick(16), int(case))
+        return made.image, made.label
+    return read_image(name, case), read_label(name, case)
+
+
+def cases_of(name: str, count: int) -> list[str]:
+    """So many cases of a set."""
+    if name == PHANTOM:
+        return [str(number) for number in range(1, count + 1)]
+    return spread(split_of(name)["pool"], count)
 
 
 def small(name: str, case: str) -> tuple[np.ndarray, LabelVolume, int]:
     """Intensities and labels (N, 64, 64) of a volume's slices, and the suggested one."""
-    image, truth = read_image(name, case), read_label(name, case)
+    image, truth = read_case(name, case)
     shown = present(image, "identity")
     found = describe(image)
     stored = best_slice(alike(found.slices, found.slices), found.content)
@@ -68,6 +86,7 @@ def run_case(name: str, case: str) -> dict[str, Any]:
         "median": round(float(np.median(list(worth.values()))), 4),
         "best": round(max(worth.values()), 4),
         "largest_area": round(worth[largest], 4),
+        "worth": {index: round(value, 4) for index, value in worth.items()},
     }
 
 
@@ -76,7 +95,7 @@ def run_set(name: str, count: int) -> dict[str, Any]:
     title = f"suggest_slices_{name}_{count}"
     if (row := read_row(title)) is not None:
         return row
-    cases = [run_case(name, case) for case in tqdm(spread(split_of(name)["pool"], count), desc=name)]
+    cases = [run_case(name, case) for case in tqdm(cases_of(name, count), desc=name)]
     means = {
         key: round(float(np.mean([c[key] for c in cases])), 4) for key in ("dice", "median", "best", "largest_area")
     }
