@@ -38,6 +38,7 @@ from common import RESULTS, markdown, read_row, write_row
 from registration import dice, read_image, read_label, split_of
 from suggest import spread
 
+from nnunet_oneshot.consensus import view_weights
 from nnunet_oneshot.suggest_features import alike, describe
 from nnunet_oneshot.suggest_ranking import best_slice
 from sam2_propagation.consensus import fuse
@@ -129,10 +130,15 @@ def _deformed(fixed: np.ndarray, moving: np.ndarray, label: np.ndarray) -> np.nd
     return sitk.GetArrayFromImage(moved)
 
 
-def carried(propagator: Propagator, support: Support) -> list[LabelVolume]:
+def carried(propagator: Propagator, support: Support) -> dict[str, LabelVolume]:
     """Labels of every default view that gave one."""
     found = propagator.propagate([support], [support.image], propagator.default_views)
-    return [result.label for result in found if result.label is not None]
+    return {result.view: result.label for result in found if result.label is not None}
+
+
+def _fused(views: dict[str, LabelVolume], image: Image) -> LabelVolume:
+    """As `propagate` fuses views `SOURCE/VIEW` of an image that a person drew on partly."""
+    return fuse(list(views.values()), view_weights(list(views), partly_drawn=True), image.spacing).label
 
 
 def run_case(setting: Setting, case: str, propagators: dict[str, Propagator]) -> dict[str, Any]:
@@ -140,20 +146,21 @@ def run_case(setting: Setting, case: str, propagators: dict[str, Propagator]) ->
     image, truth = setting.image(case), read_label(setting.name, case)
     support, shown, index = sparse_support(image, truth, setting.suggested)
     seen, labels, seconds = shown.forward(truth), {}, {}
-    views: list[LabelVolume] = []
+    views: dict[str, LabelVolume] = {}
     data = shown.forward(scale(image))[0]
     simple: dict[str, Callable[[], LabelVolume]] = {
         "copy": lambda: shown.inverse(copied(seen, index, False)),
         "copy_clipped": lambda: shown.inverse(copied(seen, index, True)),
         "registration_2d": lambda: shown.inverse(registered(data, seen[index], index)),
-        "fused": lambda: fuse(views, spacing=image.spacing).label,
+        "fused": lambda: _fused(views, image),
     }
     for method in setting.methods:
         begin = time.process_time()
         if method in propagators:
             found = carried(propagators[method], support)
-            views += found
-            labels[method] = fuse(found, spacing=image.spacing).label if found else np.zeros_like(truth)
+            found = {f"{method}/{view}": label for view, label in found.items()}
+            views |= found
+            labels[method] = _fused(found, image) if found else np.zeros_like(truth)
         else:
             labels[method] = simple[method]()
         seconds[method] = round(time.process_time() - begin, 1)

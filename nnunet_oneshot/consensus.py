@@ -114,7 +114,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, CaseRecord(status="annotated")
     views, labels, reasons = _trusted(*_collect(task))
     if labels:
-        fused = fuse(labels, view_weights(views), dataset.image_geometry(case)[1])
+        fused = fuse(labels, view_weights(views, partly_drawn=human is not None), dataset.image_geometry(case)[1])
         guess, agreed = fused.label, fused.agreed
     else:
         guess = np.zeros(dataset.read_image(case).shape, np.int16)
@@ -132,9 +132,18 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
     return case.name, record
 
 
-def view_weights(views: Sequence[str]) -> list[float]:
-    """What views `SOURCE/VIEW` weigh in the best guess: SAM2's three planes, each another look, twice as much."""
-    return [2.0 if name.split("/")[0] == "sam2" and name.split("/")[1] in PLANES else 1.0 for name in views]
+def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float]:
+    """What views `SOURCE/VIEW` weigh in the best guess.
+
+    SAM2's three planes, each another look, weigh twice as much as others. So do views of correspondence where a person
+    drew on some slices of the image itself (benchmarks/slice_fusion.py).
+    """
+    return [2.0 if _weighs_twice(name, partly_drawn) else 1.0 for name in views]
+
+
+def _weighs_twice(name: str, partly_drawn: bool) -> bool:
+    source, view = name.split("/")
+    return view in PLANES if source == "sam2" else source == "correspondence" and partly_drawn
 
 
 def _status(human: LabelVolume | None, labels: Sequence[LabelVolume]) -> Status:
