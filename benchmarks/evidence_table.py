@@ -92,7 +92,7 @@ def page(sets: Sequence[str]) -> str:
             parts += [f"### {name}", "", f"{'; '.join(about)}; {'; '.join(where)}", "", table(mine), ""]
         missing = [METHODS[m].what for m in METHODS if m not in {row["method"] for row in mine}]
         if missing:
-            parts += [f"Not run on {name}: {'; '.join(missing)}.", ""]
+            parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of these'}.", ""]
     return "\n".join(parts)
 
 
