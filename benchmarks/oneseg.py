@@ -17,7 +17,7 @@ those of another set, `--inverted` on the set's own but used on images whose con
     fused              all views of sam2 and correspondence fused, as propagate -propagator sam2 correspondence does
 
 Dice on all slices but the annotated one, voxels of the volume pooled, mean over the classes ON the annotated slice
-(a class that is not on it cannot be carried by anything); `all_classes` counts the others with what they got, mostly 0.
+(a class that is not on it can come from the other volumes' slices alone); `all_classes` counts the others too.
 Every case is appended to benchmarks/results/oneseg_<set>.partial, a finished set becomes oneseg_<set>.json; a finished
 row is not computed again. Seed 0. Seconds are CPU seconds of one thread.
 """
@@ -26,9 +26,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,9 +132,9 @@ def _deformed(fixed: np.ndarray, moving: np.ndarray, label: np.ndarray) -> np.nd
     return sitk.GetArrayFromImage(moved)
 
 
-def carried(propagator: Propagator, support: Support) -> dict[str, LabelVolume]:
-    """Labels of every default view that gave one."""
-    found = propagator.propagate([support], [support.image], propagator.default_views)
+def carried(propagator: Propagator, support: Support, others: Sequence[Support] = ()) -> dict[str, LabelVolume]:
+    """Labels of every default view that gave one; others are supports of the same set."""
+    found = propagator.propagate([support, *others], [support.image], propagator.default_views)
     return {result.view: result.label for result in found if result.label is not None}
 
 
@@ -141,10 +143,13 @@ def _fused(views: dict[str, LabelVolume], image: Image) -> LabelVolume:
     return fuse(list(views.values()), view_weights(list(views), partly_drawn=True), image.spacing).label
 
 
-def run_case(setting: Setting, case: str, propagators: dict[str, Propagator]) -> dict[str, Any]:
-    """Dice and seconds of every method on one case."""
+def run_case(
+    setting: Setting, case: str, propagators: dict[str, Propagator], drawn: dict[str, Support]
+) -> dict[str, Any]:
+    """Dice and seconds of every method on one case; `drawn` are the supports of the whole set."""
     image, truth = setting.image(case), read_label(setting.name, case)
     support, shown, index = sparse_support(image, truth, setting.suggested)
+    others = [other for name, other in drawn.items() if name != case]
     seen, labels, seconds = shown.forward(truth), {}, {}
     views: dict[str, LabelVolume] = {}
     data = shown.forward(scale(image))[0]
@@ -157,14 +162,20 @@ def run_case(setting: Setting, case: str, propagators: dict[str, Propagator]) ->
     for method in setting.methods:
         begin = time.process_time()
         if method in propagators:
-            found = carried(propagators[method], support)
+            found = carried(propagators[method], support, others)
             found = {f"{method}/{view}": label for view, label in found.items()}
             views |= found
             labels[method] = _fused(found, image) if found else np.zeros_like(truth)
         else:
             labels[method] = simple[method]()
         seconds[method] = round(time.process_time() - begin, 1)
-    return {"case": case, "slice": index, "seconds": seconds, **scores(labels, seen, shown, index, setting.name)}
+    return {
+        "case": case,
+        "slice": index,
+        "slices": len(seen),
+        "seconds": seconds,
+        **scores(labels, seen, shown, index, setting.name),
+    }
 
 
 def scores(
@@ -191,9 +202,10 @@ def run_set(setting: Setting) -> dict[str, Any]:
     cases = spread(split_of(setting.name)["pool"], setting.count)
     todo = [case for case in cases if case not in [entry["case"] for entry in done]]
     propagators, training = _propagators(setting) if todo else ({}, 0.0)
+    drawn = {c: _drawn(setting, c) for c in cases} if todo else {}
     with partial.open("a", encoding="utf-8") as file:
         for case in todo:
-            done.append(run_case(setting, case, propagators))
+            done.append(run_case(setting, case, propagators, drawn))
             file.write(json.dumps(done[-1]) + "\n")
             file.flush()
             print(case, done[-1]["dice"], done[-1]["seconds"], flush=True)
@@ -204,12 +216,17 @@ def run_set(setting: Setting) -> dict[str, Any]:
     return write_row(setting.title, row)
 
 
+def _drawn(setting: Setting, case: str) -> Support:
+    return sparse_support(setting.image(case), read_label(setting.name, case), setting.suggested)[0]
+
+
 def _propagators(setting: Setting) -> tuple[dict[str, Propagator], float]:
     made: dict[str, Propagator] = {}
     begin = time.process_time()
     if "correspondence" in setting.methods:
         learnt = setting.trained_on or setting.name
-        made["correspondence"] = CorrespondencePropagator()
+        # Trained anew, so that its seconds are known.
+        made["correspondence"] = CorrespondencePropagator(cache=Path(tempfile.mkdtemp()))
         made["correspondence"].fit(read_image(learnt, case) for case in sorted(split_of(learnt)["pool"]))
     seconds = time.process_time() - begin
     if "sam2" in setting.methods:
@@ -227,6 +244,7 @@ def _summary(setting: Setting, done: list[dict[str, Any]]) -> dict[str, Any]:
         "correspondence_trained_on": setting.trained_on or setting.name,
         "inverted": setting.inverted,
         "n": len(done),
+        "annotated_share": round(float(np.mean([1 / entry["slices"] for entry in done])), 4),
         "dice": mean("dice"),
         "all_classes": mean("all_classes"),
         "cpu_seconds": mean("seconds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import nibabel
@@ -24,15 +25,15 @@ def check_for_propagation(dataset: RawDataset) -> list[str]:
             f"{dataset.folder}: expected a label of at least one case in labelsTr, found none; annotate one "
             f"(nnUNetv2_oneshot_suggest -d {dataset.id} says which)"
         )
-    empty, sparse = [], False
+    partly: set[str] = set()
+    shown: dict[str, set[int]] = {}
     for case in dataset.annotated:
         assert case.label is not None
         label = checked_label(dataset, case.label, case, drawn=True)
-        foreground = (label != 0) & (label != (dataset.ignore if dataset.ignore is not None else -1))
-        sparse |= dataset.is_sparse(label)
-        if not foreground.any():
-            empty.append(case.name)
-    if not dataset.unannotated and not sparse:
+        partly |= {case.name} if dataset.is_sparse(label) else set()
+        shown[case.name] = {int(value) for value in np.unique(label)} - {0, dataset.ignore}
+    empty = [name for name, classes in shown.items() if not classes]
+    if not dataset.unannotated and not partly:
         raise OneShotError(
             f"{dataset.folder}: expected images without a label, found every image annotated: nothing "
             "to do; train nnU-Net as usual, or put more images in imagesTr or imagesUn"
@@ -42,7 +43,26 @@ def check_for_propagation(dataset: RawDataset) -> list[str]:
             f"{dataset.folder}: expected foreground in an annotated case, found background alone in "
             f"{', '.join(empty)}; annotate a case that shows the structures"
         )
-    return [f"annotated case {name} has no foreground; it teaches what background looks like" for name in empty]
+    told = [f"annotated case {name} has no foreground; it teaches what background looks like" for name in empty]
+    return [*told, *_missing_classes(dataset, shown, partly)]
+
+
+def _missing_classes(dataset: RawDataset, shown: Mapping[str, set[int]], partly: Collection[str]) -> list[str]:
+    """Warnings of classes that are in no annotated case, and of partly drawn ones that lack what others show."""
+    every = set().union(*shown.values())
+    warnings = [
+        f"no annotated case shows {name}: nothing will be labelled {name}; annotate an image or a slice that shows it"
+        for value, name in dataset.class_names.items()
+        if value not in every
+    ]
+    for value, name in dataset.class_names.items():
+        without = [case for case in sorted(partly) if shown[case] and value not in shown[case]]
+        if value in every and without:
+            warnings.append(
+                f"{len(without)} of {len(partly)} partly drawn cases do not show {name} ({', '.join(without[:3])}"
+                f"{', ...' if len(without) > 3 else ''}); draw a slice that shows it too"
+            )
+    return warnings
 
 
 def check_images(dataset: RawDataset, processes: int) -> None:

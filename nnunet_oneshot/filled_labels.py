@@ -68,7 +68,8 @@ def fill_labels(
         processes: cases at once.
 
     Returns:
-        The cases that have no best guess, or one of another shape than their image: they keep their ignore voxels.
+        The cases that have no best guess, or none but background where their label says ignore, as where nothing was
+        carried: they keep their ignore voxels.
     """
     output = filled_folder(preprocessed)
     tasks = [
@@ -112,7 +113,11 @@ def _fill(task: FillTask) -> None:
     guess, _ = task.plans.image_reader_writer_class().read_seg(str(task.guess))
     properties = load_pickle(str(task.preprocessed / f"{task.case}.pkl"))
     placed = to_grid(guess, properties, task.plans, task.configuration)
-    filled = np.where(seg == task.ignore, placed, seg).astype(np.int16)
+    ignored = seg == task.ignore
+    if ignored.any() and not placed[ignored].any():
+        task.output.unlink(missing_ok=True)
+        return
+    filled = np.where(ignored, placed, seg).astype(np.int16)
     blocks, chunks = comp_blosc2_params(filled.shape, tuple(task.configuration.patch_size), filled.itemsize)
     part = task.output.with_suffix(".part.b2nd")
     part.unlink(missing_ok=True)

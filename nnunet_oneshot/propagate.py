@@ -21,12 +21,12 @@ from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagators import (
     DEFAULT,
-    NEEDS_WHOLE_LABEL,
     REVERSIBLE,
     PropagatorOptions,
     check_options,
     choose_views,
     describe,
+    fitting_names,
     make_propagator,
     prepare,
 )
@@ -107,12 +107,13 @@ def propagate(
     raw = open_dataset(dataset)
     warnings = check_for_propagation(raw)
     options = options or PropagatorOptions()
-    check_options(propagators, options)
-    made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
+    supports = [raw.support(case) for case in raw.annotated]
+    names, left = fitting_names(propagators, supports)
+    warnings += left
+    check_options(names, options)
+    made = {name: make_propagator(name, options) for name in dict.fromkeys(names)}
     prepare(made.values())
     _check_whole_sets(made, num_parts)
-    _check_supports(raw, made)
-    supports = [raw.support(case) for case in raw.annotated]
     chosen = choose_views(made, views, supports)
     _check_sam2(raw, made.get("sam2"), supports, chosen)
     patients = {} if same_patient is None else read_same_patient(same_patient, raw)
@@ -149,11 +150,12 @@ def check_repeated(
     Raises:
         OneShotError: other propagators, views, options or pairs of cases.
     """
-    check_options(propagators, options)
-    made = {name: make_propagator(name, options) for name in dict.fromkeys(propagators)}
+    supports = [dataset.support(case) for case in dataset.annotated]
+    names, _ = fitting_names(propagators, supports)
+    check_options(names, options)
+    made = {name: make_propagator(name, options) for name in dict.fromkeys(names)}
     manifest = store.read_manifest()
     before = {key: value for key, value in manifest.settings.items() if key != LABEL_SUMS}
-    supports = [dataset.support(case) for case in dataset.annotated]
     now = _settings(choose_views(made, views, supports), options) | _pairs_now(dataset, same_patient, manifest)
     if found := differences(before, now):
         raise OneShotError(
@@ -228,15 +230,6 @@ def _check_whole_sets(propagators: Mapping[str, Propagator], num_parts: int) -> 
                 f"expected -num_parts 1 with {name}, which must see all images at once, found {num_parts}; "
                 "leave -num_parts out"
             )
-
-
-def _check_supports(dataset: RawDataset, propagators: Collection[str]) -> None:
-    """OneShotError where no annotated case is whole and no chosen propagator starts from a sparse label."""
-    if set(propagators) <= set(NEEDS_WHOLE_LABEL) and all(_is_sparse(dataset, case) for case in dataset.annotated):
-        raise OneShotError(
-            f"expected an annotated case whose every voxel is labelled for {', '.join(propagators)}, found sparse "
-            "labels alone; add -propagator sam2, which starts from single slices, or complete one label"
-        )
 
 
 def _check_sam2(

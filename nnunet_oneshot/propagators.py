@@ -26,6 +26,9 @@ DEFAULT = ("registration", "sam2")
 the mean over the others asks for both (benchmarks/builtin_checkpoint.py)."""
 RECIPES = {"yoloseg": "sam2", "ssl_medsam2": "sam2", "oneseg": "correspondence"}
 """Published procedures, and the propagator that each sets up and that carries its labels alone."""
+DEFAULT_OF_SLICES = ("correspondence", "sam2")
+"""In place of `DEFAULT` where people drew on some slices alone: correspondence carries these best, see
+benchmarks/slice_fusion.py."""
 NEEDS_WHOLE_LABEL = ("registration",)
 """Propagators that can only start from a case whose every voxel is labelled."""
 REVERSIBLE = ("registration",)
@@ -75,6 +78,30 @@ def default_names(recipe: str | None) -> list[str]:
     if recipe not in RECIPES:
         raise OneShotError(f"expected a recipe of {', '.join(RECIPES)}, found {recipe!r}; choose one of those")
     return [RECIPES[recipe]]
+
+
+def fitting_names(names: Sequence[str], supports: Sequence[Support]) -> tuple[list[str], list[str]]:
+    """The propagators that can start from annotated images like these, and what a user should know of the others.
+
+    Where no image is wholly labelled, the default gives way to `DEFAULT_OF_SLICES`, and of other choices those that
+    need a whole label are left out: they would fail in every case, and where most views failed a case gets no label.
+
+    Raises:
+        OneShotError: none of them can.
+    """
+    if any(support.ignore is None or not (support.label == support.ignore).any() for support in supports):
+        return list(names), []
+    if tuple(names) == DEFAULT:
+        instead = " and ".join(DEFAULT_OF_SLICES)
+        return list(DEFAULT_OF_SLICES), [f"no annotated image is labelled in every slice: {instead} carry the labels"]
+    fitting = [name for name in names if name not in NEEDS_WHOLE_LABEL]
+    if not fitting:
+        raise OneShotError(
+            f"expected an annotated case whose every voxel is labelled for {', '.join(names)}, found sparse "
+            "labels alone; add -propagator sam2, which starts from single slices, or complete one label"
+        )
+    left = [name for name in names if name not in fitting]
+    return fitting, [f"{name} needs a whole label, and there is none: it is left out" for name in left]
 
 
 def check_options(names: Sequence[str], options: PropagatorOptions) -> None:

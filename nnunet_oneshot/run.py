@@ -25,6 +25,7 @@ class RunResult:
     refinement: Refinement
     scores: dict[str, Any] | None = None
     score_lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
     training, options = dict(training or {}), options or PropagatorOptions()
     # Better to say so before hours of labelling and training than after.
     check_arguments(configuration, **training)
-    store = find_output(dataset, output)
+    store, warnings = find_output(dataset, output), []
     if reference is not None:
         _scored_cases(open_dataset(dataset), reference)
     if overwrite or not store.manifest_path.is_file():
@@ -69,7 +70,7 @@ def run(
         plan = make_plan(configuration, **named)
         # New labels make a new model.
         check_no_results(store.folder.name, plan)
-        propagate(
+        labelled = propagate(
             dataset,
             output,
             propagators=propagators,
@@ -79,11 +80,12 @@ def run(
             overwrite=overwrite,
             same_patient=same_patient,
         )
+        warnings = labelled.warnings
     else:
         check_repeated(open_dataset(dataset), store, propagators, views, options, same_patient)
     refinement = refine(output, configuration, **training, device=options.device, num_processes=num_processes)
     store, raw = open_store(output)
-    result = RunResult(store.read_manifest(), refinement)
+    result = RunResult(store.read_manifest(), refinement, warnings=warnings)
     if reference is not None:
         _score(result, raw, store, reference)
     return result

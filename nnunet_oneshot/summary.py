@@ -169,7 +169,8 @@ def run_summary(result: RunResult) -> dict[str, Any]:
     labels = manifest_figures(result.manifest)
     refined = refinement_summary(result.refinement)
     rows = [(status, count) for status, count in sorted(labels["cases"].items())]
-    lines = ["", *table(("label", "cases"), rows), *refined["lines"][:-2], *result.score_lines]
+    warnings = [f"warning: {text}" for text in result.warnings]
+    lines = [*warnings, "", *table(("label", "cases"), rows), *refined["lines"][:-2], *result.score_lines]
     lines += refined["lines"][-2:]
     refinement = {key: value for key, value in refined.items() if key != "lines"}
     return {"labels": labels, "refinement": refinement, "scores": result.scores, "lines": lines}

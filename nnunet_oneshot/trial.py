@@ -23,7 +23,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import find_output, nnunet_folders
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.propagate import Outcome, PropagatorOptions, propagate
-from nnunet_oneshot.propagators import DEFAULT, REVERSIBLE
+from nnunet_oneshot.propagators import DEFAULT, REVERSIBLE, fitting_names
 from nnunet_oneshot.report_pictures import Overlay
 from nnunet_oneshot.store import CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
@@ -125,19 +125,18 @@ def trial(
     find_output(dataset, output)
     place = (folder or Path(f"oneshot_trial_{raw.id:03d}")).resolve()
     processes = num_processes or default_processes()
-    checked = replace(options or PropagatorOptions(), reverse_check=bool({*propagators} & {*REVERSIBLE}))
+    names, left = fitting_names(propagators, [raw.support(case) for case in raw.annotated])
+    checked = replace(options or PropagatorOptions(), reverse_check=bool({*names} & {*REVERSIBLE}))
     chosen = _choose(raw, cases, processes)
     _make_place(place)
     with nnunet_folders(place):
         _lay_out(raw, [raw.case(c.case) for c in chosen])
-        outcome = propagate(
-            raw.id, output, propagators=propagators, views=views, options=checked, num_processes=processes
-        )
+        outcome = propagate(raw.id, output, propagators=names, views=views, options=checked, num_processes=processes)
         small = open_dataset(raw.id)
         found = [_found(small, outcome.store, entry) for entry in chosen]
         _draw(small, outcome.store, found, place / "trial.png")
     result = _expect(raw, outcome, found, processes, place)
-    result.warnings = warnings
+    result.warnings = [*warnings, *left]
     content = {**asdict(result), "folder": str(place)}
     (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return result

@@ -90,7 +90,8 @@ class CorrespondencePropagator:
 
         Args:
             supports: annotated images; of sparse labels whole slices count.
-            queries: one that is also a support with a sparse label is completed out of its own slices.
+            queries: one that is also a support with a sparse label is completed out of its own slices, and in classes
+                that are on none of these out of the other supports.
             views: names out of `views`.
 
         Raises:
@@ -109,9 +110,20 @@ class CorrespondencePropagator:
     def _one(
         self, supports: Sequence[Support], own: Support | None, query: Image, views: Sequence[str]
     ) -> list[Propagation]:
-        classes = own.classes if own is not None else tuple(sorted({c for s in supports for c in s.classes}))
-        found = self._through(own) if own is not None else self._from_others(supports, query, classes)
-        return [_propagation(found, query, classes, view, own) for view in views]
+        every = tuple(sorted({c for s in supports for c in s.classes}))
+        if own is None:
+            found = self._from_others(supports, query, every)
+            return [_propagation(found, query, every, view, None) for view in views]
+        found = self._through(own)
+        results = [_propagation(found, query, own.classes, view, own) for view in views]
+        missing = sorted(set(every) - set(own.classes))
+        lenders = [s for s in supports if s is not own and set(missing) & set(s.classes)]
+        if not lenders:
+            return results
+        # Its own slice does not show these classes. Left out, all views would agree that there is nothing of them.
+        lent = self._from_others(lenders, query, every)
+        others = [_propagation(lent, query, every, view, None) for view in views]
+        return [_completed_by(own, mine, other, missing) for mine, other in zip(results, others, strict=True)]
 
     def _through(self, own: Support) -> _Found:
         stack = self._stack(own.image, plane_of_label(own))
@@ -235,6 +247,17 @@ def _silenced(support: Support) -> LabelVolume:
 
 def _digest(data: npt.NDArray[np.generic]) -> int:
     return zlib.crc32(np.ascontiguousarray(data).tobytes())
+
+
+def _completed_by(own: Support, mine: Propagation, other: Propagation, classes: Sequence[int]) -> Propagation:
+    """A label with the classes given where it says background and another label says one of them."""
+    if mine.label is None or other.label is None:
+        return mine
+    there = np.isin(other.label, classes) & (mine.label == 0) & ~spoken(own)
+    confidence = mine.confidence
+    if confidence is not None and other.confidence is not None:
+        confidence = np.where(there, other.confidence, confidence)
+    return replace(mine, label=np.where(there, other.label, mine.label).astype(np.int16), confidence=confidence)
 
 
 def _evenly(supports: Sequence[Support], most: int) -> list[Support]:

@@ -268,3 +268,17 @@ def test_a_volume_whose_own_slice_is_empty_is_labelled_from_others(taught: Corre
     found = next(iter(taught.propagate([Support(image, label), nothing], [other], ["joint"])))
     assert found.label is not None
     assert overlap(found.label, truth, 1) > 0.6
+
+
+def test_a_class_that_is_not_on_the_own_slice_comes_from_the_others(taught: CorrespondencePropagator) -> None:
+    image, label = body(0)
+    other, truth = body(1)
+    without_first = sparse(other, np.where(truth == 1, 0, truth).astype(np.int16), 3)
+    alone = next(iter(taught.propagate([without_first], [other], ["joint"])))
+    assert alone.label is not None
+    assert not (alone.label == 1).any(), "nothing shows that class"
+    found = next(iter(taught.propagate([Support(image, label), without_first], [other], ["joint"])))
+    assert found.label is not None
+    assert overlap(found.label, truth, 1) > 0.5
+    np.testing.assert_array_equal(found.label == 2, alone.label == 2)
+    np.testing.assert_array_equal(found.label[3], np.where(truth[3] == 1, 0, truth[3]), "what a person drew stays")

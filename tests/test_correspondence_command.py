@@ -53,6 +53,26 @@ def test_one_slice_of_one_volume_reaches_all_others(toy: Path, call: Call) -> No
     assert {records[name].status for name in ("case_1", "case_2")} <= {"pseudo", "failed"}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "carrying", "said"),
+    [
+        ((), {"correspondence", "sam2"}, "no annotated image is labelled in every slice"),
+        (("correspondence", "registration"), {"correspondence"}, "registration needs a whole label"),
+    ],
+    ids=["default", "with registration"],
+)
+def test_what_needs_a_whole_label_does_not_spoil_the_others(
+    toy: Path, call: Call, wanted: tuple[str, ...], carrying: set[str], said: str
+) -> None:
+    make_sparse(toy)
+    answer = call(cli.propagate, *PROPAGATE[:-2], *(("-propagator", *wanted) if wanted else ()))
+    assert answer.code == 0, answer.err
+    assert said in answer.out
+    record = read_manifest(toy.parent / "Dataset601_toy_oneshot/oneshot.json").cases["case_0"]
+    assert {view.split("/")[0] for view in record.views} == carrying
+    assert (read(toy.parent / "Dataset601_toy_oneshot/pseudoTr/fused/case_0.nii.gz")[1] > 0).any()
+
+
 def test_scribbles_are_refused_with_what_to_do(toy: Path, call: Call) -> None:
     edit_json(toy, labels={**LABELS, "ignore": 3})
     label = np.full(SHAPE, 3, np.uint8)

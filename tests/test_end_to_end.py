@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from file_watch import opened_files
 
-from nnunet_oneshot import cli
+from nnunet_oneshot import cli, propagators
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
 from nnunet_oneshot.nnunet import results_folder
 from nnunet_oneshot.phantom import PhantomDataset, write_phantom_dataset
 from nnunet_oneshot.refine import open_store
+from sam2_propagation.correspondence_training import Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +85,39 @@ def test_rgb_images_go_through_and_a_stock_trainer_takes_the_dataset(folders: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     model = results_folder(601, "nnUNetTrainer_1epoch", "nnUNetOneShotSmallPlans", "2d")
     assert (model / "fold_0" / "checkpoint_final.pth").is_file()
+
+
+def test_one_slice_in_every_volume_ends_in_a_model(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make_sparse`, then `run` as it is: its default propagators would need a whole label."""
+    monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(folders / "checkpoints"))
+    monkeypatch.setattr(propagators, "RECIPE", Recipe(steps=60))
+    phantom = _phantom(folders, "thick_slices", (10, 64, 64), 3)
+    (phantom.folder / "labelsTr" / f"{phantom.annotated}.nii.gz").unlink()
+    for case in phantom.cases:
+        _draw_one_slice(phantom.truth / f"{case}.nii.gz", folders / "drawn" / f"{case}.nii.gz")
+    cli.make_sparse(["-d", "501", "-i", str(folders / "drawn")])
+    cli.run(["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-rounds", "0", "-device", "cpu"])
+    assert "no annotated image is labelled in every slice" in "".join(capsys.readouterr())
+    store, raw = open_store(601)
+    records = store.read_manifest().cases
+    assert {record.status for record in records.values()} == {"sparse"}
+    assert {view.split("/")[0] for record in records.values() for view in record.views} == {"correspondence", "sam2"}
+    scored = evaluate(phantom.truth, store.fused_path("x").parent, raw.folder / "dataset.json", cases=phantom.cases)
+    assert scored.summary[FOREGROUND]["Dice"].mean > 0.6
+    model = results_folder(601, "OneShotTrainer_tiny", "nnUNetOneShotSmallPlans", "3d_fullres")
+    assert (model / "fold_all" / "checkpoint_final.pth").is_file()
+
+
+def _draw_one_slice(truth: Path, path: Path) -> None:
+    """Keep the slice with the largest foreground, as a person who draws one leaves a label."""
+    image = sitk.ReadImage(str(truth))
+    label = sitk.GetArrayFromImage(image)
+    drawn = np.zeros_like(label)
+    at = int((label > 0).sum(axis=(1, 2)).argmax())
+    drawn[at] = label[at]
+    written = sitk.GetImageFromArray(drawn)
+    written.CopyInformation(image)
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(written, str(path))

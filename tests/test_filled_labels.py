@@ -89,6 +89,14 @@ def test_divergence_gets_the_best_guess_and_nothing_else_changes(trainer: Any) -
     assert (filled[own != IGNORE] == own[own != IGNORE]).all()
 
 
+def test_a_guess_of_background_alone_teaches_nothing(trainer: Any) -> None:
+    """A sparse label that nothing was carried for: its best guess says background wherever the person did not draw."""
+    fill(trainer)
+    write_guess(raw_folder(), "case_001", 0)
+    assert fill(trainer) == ["case_000", "case_001"]
+    assert not (filled_folder(Path(trainer.preprocessed_dataset_folder)) / "case_001.b2nd").exists()
+
+
 def test_refreshed_guesses_replace_the_old_ones_and_fresh_files_stay(trainer: Any) -> None:
     fill(trainer)
     file = filled_folder(Path(trainer.preprocessed_dataset_folder)) / "case_002.b2nd"

@@ -160,6 +160,19 @@ def test_drawn_voxels_of_a_sparse_label_stay_and_the_others_are_filled(toy: Path
     assert (content["labels"]["ignore"], content["oneshot"]["annotated"]) == (IGNORE, ["case_0"])
 
 
+def test_classes_that_are_not_drawn_are_said(toy: Path, fakes: Fakes) -> None:
+    drawn = np.where(label_array(0) == 2, 1, label_array(0))
+    write_image(toy / "labelsTr/case_0.nii.gz", drawn)
+    found = run().warnings
+    assert [text for text in found if "no annotated case shows spot" in text], found
+    assert "organ" not in "".join(found)
+    write_image(toy / "labelsTr/case_1.nii.gz", label_array(1))
+    assert run(overwrite=True).warnings == [], "a whole label without a structure is no mistake"
+    drawn = make_sparse(toy)
+    found = run(overwrite=True).warnings
+    assert found == ["1 of 1 partly drawn cases do not show spot (case_0); draw a slice that shows it too"]
+
+
 def test_one_sparse_case_alone_is_work_enough(roots: Roots, fakes: Fakes) -> None:
     make_sparse(write_raw(roots.raw, cases=("case_0",)))
     outcome = run()
