@@ -1,13 +1,14 @@
 """One annotated slice in every volume: what carries it best to the rest of its volume?
 
     python benchmarks/oneseg.py [--sets chaos_mr_t2 acdc_mr hippocampus] [--cases 8] [--methods ...] [--suggested]
-                                [--trained_on SET] [--inverted]
+                                [--trained_on SET] [--inverted] [--plain]
 
 Data: $ONESHOT_DATA, or ../shared/data beside the repository. Of each pool case (a subset at even distances in the
 sorted names) one slice across the thickest axis is annotated: the one with the largest foreground area, or with
 `--suggested` the one that `suggest` names, which sees no label. The other slices' labels are read for scoring only.
 Correspondence is trained once a set on ALL its pool images without labels, or out of distribution: `--trained_on` on
-those of another set, `--inverted` on the set's own but used on images whose contrast is turned round. Methods:
+those of another set, `--inverted` on the set's own but used on images whose contrast is turned round. `--plain` trains it
+on intensities rather than on edge profiles. Methods:
 
     copy               the annotated slice in every slice
     copy_clipped       the same between the first and the last slice that truly shows foreground, which flatters it
@@ -46,6 +47,7 @@ from nnunet_oneshot.suggest_ranking import best_slice
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
 from sam2_propagation.intensities import scale
+from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.interface import Image, LabelVolume, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.views import Presentation, present
@@ -66,6 +68,7 @@ class Setting:
         suggested: the annotated slice is the suggested one rather than the one of the largest area.
         trained_on: set whose images correspondence is trained on; the set itself when None.
         inverted: images are shown with their contrast turned round, which training never saw.
+        plain: correspondence sees intensities, not edge profiles.
     """
 
     name: str
@@ -74,12 +77,14 @@ class Setting:
     suggested: bool = False
     trained_on: str | None = None
     inverted: bool = False
+    plain: bool = False
 
     @property
     def title(self) -> str:
         """Name of the row's file."""
         parts = [f"oneseg_{self.name}_{self.count}", "suggested" if self.suggested else ""]
         parts += [f"trained_on_{self.trained_on}" if self.trained_on else "", "inverted" if self.inverted else ""]
+        parts += ["plain" if self.plain else ""]
         return "_".join(part for part in parts if part)
 
     def image(self, case: str) -> Image:
@@ -226,7 +231,9 @@ def _propagators(setting: Setting) -> tuple[dict[str, Propagator], float]:
     if "correspondence" in setting.methods:
         learnt = setting.trained_on or setting.name
         # Trained anew, so that its seconds are known.
-        made["correspondence"] = CorrespondencePropagator(cache=Path(tempfile.mkdtemp()))
+        made["correspondence"] = CorrespondencePropagator(
+            recipe=Recipe(profile=not setting.plain), cache=Path(tempfile.mkdtemp())
+        )
         made["correspondence"].fit(read_image(learnt, case) for case in sorted(split_of(learnt)["pool"]))
     seconds = time.process_time() - begin
     if "sam2" in setting.methods:
@@ -243,6 +250,7 @@ def _summary(setting: Setting, done: list[dict[str, Any]]) -> dict[str, Any]:
         "annotated": "one slice a volume: " + ("suggested" if setting.suggested else "largest foreground area"),
         "correspondence_trained_on": setting.trained_on or setting.name,
         "inverted": setting.inverted,
+        "profile": not setting.plain,
         "n": len(done),
         "annotated_share": round(float(np.mean([1 / entry["slices"] for entry in done])), 4),
         "dice": mean("dice"),
@@ -262,9 +270,10 @@ def main() -> None:
     parser.add_argument("--suggested", action="store_true")
     parser.add_argument("--trained_on", choices=SETS)
     parser.add_argument("--inverted", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    how = (tuple(options.methods), options.suggested, options.trained_on, options.inverted)
+    how = (tuple(options.methods), options.suggested, options.trained_on, options.inverted, options.plain)
     rows = [run_set(Setting(name, options.cases, *how)) for name in options.sets]
     cells = [[r["set"], r["n"], *(f"{r['dice'][m]:.3f}" for m in options.methods)] for r in rows]
     print(markdown(["set", "n", *options.methods], cells))
