@@ -7,8 +7,8 @@ Data: $ONESHOT_DATA, or ../shared/data beside the repository. Of each pool case 
 sorted names) one slice across the thickest axis is annotated: the one with the largest foreground area, or with
 `--suggested` the one that `suggest` names, which sees no label. The other slices' labels are read for scoring only.
 Correspondence is trained once a set on ALL its pool images without labels, or out of distribution: `--trained_on` on
-those of another set, `--inverted` on the set's own but used on images whose contrast is turned round. `--plain` trains it
-on intensities rather than on edge profiles. Methods:
+those of another set, `--inverted` on the set's own but used on images whose contrast is turned round. `--plain` trains
+it on intensities rather than on edge profiles. Methods:
 
     copy               the annotated slice in every slice
     copy_clipped       the same between the first and the last slice that truly shows foreground, which flatters it
@@ -46,8 +46,8 @@ from nnunet_oneshot.suggest_features import alike, describe
 from nnunet_oneshot.suggest_ranking import best_slice
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
-from sam2_propagation.intensities import scale
 from sam2_propagation.correspondence_training import Recipe
+from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, LabelVolume, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.views import Presentation, present
