@@ -182,6 +182,41 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert roots.snapshot() == before
 
 
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize(
+    ("scores", "voxels", "steps", "words"),
+    [
+        (False, 3, 9, ("16 pixels", "leave -adapt out")),
+        (True, 40, 9, ("without object scores", "use builtin")),
+        (False, 40, -1, ("-adapt of 0 or more", "-1")),
+    ],
+)
+def test_adaptation_that_cannot_be_done_is_refused_before_anything_is_written_or_removed(
+    toy: Path,
+    roots: Roots,
+    call: Call,
+    tmp_path: Path,
+    overwrite: tuple[str, ...],
+    scores: bool,
+    voxels: int,
+    steps: int,
+    words: tuple[str, ...],
+) -> None:
+    torch.save(tiny_model(scores=scores, multimask=False).state_dict(), tmp_path / "own.pt")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tiny_config(scores=scores, multimask=False)))
+    label = np.zeros((3, 80, 80), np.uint8)
+    label[1, 20 : 20 + voxels, 20 : 20 + voxels] = 1
+    write_image(toy / "labelsTr/case_0.nii.gz", label)
+    write_image(toy / "imagesTr/case_0_0000.nii.gz", (100 + 50 * label).astype(np.int16))
+    if overwrite:
+        assert call(cli.propagate, "-d", 501, "-o", 601, "-np", 1, "-propagator", "registration").code == 0
+    before = roots.snapshot()
+    # Registration, too, would have written labels by the time that adaptation begins.
+    both = ("-propagator", "registration", "sam2", "-sam2_chk", tmp_path / "own.pt", "-adapt", steps)
+    refused(call(cli.propagate, "-d", 501, "-o", 601, "-np", 1, "-device", "cpu", *both, *overwrite), *words)
+    assert roots.snapshot() == before
+
+
 def test_a_plane_across_pixels_is_refused(roots: Roots, call: Call, checkpoint: Path) -> None:
     write_raw(roots.raw, ending=".png")
     before = roots.snapshot()
