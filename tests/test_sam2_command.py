@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from conftest import Answer
 from counted_sam2 import COUNT, CountedSam2, counting, passes
 from raw_datasets import SHAPE, Roots, image_array, make_sparse, read, write_image, write_raw
+from safetensors.torch import load_file, save_file
 from sam2_tiny import tiny_config, tiny_model
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from nnunet_oneshot import cli, propagators
 from nnunet_oneshot import propagate as module
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.propagators import PropagatorOptions
+from sam2_propagation import checkpoints
 from sam2_propagation.architecture import build_sam2, known_configurations
 from sam2_propagation.checkpoint_catalog import PUBLISHED
 from sam2_propagation.sam2 import Sam2Propagator
@@ -119,6 +122,62 @@ def test_bad_weights_are_refused_before_anything_is_written(
     refused(call(cli.propagate, *CPU, "-sam2_chk", *given), *words)
     assert roots.snapshot() == before
     assert not (tmp_path / "was_run").exists()
+
+
+def _damage(folder: Path, how: str) -> None:
+    """Damage a copy of the built-in checkpoint's folder."""
+    weights, configuration = folder / "builtin.safetensors", folder / "builtin.yaml"
+    match how:
+        case "no weights":
+            weights.unlink()
+        case "cut weights":
+            _cut(weights, weights)
+        case "weights of other shapes":
+            save_file(tiny_model().state_dict(), weights)
+        case "other weights of these shapes":
+            save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+        case "no sum":
+            (folder / "builtin.sha256").unlink()
+        case "empty sum":
+            (folder / "builtin.sha256").write_text("")
+        case "no configuration":
+            configuration.unlink()
+        case "no YAML":
+            configuration.write_bytes(b"model: {\xff\xfe")
+        case "cut configuration":
+            configuration.write_text(configuration.read_text().partition("memory_encoder:")[0])
+        case "another configuration":
+            configuration.write_text(yaml.safe_dump(tiny_config()))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no weights", "no builtin.safetensors"),
+        ("cut weights", "sha256"),
+        ("weights of other shapes", "sha256"),
+        ("other weights of these shapes", "sha256"),
+        ("no sum", "builtin.sha256"),
+        ("empty sum", "sha256"),
+        ("no configuration", "no builtin.yaml"),
+        ("no YAML", "damaged builtin.yaml"),
+        ("cut configuration", "builtin.yaml that does not fit"),
+        ("another configuration", "builtin.yaml that does not fit"),
+    ],
+)
+def test_a_damaged_built_in_checkpoint_asks_for_a_new_installation(
+    toy: Path, roots: Roots, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, words: str
+) -> None:
+    folder = tmp_path / "builtin"
+    shutil.copytree(checkpoints._builtin_folder(), folder)
+    monkeypatch.setattr(checkpoints, "_builtin_folder", lambda: folder)
+    _damage(folder, how)
+    before = roots.snapshot()
+    answer = call(cli.propagate, *CPU)
+    refused(answer, words, folder)
+    assert answer.error.endswith("; reinstall nnunet-oneshot"), "no flag mends an installation"
+    assert "-sam2_cfg" not in answer.error
+    assert roots.snapshot() == before
 
 
 def _published(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
