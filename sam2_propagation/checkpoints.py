@@ -332,7 +332,7 @@ def _trained_model(source: _Source, path: Path) -> SAM2Base:
     if source.config is None:
         raise PropagationError(f"expected a configuration for {path}, found none; {_advice(tensors)}")
     model = build_sam2(source.config, source.video_settings)
-    if not _fits(model, tensors):
+    if not fits(model, tensors):
         raise PropagationError(
             f"expected tensors of {path} that fit the configuration, found others; {_advice(tensors)}"
         )
@@ -340,7 +340,8 @@ def _trained_model(source: _Source, path: Path) -> SAM2Base:
     return model
 
 
-def _fits(model: SAM2Base, tensors: Mapping[str, Tensor]) -> bool:
+def fits(model: SAM2Base, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a model has tensors of just these names and shapes."""
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     return shapes == {key: value.shape for key, value in tensors.items()}
 
@@ -349,7 +350,7 @@ def _advice(tensors: Mapping[str, Tensor]) -> str:
     fitting = [
         name
         for name, config in known_configurations().items()
-        if _could_fit(config["model"], tensors) and _fits(build_sam2(config), tensors)
+        if _could_fit(config["model"], tensors) and fits(build_sam2(config), tensors)
     ]
     if not fitting:
         return "no known configuration fits it, so pass its own YAML with -sam2_cfg"
