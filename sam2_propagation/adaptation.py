@@ -112,6 +112,22 @@ def adapt(
         report: called with each step's number and loss.
 
     Raises:
+        PropagationError: as `usable_slices`.
+    """
+    usable = usable_slices(model, examples)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
+    with torch.enable_grad():
+        for step in range(steps):
+            loss = _step(model, optimiser, usable, np.random.default_rng([seed, step]), _rate(step, steps))
+            if report is not None:
+                report(step, loss)
+    model.eval()
+
+
+def usable_slices(model: SAM2Base, examples: Sequence[Example]) -> list[tuple[Example, int]]:
+    """Each example and slice that can be learnt from; nothing is changed.
+
+    Raises:
         PropagationError: too little foreground, or a model with an object score head.
     """
     if model.pred_obj_scores:
@@ -124,13 +140,7 @@ def adapt(
             f"expected annotated slices with at least {LEAST_PIXELS} pixels of a class for -adapt, found none; leave "
             "-adapt out"
         )
-    optimiser = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
-    with torch.enable_grad():
-        for step in range(steps):
-            loss = _step(model, optimiser, usable, np.random.default_rng([seed, step]), _rate(step, steps))
-            if report is not None:
-                report(step, loss)
-    model.eval()
+    return usable
 
 
 def draw_warp(rng: np.random.Generator, frames: int, strength: float) -> Warp:

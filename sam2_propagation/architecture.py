@@ -95,7 +95,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
         # Only the model's own references are resolved: training files hold others that need their project's code.
         tree = OmegaConf.select(loaded, "trainer.model") or OmegaConf.select(loaded, "model")
         config = OmegaConf.to_container(tree, resolve=True) if tree is not None else None
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise PropagationError(
             f"expected a SAM2 configuration in YAML at {path}, found: {error}; correct -sam2_cfg"
         ) from error

@@ -35,6 +35,7 @@ from sam2_propagation.errors import PropagationError
 CACHE_VARIABLE = "nnUNet_oneshot_checkpoints"
 """Environment variable that sets the folder of downloaded checkpoints."""
 
+_BUILTIN = "builtin"
 _RANDOM = "random:"
 # What sam2's Hiera has where a configuration is silent.
 _HIERA_WIDTH, _HIERA_STAGES = 96, (2, 3, 16, 3)
@@ -91,7 +92,7 @@ def load_checkpoint(
     target = check_device(device)
     name = str(name_or_path)
     source = _locate(name, config, cache)
-    model = _random_model(source) if source.file is None else _trained_model(source, source.file)
+    model = _builtin_model(source) if name == _BUILTIN else _model(source)
     return LoadedCheckpoint(model.to(target).eval(), name, source.sha256, model.image_size)
 
 
@@ -119,7 +120,7 @@ def builtin_file() -> Path:
     """The built-in weights; PropagationError where the installation lacks them."""
     path = _builtin_folder() / "builtin.safetensors"
     if not path.is_file():
-        raise PropagationError(f"expected the built-in checkpoint at {path}, found none; reinstall nnunet-oneshot")
+        raise _not_as_packaged(f"no {path.name}")
     return path
 
 
@@ -208,7 +209,7 @@ def _locate(name: str, config: Named | None, cache: Path | None) -> _Source:
     if name.startswith(_RANDOM):
         own = _named(name.removeprefix(_RANDOM)) if config is None else _configuration(config)
         return _Source(None, own, None, False)
-    if name == "builtin":
+    if name == _BUILTIN:
         return _builtin(config)
     published = PUBLISHED.get(name.lower())
     if published is not None:
@@ -239,7 +240,7 @@ def _named(text: str) -> Config:
     name, _, pixels = text.partition("@")
     if pixels and not pixels.isdigit():
         raise PropagationError(f"expected a number of pixels behind @, found {pixels!r}; correct -sam2_chk")
-    config = read_configuration(_builtin_folder() / "builtin.yaml") if name == "builtin" else _configuration(name)
+    config = _builtin_configuration() if name == _BUILTIN else _configuration(name)
     return at_size(config, int(pixels)) if pixels else config
 
 
@@ -250,8 +251,44 @@ def _builtin_folder() -> Path:
 def _builtin(config: Named | None) -> _Source:
     if config is not None:
         raise PropagationError(f"expected no configuration for builtin, found {config}; leave -sam2_cfg out")
+    return _Source(builtin_file(), _builtin_configuration(), _builtin_sum(), False)
+
+
+def _builtin_configuration() -> Config:
+    path = _builtin_folder() / "builtin.yaml"
+    if not path.is_file():
+        raise _not_as_packaged(f"no {path.name}")
+    try:
+        return read_configuration(path)
+    except PropagationError as error:
+        raise _not_as_packaged(f"a damaged {path.name}") from error
+
+
+def _builtin_sum() -> str:
+    """The sha256 of the built-in weights, which must be the one that was packaged beside them."""
     path = builtin_file()
-    return _Source(path, read_configuration(path.with_suffix(".yaml")), file_sum(path), False)
+    try:
+        wanted, found = path.with_suffix(".sha256").read_text(encoding="ascii").split()[:1], file_sum(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _not_as_packaged(f"no readable {path.name} with its builtin.sha256") from error
+    if wanted != [found]:
+        raise _not_as_packaged(f"a {path.name} whose sha256 is not that of builtin.sha256")
+    return found
+
+
+def _builtin_model(source: _Source) -> SAM2Base:
+    try:
+        return _model(source)
+    except PropagationError as error:
+        # The weights are whole, as their sum says: it is the configuration that is not theirs.
+        raise _not_as_packaged("a builtin.yaml that does not fit its weights") from error
+
+
+def _not_as_packaged(found: str) -> PropagationError:
+    return PropagationError(
+        f"expected the built-in checkpoint in {_builtin_folder()} as it was packaged, found {found}; reinstall "
+        "nnunet-oneshot"
+    )
 
 
 def _fetched(published: Published, cache: Path | None) -> Path:
@@ -279,6 +316,10 @@ def _local(path: Path, config: Named | None) -> _Source:
     return _Source(path, None if config is None else _configuration(config), sha256, False)
 
 
+def _model(source: _Source) -> SAM2Base:
+    return _random_model(source) if source.file is None else _trained_model(source, source.file)
+
+
 def _random_model(source: _Source) -> SAM2Base:
     """Weights from a fixed seed, so that two runs agree; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -291,7 +332,7 @@ def _trained_model(source: _Source, path: Path) -> SAM2Base:
     if source.config is None:
         raise PropagationError(f"expected a configuration for {path}, found none; {_advice(tensors)}")
     model = build_sam2(source.config, source.video_settings)
-    if not _fits(model, tensors):
+    if not fits(model, tensors):
         raise PropagationError(
             f"expected tensors of {path} that fit the configuration, found others; {_advice(tensors)}"
         )
@@ -299,7 +340,8 @@ def _trained_model(source: _Source, path: Path) -> SAM2Base:
     return model
 
 
-def _fits(model: SAM2Base, tensors: Mapping[str, Tensor]) -> bool:
+def fits(model: SAM2Base, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a model has tensors of just these names and shapes."""
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     return shapes == {key: value.shape for key, value in tensors.items()}
 
@@ -308,7 +350,7 @@ def _advice(tensors: Mapping[str, Tensor]) -> str:
     fitting = [
         name
         for name, config in known_configurations().items()
-        if _could_fit(config["model"], tensors) and _fits(build_sam2(config), tensors)
+        if _could_fit(config["model"], tensors) and fits(build_sam2(config), tensors)
     ]
     if not fitting:
         return "no known configuration fits it, so pass its own YAML with -sam2_cfg"

@@ -91,6 +91,8 @@ class Sam2Propagator:
         self._adapted: dict[str, torch.Tensor] | None = None
         if self.settings.mode == "self" and prompter is None:
             raise PropagationError("expected a propagator that prompts mode self, found none; give one or use retrieve")
+        if adapt < 0:
+            raise PropagationError(f"expected -adapt of 0 or more steps, found {adapt}; leave it out for none")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_engine": None}
@@ -101,16 +103,19 @@ class Sam2Propagator:
             self._ready()
 
     def check(self, supports: Sequence[Support], views: Sequence[str]) -> None:
-        """Check that annotated images can be used as `propagate` would use them.
+        """Check that annotated images can be used as `adapt` and `propagate` would use them.
 
         Raises:
-            PropagationError: as `propagate`.
+            PropagationError: as these.
         """
         usable = _usable(supports)
         for support in usable:
             scale(support.image, self.settings.intensities)
             for view in views:
                 present(support.image, view, natural_plane(usable[0].image))
+        if self._adapt:
+            with _memory_errors(self._batch_size):
+                self._ready().check_adaptation(usable, views)
 
     def fitting_views(self, supports: Sequence[Support]) -> tuple[str, ...]:
         """The default views for images like these.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sam2_propagation.adaptation import Example, adapt, example
+from sam2_propagation.adaptation import Example, adapt, example, usable_slices
 from sam2_propagation.checkpoints import LoadedCheckpoint
 from sam2_propagation.embeddings import EmbeddedStack, Encoder, SplicedFrames
 from sam2_propagation.intensities import ImageSlices, scale
@@ -100,10 +100,17 @@ class Sam2Engine:
     def adapt(self, supports: Sequence[Support], views: Sequence[str], steps: int, seed: int) -> None:
         """Fine-tune on the annotated cases, as the views show them; what was encoded before is dropped."""
         self.forget_supports()
+        adapt(self.loaded.model, self._examples(supports, views), steps, seed)
+
+    def check_adaptation(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+        """PropagationError where `adapt` would refuse; nothing is learnt or dropped."""
+        usable_slices(self.loaded.model, self._examples(supports, views))
+
+    def _examples(self, supports: Sequence[Support], views: Sequence[str]) -> list[Example]:
+        """Every support in every view; views that show the same count once."""
         natural = natural_plane(supports[0].image)
         shown = {(s.image.case, present(s.image, v, natural)): s for s in supports for v in views}
-        examples = [self._example(support, presentation) for (_, presentation), support in shown.items()]
-        adapt(self.loaded.model, examples, steps, seed)
+        return [self._example(support, presentation) for (_, presentation), support in shown.items()]
 
     def _example(self, support: Support, shown: Presentation) -> Example:
         label, annotated = _spoken(support)

@@ -55,8 +55,8 @@ def test_wheel_carries_trainers_and_the_built_in_checkpoint(wheel: Path) -> None
     assert "nnunet_oneshot.pth" in names
     assert {f"nnunet_oneshot_trainers/{p.name}" for p in (ROOT / "trainers").glob("*.py")} <= names
     builtin = ROOT / "sam2_propagation" / "builtin"
-    assert {f"sam2_propagation/builtin/{p.name}" for p in builtin.glob("*.yaml")} <= names
-    assert {f"sam2_propagation/builtin/{p.name}" for p in builtin.glob("*.safetensors")} <= names
+    assert {f"sam2_propagation/builtin/{p.name}" for p in builtin.iterdir()} <= names
+    assert {f"sam2_propagation/builtin/builtin.{kind}" for kind in ("safetensors", "sha256", "yaml")} <= names
     assert not any(name.startswith(("nnunetv2/", "tests/", "benchmarks/")) for name in names)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sam2_propagation.pretraining import templates
+from sam2_propagation.pretraining import templates, validation
 from sam2_propagation.pretraining.__main__ import main
 from sam2_propagation.pretraining.appearance import draw_look, render, same_contrast
 from sam2_propagation.pretraining.corruption import corrupt, draw_corruption
 from sam2_propagation.pretraining.losses import dice_score, mask_loss
-from sam2_propagation.pretraining.model import Prediction, build_model, follow
+from sam2_propagation.pretraining.model import CONFIGURATION, Prediction, build_model, follow
 from sam2_propagation.pretraining.pairing import Batch, NoObject, draw_group, make_batch
 from sam2_propagation.pretraining.parts import Part, Subject, another_subject, first_subject
 from sam2_propagation.pretraining.recipe import Difficulty, Recipe, curriculum, learning_rate
@@ -287,17 +289,84 @@ def test_state_files_are_bounded_and_an_interrupted_swap_loses_nothing(tmp_path:
     assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
 
 
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call the command with bad input; its one sentence, after asserting that no file or folder has changed."""
+
+    def content() -> dict[str, bytes | None]:
+        return {str(p): p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+
+    def call(*arguments: object, command: Callable[..., int] = main) -> str:
+        capsys.readouterr()
+        before = content()
+        assert command([str(a) for a in arguments]) == 2
+        assert content() == before
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, "one sentence and no traceback"
+        assert ";" in err, "no word of what to do"
+        return err
+
+    return call
+
+
 def test_command_refuses_another_recipe_another_folder_and_a_silent_restart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    configuration = json.dumps("unused")
-    save_state(tmp_path, 3, SMALL, configuration, {"t": torch.zeros(1)})
-    assert main(["-o", str(tmp_path)]) == 2
-    assert "--resume" in capsys.readouterr().err
-    assert main(["-o", str(tmp_path), "--resume", "--seed", "9"]) == 2
-    assert "seed = 1 there, 9 here" in capsys.readouterr().err
-    assert main(["-o", str(tmp_path / "none"), "--resume"]) == 2
-    assert "found none" in capsys.readouterr().err
+    save_state(tmp_path / "run", 3, Recipe(), CONFIGURATION.read_text(), {"t": torch.zeros(1)})
+    assert "--resume" in refused("-o", tmp_path / "run")
+    other = refused("-o", tmp_path / "run", "--resume", "--seed", 9)
+    assert "another recipe (seed = 1 there, 9 here); use that recipe or another folder" in other
+    assert "found none" in refused("-o", tmp_path / "none", "--resume")
+
+
+def test_command_refuses_the_state_of_another_model(tmp_path: Path, refused: Callable[..., str]) -> None:
+    save_state(tmp_path / "run", 3, Recipe(), "model: another", {"t": torch.zeros(1)})
+    assert "another model configuration" in refused("-o", tmp_path / "run", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda state: (state / "001.safetensors").write_bytes(b"not tensors"), "a damaged 001.safetensors"),
+        (lambda state: os.truncate(state / "000.safetensors", 2**20), "a damaged 000.safetensors"),
+        (lambda state: (state / "001.safetensors").unlink(), "1 of 2 files"),
+        (lambda state: (state / "state.json").write_text('{"step": 3, "rec'), "a damaged state.json"),
+    ],
+)
+def test_command_refuses_a_state_that_was_damaged_or_lost_a_part(
+    tmp_path: Path, refused: Callable[..., str], damage: Callable[[Path], object], words: str
+) -> None:
+    tensors = {name: torch.zeros(3 * 2**20) for name in "ab"}
+    save_state(tmp_path / "run", 3, Recipe(), CONFIGURATION.read_text(), tensors)
+    damage(tmp_path / "run" / "state")
+    error = refused("-o", tmp_path / "run", "--resume")
+    assert f"found {words}" in error
+    assert str(tmp_path / "run" / "state") in error
+
+
+def test_a_state_from_before_the_number_of_its_files_was_kept_is_resumed(tmp_path: Path) -> None:
+    save_state(tmp_path, 3, SMALL, "model", {"t": torch.ones(2)})
+    summary = json.loads((tmp_path / "state" / "state.json").read_text())
+    del summary["files"]
+    (tmp_path / "state" / "state.json").write_text(json.dumps(summary))
+    step, tensors = load_state(tmp_path, SMALL, "model")
+    assert step == 3
+    assert torch.equal(tensors["t"], torch.ones(2))
+
+
+@pytest.mark.parametrize("flag", ["--begin-with", "--checkpoint"])
+def test_damaged_weights_and_those_of_another_model_are_refused(
+    tmp_path: Path, refused: Callable[..., str], flag: str
+) -> None:
+    cut, other = tmp_path / "cut.safetensors", tmp_path / "other.safetensors"
+    cut.write_bytes(CONFIGURATION.with_suffix(".safetensors").read_bytes()[:-100])
+    save_file({"t": torch.zeros(1)}, other)
+    command, more = (main, ("-o", tmp_path / "run")) if flag == "--begin-with" else (validation.main, ())
+    assert f"expected a whole safetensors file at {cut}" in refused(*more, flag, cut, command=command)
+    assert f"expected weights in {other} that fit builtin.yaml" in refused(*more, flag, other, command=command)
+    assert "found none" in refused(*more, flag, tmp_path / "absent.safetensors", command=command)
 
 
 def test_command_trains_and_exports_half_precision_weights_that_fit(tmp_path: Path) -> None:
@@ -320,5 +389,3 @@ def test_command_begins_with_weights_that_are_given(tmp_path: Path, capsys: pyte
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert main(["-o", str(second), "--resume", "--practised", "1000", *flags]) == 2
     assert "weights" in capsys.readouterr().err
-    assert main(["-o", str(tmp_path / "third"), "--begin-with", str(tmp_path / "none")]) == 2
-    assert "found none" in capsys.readouterr().err

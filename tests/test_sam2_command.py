@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from conftest import Answer
 from counted_sam2 import COUNT, CountedSam2, counting, passes
 from raw_datasets import SHAPE, Roots, image_array, make_sparse, read, write_image, write_raw
+from safetensors.torch import load_file, save_file
 from sam2_tiny import tiny_config, tiny_model
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from nnunet_oneshot import cli, propagators
 from nnunet_oneshot import propagate as module
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.propagators import PropagatorOptions
+from sam2_propagation import checkpoints
 from sam2_propagation.architecture import build_sam2, known_configurations
 from sam2_propagation.checkpoint_catalog import PUBLISHED
 from sam2_propagation.sam2 import Sam2Propagator
@@ -121,6 +124,62 @@ def test_bad_weights_are_refused_before_anything_is_written(
     assert not (tmp_path / "was_run").exists()
 
 
+def _damage(folder: Path, how: str) -> None:
+    """Damage a copy of the built-in checkpoint's folder."""
+    weights, configuration = folder / "builtin.safetensors", folder / "builtin.yaml"
+    match how:
+        case "no weights":
+            weights.unlink()
+        case "cut weights":
+            _cut(weights, weights)
+        case "weights of other shapes":
+            save_file(tiny_model().state_dict(), weights)
+        case "other weights of these shapes":
+            save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+        case "no sum":
+            (folder / "builtin.sha256").unlink()
+        case "empty sum":
+            (folder / "builtin.sha256").write_text("")
+        case "no configuration":
+            configuration.unlink()
+        case "no YAML":
+            configuration.write_bytes(b"model: {\xff\xfe")
+        case "cut configuration":
+            configuration.write_text(configuration.read_text().partition("memory_encoder:")[0])
+        case "another configuration":
+            configuration.write_text(yaml.safe_dump(tiny_config()))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no weights", "no builtin.safetensors"),
+        ("cut weights", "sha256"),
+        ("weights of other shapes", "sha256"),
+        ("other weights of these shapes", "sha256"),
+        ("no sum", "builtin.sha256"),
+        ("empty sum", "sha256"),
+        ("no configuration", "no builtin.yaml"),
+        ("no YAML", "damaged builtin.yaml"),
+        ("cut configuration", "builtin.yaml that does not fit"),
+        ("another configuration", "builtin.yaml that does not fit"),
+    ],
+)
+def test_a_damaged_built_in_checkpoint_asks_for_a_new_installation(
+    toy: Path, roots: Roots, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, words: str
+) -> None:
+    folder = tmp_path / "builtin"
+    shutil.copytree(checkpoints._builtin_folder(), folder)
+    monkeypatch.setattr(checkpoints, "_builtin_folder", lambda: folder)
+    _damage(folder, how)
+    before = roots.snapshot()
+    answer = call(cli.propagate, *CPU)
+    refused(answer, words, folder)
+    assert answer.error.endswith("; reinstall nnunet-oneshot"), "no flag mends an installation"
+    assert "-sam2_cfg" not in answer.error
+    assert roots.snapshot() == before
+
+
 def _published(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     entry = PUBLISHED["sam2_hiera_tiny"]
     monkeypatch.setitem(PUBLISHED, "sam2_hiera_tiny", type(entry)(**{**vars(entry), **changes}))
@@ -179,6 +238,41 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     before = roots.snapshot()
     refused(call(cli.propagate, *CPU, "-sam2_chk", checkpoint, *more), *words)
+    assert roots.snapshot() == before
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize(
+    ("scores", "voxels", "steps", "words"),
+    [
+        (False, 3, 9, ("16 pixels", "leave -adapt out")),
+        (True, 40, 9, ("without object scores", "use builtin")),
+        (False, 40, -1, ("-adapt of 0 or more", "-1")),
+    ],
+)
+def test_adaptation_that_cannot_be_done_is_refused_before_anything_is_written_or_removed(
+    toy: Path,
+    roots: Roots,
+    call: Call,
+    tmp_path: Path,
+    overwrite: tuple[str, ...],
+    scores: bool,
+    voxels: int,
+    steps: int,
+    words: tuple[str, ...],
+) -> None:
+    torch.save(tiny_model(scores=scores, multimask=False).state_dict(), tmp_path / "own.pt")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tiny_config(scores=scores, multimask=False)))
+    label = np.zeros((3, 80, 80), np.uint8)
+    label[1, 20 : 20 + voxels, 20 : 20 + voxels] = 1
+    write_image(toy / "labelsTr/case_0.nii.gz", label)
+    write_image(toy / "imagesTr/case_0_0000.nii.gz", (100 + 50 * label).astype(np.int16))
+    if overwrite:
+        assert call(cli.propagate, "-d", 501, "-o", 601, "-np", 1, "-propagator", "registration").code == 0
+    before = roots.snapshot()
+    # Registration, too, would have written labels by the time that adaptation begins.
+    both = ("-propagator", "registration", "sam2", "-sam2_chk", tmp_path / "own.pt", "-adapt", steps)
+    refused(call(cli.propagate, "-d", 501, "-o", 601, "-np", 1, "-device", "cpu", *both, *overwrite), *words)
     assert roots.snapshot() == before
 
 

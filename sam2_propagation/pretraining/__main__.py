@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from sam2_propagation.errors import PropagationError
 from sam2_propagation.pretraining.recipe import Recipe
-from sam2_propagation.pretraining.state import RecipeMismatch, has_state
+from sam2_propagation.pretraining.state import has_state
 from sam2_propagation.pretraining.training import Run, Schedule, Worker, train
 
 BAD_INPUT = 2
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = torch.device(options.device)
         run = train(options.o, _recipe(options), _schedule(options), worker, device, weights=options.begin_with)
-    except RecipeMismatch as error:
+    except PropagationError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     if worker.leads:
@@ -74,14 +75,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _problem(options: argparse.Namespace) -> str | None:
-    """What is wrong with the folder, or None; makes the folder of a new run."""
+    """What is wrong with the folder or the file to begin with, or None."""
     if has_state(options.o) and not options.resume and int(os.environ.get("RANK", "0")) == 0:
         return f"{options.o} already holds a run; expected a new folder, or --resume to go on with it"
     if options.resume and not has_state(options.o):
         return f"--resume expects a run in {options.o}, found none; start without --resume"
     if options.begin_with is not None and not options.begin_with.is_file():
         return f"--begin-with expects a file of weights, found none at {options.begin_with}; correct the path"
-    options.o.mkdir(parents=True, exist_ok=True)
     return None
 
 

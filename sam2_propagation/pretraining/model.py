@@ -14,6 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam2.modeling.sam2_base import SAM2Base
 
+from sam2_propagation.checkpoints import fits, read_tensors
+from sam2_propagation.errors import PropagationError
 from sam2_propagation.pretraining.pairing import Batch
 
 CONFIGURATION = Path(__file__).parent.parent / "builtin" / "builtin.yaml"
@@ -26,6 +28,20 @@ MOST_HOPS = 3
 def build_model(configuration: Path = CONFIGURATION) -> SAM2Base:
     """An untrained model of a configuration in SAM2's own form."""
     return instantiate(OmegaConf.load(configuration).model, _recursive_=True)
+
+
+def load_weights(model: SAM2Base, path: Path) -> None:
+    """Put the weights of a file into a model.
+
+    Raises:
+        PropagationError: a damaged file, or weights of another configuration.
+    """
+    weights = read_tensors(path)
+    if not fits(model, weights):
+        raise PropagationError(
+            f"expected weights in {path} that fit {CONFIGURATION.name}, found others; choose some that this recipe made"
+        )
+    model.load_state_dict(weights)
 
 
 @dataclass

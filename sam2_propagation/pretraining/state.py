@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from sam2_propagation.checkpoints import read_tensors
+from sam2_propagation.errors import PropagationError
 from sam2_propagation.pretraining.recipe import Recipe
 
 LARGEST_FILE = 15 * 2**20
 """Bytes of tensors in one file, so that no file passes 16 MiB."""
 
 
-class RecipeMismatch(ValueError):
+class RecipeMismatch(PropagationError):
     """The folder holds a run of another recipe or of another model."""
 
 
@@ -29,9 +31,10 @@ def save_state(
     fresh = folder / "state.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for i, shard in enumerate(_shards(tensors)):
+    shards = _shards(tensors)
+    for i, shard in enumerate(shards):
         save_file(shard, fresh / f"{i:03d}.safetensors")
-    summary = {"step": step, "recipe": asdict(recipe), "configuration": configuration}
+    summary = {"step": step, "recipe": asdict(recipe), "configuration": configuration, "files": len(shards)}
     (fresh / "state.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     _swap(folder, fresh)
 
@@ -42,14 +45,34 @@ def load_state(folder: Path, recipe: Recipe, configuration: str) -> tuple[int, d
     Raises:
         FileNotFoundError: there is no state.
         RecipeMismatch: it was made with another recipe or model configuration.
+        PropagationError: one of its files is damaged or lost.
     """
     current = _current(folder)
-    summary = json.loads((current / "state.json").read_text(encoding="utf-8"))
+    try:
+        summary = json.loads((current / "state.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _not_whole(current, "a damaged state.json") from error
     _check(summary, recipe, configuration, folder)
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(current.glob("*.safetensors")):
-        tensors.update(load_file(shard))
-    return summary["step"], tensors
+    return summary["step"], _read_shards(current, summary.get("files"))
+
+
+def _read_shards(current: Path, number: int | None) -> dict[str, torch.Tensor]:
+    """The tensors of so many files; None for a state from before their number was kept."""
+    shards, tensors = sorted(current.glob("*.safetensors")), {}
+    if number not in (None, len(shards)):
+        raise _not_whole(current, f"{len(shards)} of {number} files of tensors")
+    for shard in shards:
+        try:
+            tensors.update(read_tensors(shard))
+        except PropagationError as error:
+            raise _not_whole(current, f"a damaged {shard.name}") from error
+    return tensors
+
+
+def _not_whole(current: Path, found: str) -> PropagationError:
+    return PropagationError(
+        f"expected a whole state in {current}, found {found}; copy it anew, or begin again in another folder"
+    )
 
 
 def has_state(folder: Path) -> bool:

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from sam2.modeling.sam2_base import SAM2Base
 from torch import nn
 
 from sam2_propagation.pretraining.losses import mask_loss
-from sam2_propagation.pretraining.model import CONFIGURATION, MOST_HOPS, build_model, follow
+from sam2_propagation.pretraining.model import CONFIGURATION, MOST_HOPS, build_model, follow, load_weights
 from sam2_propagation.pretraining.pairing import Batch, NoObject, draw_group, make_batch
 from sam2_propagation.pretraining.recipe import Recipe, curriculum, learning_rate, memory_shares
 from sam2_propagation.pretraining.state import has_state, load_state, save_state
@@ -72,7 +71,7 @@ def begin(recipe: Recipe, device: torch.device, weights: Path | None = None) -> 
     torch.manual_seed(recipe.seed)
     model, average = build_model().to(device), build_model().to(device).eval()
     if weights is not None:
-        model.load_state_dict(load_file(weights, device=str(device)))
+        load_weights(model, weights)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
     return Run(model.train(), average, _optimiser(model, recipe))
@@ -112,10 +111,12 @@ def train(
 
     Raises:
         RecipeMismatch: the folder's state is of another recipe or model configuration.
+        PropagationError: the state or the weights to begin with are damaged, or weights of another configuration.
     """
     run = begin(recipe, device, weights)
     if has_state(folder):
         resume(run, folder, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
     since = time.perf_counter()
     while run.step < schedule.steps:
         run.recent.append(_step(run, recipe, schedule.steps, worker, device))

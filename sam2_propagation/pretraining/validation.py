@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from sam2.modeling.sam2_base import SAM2Base
 
+from sam2_propagation.errors import PropagationError
 from sam2_propagation.pretraining.losses import dice_score
-from sam2_propagation.pretraining.model import CONFIGURATION, build_model, follow
+from sam2_propagation.pretraining.model import CONFIGURATION, build_model, follow, load_weights
 from sam2_propagation.pretraining.pairing import draw_group, make_batch
 from sam2_propagation.pretraining.recipe import Difficulty, Recipe
 
@@ -67,10 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-device", default="cpu")
     options = parser.parse_args(arguments)
     if not options.checkpoint.is_file():
-        print(f"error: expected a checkpoint at {options.checkpoint}, found none", file=sys.stderr)
+        print(f"error: expected a checkpoint at {options.checkpoint}, found none; correct the path", file=sys.stderr)
         return 2
     model = build_model().to(options.device)
-    model.load_state_dict(load_file(options.checkpoint, device=options.device))
+    try:
+        load_weights(model, options.checkpoint)
+    except PropagationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     scores = validate(model, Recipe(), torch.device(options.device), options.batches)
     print(json.dumps({name: round(score, 4) for name, score in scores.items()}, indent=1))
     return 0
