@@ -129,28 +129,46 @@ def test_command_prints_the_table_or_json_and_leaves_the_images_alone(kinds: Pat
     assert {p: p.read_bytes() for p in (kinds / "imagesTr").iterdir()} == before
 
 
-def test_bad_input_is_one_sentence(roots: Roots, call: Call) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(roots: Roots, call: Call) -> None:
     folder = write_raw(roots.raw, cases=("only",), annotated=())
+    before = roots.snapshot()
     assert "--slices" in call(cli.suggest, "-d", 501).error
-    assert call(cli.suggest, "-d", 501, "--slices", "-np", 1).code == 0
     assert call(cli.suggest, "-d", 501, "--slices", "-n", 0).code == 2
-    edit_json(folder, channel_names={"0": "a", "1": "b"})
-    assert call(cli.suggest, "-d", 501, "--slices").code == 2
     assert call(cli.suggest, "-d", 777).code == 2
+    assert roots.snapshot() == before
+    assert call(cli.suggest, "-d", 501, "--slices", "-np", 1, "-o", roots.results / "suggest").code == 0
+    edit_json(folder, channel_names={"0": "a", "1": "b"})
+    before = roots.snapshot()
+    assert call(cli.suggest, "-d", 501, "--slices", "-np", 1).code == 2
+    assert roots.snapshot() == before
+
+
+def test_an_image_found_broken_on_the_way_leaves_nothing_behind(kinds: Path, roots: Roots, call: Call) -> None:
+    image = kinds / "imagesTr/e_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[:-200])
+    before = roots.snapshot()
+    answer = call(cli.suggest, "-d", 501, "-np", 1)
+    assert answer.code == 2
+    assert "e_0000.nii.gz" in answer.error
+    assert roots.snapshot() == before
 
 
 def test_nothing_left_to_annotate_is_said(roots: Roots, call: Call) -> None:
     write_raw(roots.raw, annotated=("case_0", "case_1", "case_2"))
+    before = roots.snapshot()
     answer = call(cli.suggest, "-d", 501, "-np", 1)
     assert answer.code == 2
     assert "nothing to choose" in answer.error
+    assert roots.snapshot() == before
 
 
 def test_a_folder_that_is_a_file_is_refused(kinds: Path, call: Call, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    answer = call(cli.suggest, "-d", 501, "-o", tmp_path / "taken")
-    assert answer.code == 2
-    assert "-o" in answer.error
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        answer = call(cli.suggest, "-d", 501, "-o", folder)
+        assert answer.code == 2
+        assert "taken is a file" in answer.error
+        assert "-o" in answer.error
 
 
 @pytest.mark.parametrize("text", ["name\nx\n", "case,axis,slice\nx,w,1\n", "case,axis,slice\nx,z,-1\n"])
