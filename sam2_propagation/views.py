@@ -72,7 +72,11 @@ def natural_plane(image: Image) -> str:
     """The plane across the thickest axis; the first array axis (Z) where none is thicker."""
     spacing = np.asarray(image.spacing)
     thickest = int(spacing.argmax())
-    axis = thickest if spacing[thickest] > _THICKER * spacing[0] and image.shape[0] > 1 else 0
+    return plane_across(image, thickest if spacing[thickest] > _THICKER * spacing[0] and image.shape[0] > 1 else 0)
+
+
+def plane_across(image: Image, axis: int) -> str:
+    """The plane whose slices are counted along an array axis (0 = Z, 1 = Y, 2 = X)."""
     world = _world_axes(image)[axis]
     return next(plane for plane, number in PLANES.items() if number == world)
 
