@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,64 @@ def test_training_is_kept_and_taken_up_again(
     other = CorrespondencePropagator(recipe=QUICK, cache=folder)
     other.fit([body(7)[0]])
     assert "learn correspondence" in capsys.readouterr().err, "other images, another network"
+
+
+def other_layers(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    state["network"] = {f"{key}_before": value for key, value in state["network"].items()}
+    torch.save(state, path)
+
+
+def wider(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    state["network"] = {key: torch.cat([value] * 2) if value.ndim else value for key, value in state["network"].items()}
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        other_layers,
+        wider,
+        lambda path: path.write_bytes(path.read_bytes()[:5000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"nothing of ours"),
+        lambda path: torch.save([1, 2], path),
+    ],
+    ids=["other layers", "wider", "cut short", "empty", "something else", "a list"],
+)
+def test_a_kept_network_that_cannot_be_read_is_learnt_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture, damage: Callable[[Path], object]
+) -> None:
+    recipe = Recipe(steps=1, batch=1, crop=32, radius=2)
+
+    def learnt() -> bytes:
+        made = CorrespondencePropagator(recipe=recipe, cache=tmp_path)
+        made.fit([body(0)[0]])
+        assert made._learned is not None
+        return b"".join(v.numpy().tobytes() for v in made._learned.network.state_dict().values())
+
+    first = learnt()
+    (kept,) = tmp_path.glob("correspondence-*.pt")
+    damage(kept)
+    capsys.readouterr()
+    assert learnt() == first, "from the start, nothing of the broken file in it"
+    assert "cannot be read" in capsys.readouterr().err
+    assert learnt() == first
+    assert "learn" not in capsys.readouterr().err, "the file was put right"
+
+
+def test_a_network_of_another_format_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        monkeypatch.setattr("sam2_propagation.correspondence_learning.FORMAT", number)
+        CorrespondencePropagator(recipe=Recipe(steps=1, batch=1, crop=32), cache=tmp_path).fit([body(0)[0]])
+    assert len(list(tmp_path.glob("correspondence-*.pt"))) == 2
+
+
+def test_a_folder_that_cannot_hold_networks_is_said(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(PropagationError, match="nnUNet_oneshot_checkpoints"):
+        CorrespondencePropagator(recipe=QUICK, cache=tmp_path / "taken").fit([body(0)[0]])
 
 
 def test_a_stopped_training_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
