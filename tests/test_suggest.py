@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from PIL import Image as Picture
 from raw_datasets import Roots, edit_json, make_sparse, read, write_image, write_raw
 
 from nnunet_oneshot import cli
+from nnunet_oneshot import suggest as suggest_module
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.store import read_manifest
 from nnunet_oneshot.suggest import read_slices, suggest
 from nnunet_oneshot.suggest_features import FEATURES, alike, describe
@@ -54,11 +57,27 @@ def test_the_middle_of_the_largest_group_comes_first_and_another_kind_second(kin
     assert found[0].coverage < found[1].coverage <= 1
 
 
-def test_two_runs_say_the_same_whatever_runs_side_by_side(kinds: Path, tmp_path: Path) -> None:
-    one = suggest(501, 7, output=tmp_path / "one", num_processes=1)
-    two = suggest(501, 7, output=tmp_path / "two", num_processes=1)
+@pytest.mark.slow
+def test_two_runs_say_the_same_whatever_runs_side_by_side(
+    roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eleven cases are the fewest for which processes start; they end in any order."""
+    names = [f"case_{i:02d}" for i in range(11)]
+    folder = write_raw(roots.raw, cases=names, annotated=())
+    for seed, name in enumerate(names):
+        write_image(folder / f"imagesTr/{name}_0000.nii.gz", blobs((5 + seed, 15 - seed), seed))
+    started = []
+
+    def watched(*arguments: Any, processes: int, **named: Any) -> Any:
+        started.append(processes)
+        return over_cases(*arguments, processes=processes, **named)
+
+    monkeypatch.setattr(suggest_module, "over_cases", watched)
+    one, two = (suggest(501, slices=True, output=tmp_path / str(n), num_processes=n) for n in (1, 2))
+    assert started == [1, 2]
     assert one.rows == two.rows
-    assert (one.folder / "suggest.csv").read_bytes() == (two.folder / "suggest.csv").read_bytes()
+    for name in ("suggest.csv", "suggest.png"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
 
 def test_what_is_annotated_needs_no_second_like_it(kinds: Path) -> None:
