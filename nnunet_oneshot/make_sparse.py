@@ -154,6 +154,11 @@ def _named(
             f"case {case.name}: expected slices along one axis in the table, found {sorted(axes) or 'none'}; correct it"
         )
     axis = AXES.index(axes.pop())
+    if label.shape[0] == 1 and axis != 0:
+        raise OneShotError(
+            f"case {case.name}: expected slice 0 along z of an image of one slice in the table, found slices along "
+            f"{AXES[axis]}; correct it"
+        )
     chosen = tuple(sorted({index for _, index in rows}))
     if chosen[-1] >= label.shape[axis]:
         raise OneShotError(

@@ -27,7 +27,7 @@ from sam2_propagation.correspondence_stack import Stack, annotated_slices, plane
 from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import BoolVolume, Image, LabelVolume, Propagation, Support
-from sam2_propagation.views import natural_plane, present
+from sam2_propagation.views import FLAT, can_show, natural_plane, present
 
 _BATCH = 8
 _DRIFTED = 0.5
@@ -109,8 +109,12 @@ class CorrespondencePropagator:
     def _one(
         self, supports: Sequence[Support], own: Support | None, query: Image, views: Sequence[str]
     ) -> list[Propagation]:
+        plane = _common_plane(supports)
+        if own is None and not can_show(query, "identity", plane):
+            return [Propagation(query.case, view, None, reason=FLAT) for view in views]
+        supports = [s for s in supports if can_show(s.image, "identity", plane)]
         classes = own.classes if own is not None else tuple(sorted({c for s in supports for c in s.classes}))
-        found = self._through(own) if own is not None else self._from_others(supports, query, classes)
+        found = self._through(own) if own is not None else self._from_others(supports, query, classes, plane)
         return [_propagation(found, query, classes, view, own) for view in views]
 
     def _through(self, own: Support) -> _Found:
@@ -121,8 +125,7 @@ class CorrespondencePropagator:
         near = replace(self.window, margin=self.window.margin // 2)
         return _Found(stack, chain(maps.joint, anchors, self.window), _doubled(chain(maps.coarse, halves, near)))
 
-    def _from_others(self, supports: Sequence[Support], query: Image, classes: tuple[int, ...]) -> _Found:
-        plane = natural_plane(supports[0].image)
+    def _from_others(self, supports: Sequence[Support], query: Image, classes: tuple[int, ...], plane: str) -> _Found:
         stack = self._stack(query, plane)
         maps = self._maps(stack)
         chosen = _evenly(supports, _SUPPORTS)
@@ -221,6 +224,12 @@ def _usable(supports: Sequence[Support]) -> list[Support]:
     if not kept:
         raise PropagationError(reason)
     return kept
+
+
+def _common_plane(supports: Sequence[Support]) -> str:
+    """The plane that all are sliced in: the first volume's natural one, if there is a volume."""
+    volumes = [s.image for s in supports if s.image.shape[0] > 1]
+    return natural_plane(volumes[0] if volumes else supports[0].image)
 
 
 def _anchors(own: Support, stack: Stack) -> dict[int, Tensor]:

@@ -102,6 +102,17 @@ def test_a_sparse_case_is_offered_another_slice_than_the_one_it_has(toy: Path) -
     assert not rows["case_1"].annotated
 
 
+def test_an_image_of_one_slice_is_its_own_slice(kinds: Path) -> None:
+    """Beside volumes, and annotated: then there is no other slice of it to draw."""
+    for name in ("a", "y"):
+        write_image(kinds / f"imagesTr/{name}_0000.nii.gz", blobs((8, 8), 1)[2:3])
+    write_image(kinds / "labelsTr/y.nii.gz", np.ones((1, *SHAPE[1:]), np.uint8))
+    rows = {row.case: row for row in suggest(501, slices=True, num_processes=1).rows}
+    assert (rows["a"].axis, rows["a"].slice) == ("z", 0)
+    assert sorted(rows) == ["a", "b", "c", "d", "e", "z"]
+    assert {row.case for row in suggest(501, 7, num_processes=1).rows} == set(rows), "and as whole cases"
+
+
 @pytest.mark.parametrize(("ending", "channels"), [(".png", 3), (".png", 1), (".nii.gz", 2)])
 def test_other_kinds_of_image_are_ranked_too(roots: Roots, ending: str, channels: int) -> None:
     write_raw(roots.raw, ending=ending, channels=channels, annotated=())

@@ -150,6 +150,36 @@ def test_the_only_drawn_volume_is_told_another_slice(bare: Path, drawn: Path) ->
     assert "slice 3," in make_sparse(501, drawn)[0].advice
 
 
+@pytest.fixture
+def flat(bare: Path, tmp_path: Path) -> Path:
+    """Drawn labels of a dataset whose every image is one slice; case 0 lacks the spot."""
+    for index in range(3):
+        write_image(bare / f"imagesTr/case_{index}_0000.nii.gz", image_array(index, shape=(1, *SHAPE[1:])))
+        label = label_array(index, (1, *SHAPE[1:]))
+        write_image(tmp_path / f"flat/case_{index}.nii.gz", label if index else np.minimum(label, 1))
+    return tmp_path / "flat"
+
+
+def test_of_an_image_of_one_slice_nothing_is_ignored_and_no_other_slice_is_advised(bare: Path, flat: Path) -> None:
+    (flat / "case_2.nii.gz").unlink()
+    made = make_sparse(501, flat)
+    assert [(s.axis, s.slices) for s in made] == [("z", (0,))] * 2
+    np.testing.assert_array_equal(read(bare / "labelsTr/case_1.nii.gz"), label_array(1, (1, *SHAPE[1:])))
+    assert made[0].missing == ("spot",)
+    assert "annotate another case" in made[0].advice
+
+
+def test_an_image_of_one_slice_has_no_slices_along_other_axes(
+    bare: Path, flat: Path, roots: Roots, tmp_path: Path, call: Call
+) -> None:
+    (tmp_path / "t.csv").write_text("case,axis,slice\ncase_0,z,0\ncase_1,y,3\ncase_2,z,0\n")
+    before = roots.snapshot()
+    answer = call(cli.make_sparse, "-d", 501, "-i", flat, "-slices", tmp_path / "t.csv")
+    assert answer.code == 2
+    assert "case_1: expected slice 0 along z" in answer.error
+    assert roots.snapshot() == before
+
+
 def test_json_names_cases_and_slices(drawn: Path, call: Call) -> None:
     answer = call(cli.make_sparse, "-d", 501, "-i", drawn, "-json")
     assert [c["slices"] for c in json.loads(answer.out)["cases"]] == [[2], [3]]
