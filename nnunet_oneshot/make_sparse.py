@@ -21,6 +21,7 @@ from nnunet_oneshot.dataset import IGNORE, Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.store import MANIFEST
 from nnunet_oneshot.suggest import AXES, read_slices
+from nnunet_oneshot.suggest_missing import Drawn, advice
 from sam2_propagation.interface import LabelVolume
 from sam2_propagation.views import present
 
@@ -73,12 +74,12 @@ def make_sparse(
     drawn = _drawn_files(raw, labels, overwrite)
     named = None if slices is None else read_slices(slices)
     ignore = raw.ignore if raw.ignore is not None else len(raw.label_values)
-    made = {case.name: _sparse(raw, case, path, named, ignore) for case, path in drawn}
+    made = [_sparse(raw, case, path, named, ignore) for case, path in drawn]
+    advised = advice(raw, made)
     _declare(raw, ignore)
-    for case, _ in drawn:
-        _write(raw, made[case.name][0], case)
-    found = [_described(raw, case, *made[case.name], ignore) for case, _ in drawn]
-    return _advised(raw, found, made, ignore)
+    for one in made:
+        _write(raw, one.label, one.case)
+    return [Sparse(d.case.name, AXES[d.axis], d.slices, d.missing, advised.get(d.case.name, "")) for d in made]
 
 
 def _drawn_files(raw: RawDataset, labels: Path, overwrite: bool) -> list[tuple[Case, Path]]:
@@ -105,8 +106,8 @@ def _drawn_files(raw: RawDataset, labels: Path, overwrite: bool) -> list[tuple[C
 
 def _sparse(
     raw: RawDataset, case: Case, path: Path, named: Mapping[str, Sequence[tuple[str, int]]] | None, ignore: int
-) -> tuple[LabelVolume, int, tuple[int, ...]]:
-    """The label with everything else ignored, the axis and the slices."""
+) -> Drawn:
+    """What was drawn, with everything else ignored."""
     label = checked_label(raw, path, case, drawn=True)
     label = np.where(label == ignore, 0, label).astype(np.int16)
     if not label.any():
@@ -124,7 +125,8 @@ def _sparse(
             f"{path}: expected foreground on the slices of the table alone, found {lost} voxels elsewhere; correct "
             "the table or the label"
         )
-    return sparse, axis, chosen
+    missing = tuple(name for value, name in raw.class_names.items() if not (sparse == value).any())
+    return Drawn(case, sparse, axis, chosen, missing)
 
 
 def _slices(raw: RawDataset, case: Case, label: LabelVolume) -> tuple[int, tuple[int, ...]]:
@@ -152,6 +154,11 @@ def _named(
             f"case {case.name}: expected slices along one axis in the table, found {sorted(axes) or 'none'}; correct it"
         )
     axis = AXES.index(axes.pop())
+    if label.shape[0] == 1 and axis != 0:
+        raise OneShotError(
+            f"case {case.name}: expected slice 0 along z of an image of one slice in the table, found slices along "
+            f"{AXES[axis]}; correct it"
+        )
     chosen = tuple(sorted({index for _, index in rows}))
     if chosen[-1] >= label.shape[axis]:
         raise OneShotError(
@@ -162,7 +169,7 @@ def _named(
 
 
 def _declare(raw: RawDataset, ignore: int) -> None:
-    """Add the ignore label to dataset.json, and count the labels that will be there."""
+    """Add the ignore label to dataset.json, where it is not there yet; nothing else of it changes."""
     if raw.ignore is not None:
         return
     content = {**raw.json, "labels": {**raw.json["labels"], IGNORE: ignore}}
@@ -182,41 +189,3 @@ def _write(raw: RawDataset, label: LabelVolume, case: Case) -> None:
         # A writer may add a side file (the spacing of a .tif); the label itself comes last.
         for written in sorted(path.parent.iterdir(), key=lambda p: p == path):
             os.replace(written, folder / written.name)
-
-
-def _described(
-    raw: RawDataset, case: Case, label: LabelVolume, axis: int, slices: tuple[int, ...], ignore: int
-) -> Sparse:
-    missing = tuple(name for value, name in raw.class_names.items() if value != ignore and not (label == value).any())
-    return Sparse(case.name, AXES[axis], slices, missing)
-
-
-def _advised(
-    raw: RawDataset,
-    found: Sequence[Sparse],
-    made: Mapping[str, tuple[LabelVolume, int, tuple[int, ...]]],
-    ignore: int,
-) -> list[Sparse]:
-    """For every class that a case misses: where in the volume other cases show it."""
-    heights: dict[str, list[float]] = {}
-    for label, axis, slices in made.values():
-        for value, name in raw.class_names.items():
-            shown = [i for i in slices if (np.take(label, i, axis) == value).any() and value != ignore]
-            heights.setdefault(name, []).extend((i + 0.5) / label.shape[axis] for i in shown)
-    return [
-        Sparse(s.case, s.axis, s.slices, s.missing, _advice(s, heights, made[s.case][0].shape)) if s.missing else s
-        for s in found
-    ]
-
-
-def _advice(sparse: Sparse, heights: Mapping[str, Sequence[float]], shape: tuple[int, ...]) -> str:
-    count = shape[AXES.index(sparse.axis)]
-    places = {
-        name: min(int(np.median(heights[name]) * count), count - 1) if heights.get(name) else None
-        for name in sparse.missing
-    }
-    told = [f"{name} (around slice {at})" for name, at in places.items() if at is not None]
-    nowhere = [name for name, at in places.items() if at is None]
-    words = f"annotate another slice of it for {', '.join(told)}" if told else ""
-    more = f"no annotated slice of any case shows {', '.join(nowhere)}: annotate one that does" if nowhere else ""
-    return "; ".join(part for part in (words, more) if part)

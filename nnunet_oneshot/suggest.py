@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,15 +100,20 @@ def suggest(
         raise OneShotError(f"expected -n of 1 or more, found {count}; leave it out for the default")
     raw = open_dataset(dataset)
     folder = output or raw.folder / FOLDER
-    _check_folder(folder)
     _check_choice(raw, slices)
+    _check_folder(folder)
     processes = num_processes or default_processes()
     pairs = [(raw, case) for case in raw.cases]
     found = over_cases(_look_at, pairs, processes=processes if len(pairs) > 10 else 1, title="look at images")
     items = _collected(raw, sorted(found, key=lambda described: described.case), slices)
     rows = _rows(items, count or (len(items.candidates) if slices else 5))
-    write_table(rows, folder / "suggest.csv")
-    picture_of(rows, lambda case: raw.read_image(raw.case(case))).save(folder / "suggest.png")
+    picture = picture_of(rows, lambda case: raw.read_image(raw.case(case)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_table(rows, folder / "suggest.csv")
+        picture.save(folder / "suggest.png")
+    except OSError as error:
+        raise _not_writable(folder, error.strerror) from error
     return Suggestions(tuple(rows), folder, len(raw.cases), slices)
 
 
@@ -147,13 +153,19 @@ def as_row(row: Suggestion) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "suggest.csv").open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise OneShotError(
-            f"expected a folder that can be written to, found {folder} ({error.strerror}); name another one with -o"
-        ) from error
+    """Said before minutes of work, and without writing: bad input found later leaves nothing behind."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise _not_writable(folder, f"{there} is a file")
+    table = folder / "suggest.csv"
+    if not os.access(table if table.exists() else there, os.W_OK):
+        raise _not_writable(folder, f"no permission to write to {there}")
+
+
+def _not_writable(folder: Path, reason: str | None) -> OneShotError:
+    return OneShotError(
+        f"expected a folder that can be written to, found {folder} ({reason}); name another one with -o"
+    )
 
 
 def _check_choice(raw: RawDataset, slices: bool) -> None:

@@ -46,14 +46,15 @@ class Described:
     axis: int
 
 
-def describe(image: Image, feature: str = "both") -> Described:
+def describe(image: Image, feature: str = "both", view: str = "identity") -> Described:
     """Vectors of an image and of its slices, slices in the order of the array.
 
     Args:
         image: 2D or 3D, any number of channels.
         feature: a name of `FEATURES`.
+        view: a name of `views.VIEWS`; slices are those of its plane.
     """
-    shown = present(image, "identity")
+    shown = present(image, view)
     data = np.concatenate([scale(image, Intensities(channels=c)) for c in range(len(image.data))])
     seen = torch.from_numpy(np.ascontiguousarray(shown.forward(data)))
     maps = FEATURES[feature](seen).transpose(0, 1)

@@ -27,7 +27,7 @@ from sam2_propagation.correspondence_stack import Stack, annotated_slices, plane
 from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import BoolVolume, Image, LabelVolume, Propagation, Support
-from sam2_propagation.views import natural_plane, present
+from sam2_propagation.views import FLAT, can_show, natural_plane, present
 
 _BATCH = 8
 _DRIFTED = 0.5
@@ -110,19 +110,31 @@ class CorrespondencePropagator:
     def _one(
         self, supports: Sequence[Support], own: Support | None, query: Image, views: Sequence[str]
     ) -> list[Propagation]:
-        every = tuple(sorted({c for s in supports for c in s.classes}))
-        if own is None:
-            found = self._from_others(supports, query, every)
-            return [_propagation(found, query, every, view, None) for view in views]
+        plane = _common_plane(supports)
+        shown = [s for s in supports if can_show(s.image, "identity", plane)]
+        every = tuple(sorted({c for s in shown for c in s.classes}))
+        if own is not None:
+            return self._completed_by_others(own, shown, every, views, plane)
+        if not can_show(query, "identity", plane):
+            return [Propagation(query.case, view, None, reason=FLAT) for view in views]
+        found = self._from_others(shown, query, every, plane)
+        return [_propagation(found, query, every, view, None) for view in views]
+
+    def _completed_by_others(
+        self, own: Support, supports: Sequence[Support], every: tuple[int, ...], views: Sequence[str], plane: str
+    ) -> list[Propagation]:
+        """Its own slices carried through a volume, and from others the classes that these do not show.
+
+        Left out, all views would agree that there is nothing of them.
+        """
         found = self._through(own)
-        results = [_propagation(found, query, own.classes, view, own) for view in views]
+        results = [_propagation(found, own.image, own.classes, view, own) for view in views]
         missing = sorted(set(every) - set(own.classes))
         lenders = [s for s in supports if s is not own and set(missing) & set(s.classes)]
-        if not lenders:
+        if not lenders or not can_show(own.image, "identity", plane):
             return results
-        # Its own slice does not show these classes. Left out, all views would agree that there is nothing of them.
-        lent = self._from_others(lenders, query, every)
-        others = [_propagation(lent, query, every, view, None) for view in views]
+        lent = self._from_others(lenders, own.image, every, plane)
+        others = [_propagation(lent, own.image, every, view, None) for view in views]
         return [_completed_by(own, mine, other, missing) for mine, other in zip(results, others, strict=True)]
 
     def _through(self, own: Support) -> _Found:
@@ -133,8 +145,7 @@ class CorrespondencePropagator:
         near = replace(self.window, margin=self.window.margin // 2)
         return _Found(stack, chain(maps.joint, anchors, self.window), _doubled(chain(maps.coarse, halves, near)))
 
-    def _from_others(self, supports: Sequence[Support], query: Image, classes: tuple[int, ...]) -> _Found:
-        plane = natural_plane(supports[0].image)
+    def _from_others(self, supports: Sequence[Support], query: Image, classes: tuple[int, ...], plane: str) -> _Found:
         stack = self._stack(query, plane)
         maps = self._maps(stack)
         chosen = _evenly(supports, _SUPPORTS)
@@ -233,6 +244,12 @@ def _usable(supports: Sequence[Support]) -> list[Support]:
     if not kept:
         raise PropagationError(reason)
     return kept
+
+
+def _common_plane(supports: Sequence[Support]) -> str:
+    """The plane that all are sliced in: the first volume's natural one, if there is a volume."""
+    volumes = [s.image for s in supports if s.image.shape[0] > 1]
+    return natural_plane(volumes[0] if volumes else supports[0].image)
 
 
 def _anchors(own: Support, stack: Stack) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from sam2_propagation.correspondence_network import CorrespondenceNetwork
+from sam2_propagation.correspondence_network import FORMAT, CorrespondenceNetwork
 from sam2_propagation.correspondence_stack import at_size, fitting_pitch, stack_of
 from sam2_propagation.correspondence_training import Learner, Recipe
 from sam2_propagation.errors import PropagationError
@@ -59,7 +59,7 @@ def learn(images: Iterable[Image], recipe: Recipe, device: torch.device, folder:
         folder: holds networks by the images and the recipe they were made with; a stopped training goes on from there.
 
     Raises:
-        PropagationError: no image, or images of different numbers of channels.
+        PropagationError: no image, images of different numbers of channels, or no permission to use `folder`.
     """
     sample, digest = _sampled(images, recipe)
     channels = {seen.slices.shape[1] for seen in sample}
@@ -70,15 +70,32 @@ def learn(images: Iterable[Image], recipe: Recipe, device: torch.device, folder:
         )
     pitch = float(np.median([seen.pitch for seen in sample]))
     path = folder / f"correspondence-{digest}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Shards that start side by side train one network, not one each.
-    with FileLock(f"{path}.lock"):
-        learner = Learner(recipe, channels.pop(), device)
-        if path.is_file():
-            learner.restore(path)
-        if learner.step < recipe.steps:
-            _train(learner, [_at_pitch(seen, pitch) for seen in sample], path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Shards that start side by side train one network, not one each.
+        with FileLock(f"{path}.lock"):
+            learner = _taken_up(recipe, channels.pop(), device, path)
+            if learner.step < recipe.steps:
+                _train(learner, [_at_pitch(seen, pitch) for seen in sample], path)
+    except OSError as error:
+        raise PropagationError(
+            f"expected a folder that networks can be kept in, found {folder} ({error.strerror}); set "
+            "nnUNet_oneshot_checkpoints to another one"
+        ) from error
     return Learned(learner.network.cpu().eval(), sample[0].slices.shape[1], pitch)
+
+
+def _taken_up(recipe: Recipe, channels: int, device: torch.device, path: Path) -> Learner:
+    """What is kept in the file, or a new learner where there is nothing that can be used."""
+    learner = Learner(recipe, channels, device)
+    if path.is_file():
+        try:
+            learner.restore(path)
+        except PropagationError:
+            # The images are at hand: what the file held can be had again, and its place is taken when it is.
+            print(f"{path.name} cannot be read: correspondence is learnt anew", file=sys.stderr)
+            return Learner(recipe, channels, device)
+    return learner
 
 
 def _train(learner: Learner, volumes: list[Tensor], path: Path) -> None:
@@ -93,10 +110,10 @@ def _train(learner: Learner, volumes: list[Tensor], path: Path) -> None:
 
 
 def _sampled(images: Iterable[Image], recipe: Recipe) -> tuple[list[_Seen], str]:
-    """Some of the images, every one as likely as any other, and a digest of all and of the recipe."""
+    """Some of the images, every one as likely as any other, and a digest of all, recipe and format."""
     rng = np.random.default_rng(recipe.seed)
     sample: list[_Seen] = []
-    digest = hashlib.blake2b(repr(sorted(asdict(recipe).items())).encode(), digest_size=12)
+    digest = hashlib.blake2b(repr((FORMAT, *sorted(asdict(recipe).items()))).encode(), digest_size=12)
     for number, image in enumerate(images):
         digest.update(repr((image.case, image.spacing, image.data.shape)).encode())
         digest.update(np.ascontiguousarray(image.data).data)

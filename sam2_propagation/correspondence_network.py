@@ -13,6 +13,8 @@ DEPTH = 32
 _OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0), (3, 3), (3, -3))
 """Neighbours that an edge profile compares a pixel with, (rows, columns) of working pixels."""
 _LOCAL = 15
+FORMAT = 1
+"""Of kept networks: raised when layers, or what trained weights mean, change, so that older files are left alone."""
 
 
 @dataclass(frozen=True, eq=False)

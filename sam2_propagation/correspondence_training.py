@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from torch import Tensor
 
 from sam2_propagation.correspondence_attention import correlate, reconstruct
 from sam2_propagation.correspondence_network import CorrespondenceNetwork, Features
+from sam2_propagation.errors import PropagationError
+
+_UNREADABLE = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError)
+"""What torch raises for a damaged file, and for tensors of another network."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +182,21 @@ class Learner:
         os.replace(new, path)
 
     def restore(self, path: Path) -> None:
-        """Go on from a file of `save`."""
-        state = torch.load(path, map_location=self._device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self.step = int(state["step"])
+        """Go on from a file of `save`.
+
+        Raises:
+            PropagationError: a damaged file, or one of another network; the learner must not be used any more then.
+        """
+        try:
+            state = torch.load(path, map_location=self._device, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self._optimiser.load_state_dict(state["optimiser"])
+            self.step = int(state["step"])
+        except _UNREADABLE as error:
+            raise PropagationError(
+                f"expected a whole network of this version in {path}, found none ({type(error).__name__}); remove it, "
+                "and another one is trained"
+            ) from error
         self.network.eval()
 
     def _state(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.registration import affinely_aligned
 from sam2_propagation.sam2_engine import Prompts, Sam2Engine
 from sam2_propagation.sam2_settings import TURNED, Sam2Settings
-from sam2_propagation.views import VIEWS, natural_plane, present
+from sam2_propagation.views import FLAT, VIEWS, can_show, natural_plane, present
 
 PLANES = ("axial", "coronal", "sagittal")
 _FEWEST_SLICES = 6
@@ -194,9 +194,13 @@ class Sam2Propagator:
         if self.settings.align:
             supports = [affinely_aligned(support, query) for support in supports]
             engine.forget_supports()
-        total = sum(query.shape[present(query, view, natural).axes[0]] for view in views)
+        shown = [view for view in views if can_show(query, view, natural)]
+        total = sum(query.shape[present(query, view, natural).axes[0]] for view in shown)
         for view in views:
-            yield engine.carry(supports, query, scaled, view, natural, prompts, self._seed, self._told_of(total))
+            if view in shown:
+                yield engine.carry(supports, query, scaled, view, natural, prompts, self._seed, self._told_of(total))
+            else:
+                yield Propagation(query.case, view, None, reason=FLAT)
 
     def _told_of(self, total: int) -> Callable[[int], None]:
         report = self.progress

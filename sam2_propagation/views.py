@@ -26,6 +26,9 @@ TURNS = {"identity": 0, "rot90": 1, "rot180": 2}
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """World axis (x, y, z of SimpleITK) that a plane's slices lie along."""
 
+FLAT = "a single slice, of another plane than the slices of the annotated images"
+"""The reason why a 2D image that `can_show` refuses gets no label."""
+
 VIEWS: tuple[str, ...] = (
     *TURNS,
     *("axial", "coronal", "sagittal"),
@@ -72,7 +75,11 @@ def natural_plane(image: Image) -> str:
     """The plane across the thickest axis; the first array axis (Z) where none is thicker."""
     spacing = np.asarray(image.spacing)
     thickest = int(spacing.argmax())
-    axis = thickest if spacing[thickest] > _THICKER * spacing[0] and image.shape[0] > 1 else 0
+    return plane_across(image, thickest if spacing[thickest] > _THICKER * spacing[0] and image.shape[0] > 1 else 0)
+
+
+def plane_across(image: Image, axis: int) -> str:
+    """The plane whose slices are counted along an array axis (0 = Z, 1 = Y, 2 = X)."""
     world = _world_axes(image)[axis]
     return next(plane for plane, number in PLANES.items() if number == world)
 
@@ -93,7 +100,7 @@ def present(image: Image, view: str, natural: str | None = None) -> Presentation
     plane = plane or natural or natural_plane(image)
     world = _world_axes(image)
     across = world.index(PLANES[plane])
-    if image.shape[0] == 1 and across != 0:
+    if not can_show(image, view, natural):
         raise PropagationError(
             f"expected a volume for view {view}, found the 2D image {image.case}; use identity, rot90 or rot180"
         )
@@ -101,6 +108,16 @@ def present(image: Image, view: str, natural: str | None = None) -> Presentation
     axes = (across, *in_plane)
     backwards = [_runs_backwards(image, axis, world[axis]) for axis in axes]
     return Presentation((axes[0], axes[1], axes[2]), (backwards[0], backwards[1], backwards[2]), TURNS[turn])
+
+
+def can_show(image: Image, view: str, natural: str | None = None) -> bool:
+    """Whether `present` can show an image so: a single slice has pixels in one plane alone.
+
+    Raises:
+        PropagationError: unknown view.
+    """
+    plane = plane_of(view) or natural
+    return image.shape[0] > 1 or plane is None or plane == plane_across(image, 0)
 
 
 def plane_of(view: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +121,8 @@ def test_two_runs_are_equal_in_another_process_too(
     np.testing.assert_array_equal(again.label, through["joint"].label)
 
 
-def test_a_jump_in_the_volume_shows_as_drift(taught: CorrespondencePropagator) -> None:
-    """Half of the slices are of another place: what is found there does not lead back."""
+def test_noise_in_the_volume_lowers_the_cycle_score(taught: CorrespondencePropagator) -> None:
+    """What is found on slices that show nothing does not lead back."""
     image, label = body(0)
     data = image.data.copy()
     data[:, 5:] = np.random.default_rng(5).normal(200, 60, data[:, 5:].shape)
@@ -130,6 +130,25 @@ def test_a_jump_in_the_volume_shows_as_drift(taught: CorrespondencePropagator) -
     good = next(iter(taught.propagate([sparse(image, label, ANNOTATED)], [image], ["joint"])))
     bad = next(iter(taught.propagate([sparse(broken, label, ANNOTATED)], [broken], ["joint"])))
     assert bad.scores["cycle"] < good.scores["cycle"] - 0.02
+
+
+def test_a_jump_in_the_volume_shows_as_divergence(taught: CorrespondencePropagator) -> None:
+    """From slice 4 on everything lies 16 pixels aside: where `joint` drifts, `checked` contradicts it."""
+    image, label = body(0)
+    data = image.data.copy()
+    data[:, 4:] = np.roll(data[:, 4:], 16, axis=3)
+    drifted = {}
+    for name, shown in (("whole", image), ("broken", Image("case_0", data, SPACING))):
+        joint, checked = taught.propagate([sparse(shown, label, ANNOTATED)], [shown], ["joint", "checked"])
+        assert joint.label is not None
+        drifted[name] = joint.label != checked.label
+        np.testing.assert_array_equal(drifted[name], joint.confidence == 0)
+        assert joint.scores["drift"] == pytest.approx(
+            (drifted[name] & (joint.label > 0)).sum() / (joint.label > 0).sum()
+        )
+    assert not drifted["whole"].any()
+    assert not drifted["broken"][:4].any(), "before the jump all is well"
+    assert drifted["broken"][4:].any(axis=(1, 2)).all()
 
 
 def test_two_annotated_slices_are_both_heard(taught: CorrespondencePropagator) -> None:
@@ -184,6 +203,64 @@ def test_training_is_kept_and_taken_up_again(
     assert "learn correspondence" in capsys.readouterr().err, "other images, another network"
 
 
+def other_layers(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    state["network"] = {f"{key}_before": value for key, value in state["network"].items()}
+    torch.save(state, path)
+
+
+def wider(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    state["network"] = {key: torch.cat([value] * 2) if value.ndim else value for key, value in state["network"].items()}
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        other_layers,
+        wider,
+        lambda path: path.write_bytes(path.read_bytes()[:5000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"nothing of ours"),
+        lambda path: torch.save([1, 2], path),
+    ],
+    ids=["other layers", "wider", "cut short", "empty", "something else", "a list"],
+)
+def test_a_kept_network_that_cannot_be_read_is_learnt_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture, damage: Callable[[Path], object]
+) -> None:
+    recipe = Recipe(steps=1, batch=1, crop=32, radius=2)
+
+    def learnt() -> bytes:
+        made = CorrespondencePropagator(recipe=recipe, cache=tmp_path)
+        made.fit([body(0)[0]])
+        assert made._learned is not None
+        return b"".join(v.numpy().tobytes() for v in made._learned.network.state_dict().values())
+
+    first = learnt()
+    (kept,) = tmp_path.glob("correspondence-*.pt")
+    damage(kept)
+    capsys.readouterr()
+    assert learnt() == first, "from the start, nothing of the broken file in it"
+    assert "cannot be read" in capsys.readouterr().err
+    assert learnt() == first
+    assert "learn" not in capsys.readouterr().err, "the file was put right"
+
+
+def test_a_network_of_another_format_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        monkeypatch.setattr("sam2_propagation.correspondence_learning.FORMAT", number)
+        CorrespondencePropagator(recipe=Recipe(steps=1, batch=1, crop=32), cache=tmp_path).fit([body(0)[0]])
+    assert len(list(tmp_path.glob("correspondence-*.pt"))) == 2
+
+
+def test_a_folder_that_cannot_hold_networks_is_said(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(PropagationError, match="nnUNet_oneshot_checkpoints"):
+        CorrespondencePropagator(recipe=QUICK, cache=tmp_path / "taken").fit([body(0)[0]])
+
+
 def test_a_stopped_training_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     recipe = Recipe(steps=4, batch=1, crop=32, radius=2)
     volumes = [torch.rand(4, 1, 40, 48, generator=torch.Generator().manual_seed(s)) for s in range(2)]
@@ -205,13 +282,16 @@ def test_a_stopped_training_ends_where_an_unbroken_one_does(tmp_path: Path) -> N
 
 
 def test_multi_channel_images_and_single_slices_can_be_learnt(tmp_path: Path) -> None:
-    made = CorrespondencePropagator(recipe=Recipe(steps=2, batch=2, crop=32, radius=2), cache=tmp_path)
+    made = CorrespondencePropagator(recipe=Recipe(steps=20, batch=2, crop=32, radius=2), cache=tmp_path)
     pairs = [body(seed, channels=2) for seed in range(2)]
     flat = [(Image(i.case, i.data[:, 3:4]), label[3:4]) for i, label in pairs]
     made.fit(image for image, _ in flat)
     results = list(made.propagate([Support(*flat[0])], [flat[1][0]], ["joint", "coarse"]))
     assert [r.case for r in results] == ["case_1"] * 2
-    assert all((r.label is None) != (r.reason is None) for r in results)
+    for result in results:
+        assert result.label is not None
+        assert result.label.shape == (1, *SHAPE[1:])
+        assert all(overlap(result.label, flat[1][1], value) > 0.6 for value in (1, 2))
 
 
 def test_images_of_different_channels_are_refused(taught: CorrespondencePropagator, tmp_path: Path) -> None:

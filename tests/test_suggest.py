@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from PIL import Image as Picture
 from raw_datasets import Roots, edit_json, make_sparse, read, write_image, write_raw
 
 from nnunet_oneshot import cli
+from nnunet_oneshot import suggest as suggest_module
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.store import read_manifest
 from nnunet_oneshot.suggest import read_slices, suggest
 from nnunet_oneshot.suggest_features import FEATURES, alike, describe
@@ -54,11 +57,27 @@ def test_the_middle_of_the_largest_group_comes_first_and_another_kind_second(kin
     assert found[0].coverage < found[1].coverage <= 1
 
 
-def test_two_runs_say_the_same_whatever_runs_side_by_side(kinds: Path, tmp_path: Path) -> None:
-    one = suggest(501, 7, output=tmp_path / "one", num_processes=1)
-    two = suggest(501, 7, output=tmp_path / "two", num_processes=1)
+@pytest.mark.slow
+def test_two_runs_say_the_same_whatever_runs_side_by_side(
+    roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eleven cases are the fewest for which processes start; they end in any order."""
+    names = [f"case_{i:02d}" for i in range(11)]
+    folder = write_raw(roots.raw, cases=names, annotated=())
+    for seed, name in enumerate(names):
+        write_image(folder / f"imagesTr/{name}_0000.nii.gz", blobs((5 + seed, 15 - seed), seed))
+    started = []
+
+    def watched(*arguments: Any, processes: int, **named: Any) -> Any:
+        started.append(processes)
+        return over_cases(*arguments, processes=processes, **named)
+
+    monkeypatch.setattr(suggest_module, "over_cases", watched)
+    one, two = (suggest(501, slices=True, output=tmp_path / str(n), num_processes=n) for n in (1, 2))
+    assert started == [1, 2]
     assert one.rows == two.rows
-    assert (one.folder / "suggest.csv").read_bytes() == (two.folder / "suggest.csv").read_bytes()
+    for name in ("suggest.csv", "suggest.png"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
 
 def test_what_is_annotated_needs_no_second_like_it(kinds: Path) -> None:
@@ -81,6 +100,17 @@ def test_a_sparse_case_is_offered_another_slice_than_the_one_it_has(toy: Path) -
     assert rows["case_0"].annotated
     assert rows["case_0"].slice != 2
     assert not rows["case_1"].annotated
+
+
+def test_an_image_of_one_slice_is_its_own_slice(kinds: Path) -> None:
+    """Beside volumes, and annotated: then there is no other slice of it to draw."""
+    for name in ("a", "y"):
+        write_image(kinds / f"imagesTr/{name}_0000.nii.gz", blobs((8, 8), 1)[2:3])
+    write_image(kinds / "labelsTr/y.nii.gz", np.ones((1, *SHAPE[1:]), np.uint8))
+    rows = {row.case: row for row in suggest(501, slices=True, num_processes=1).rows}
+    assert (rows["a"].axis, rows["a"].slice) == ("z", 0)
+    assert sorted(rows) == ["a", "b", "c", "d", "e", "z"]
+    assert {row.case for row in suggest(501, 7, num_processes=1).rows} == set(rows), "and as whole cases"
 
 
 @pytest.mark.parametrize(("ending", "channels"), [(".png", 3), (".png", 1), (".nii.gz", 2)])
@@ -129,28 +159,46 @@ def test_command_prints_the_table_or_json_and_leaves_the_images_alone(kinds: Pat
     assert {p: p.read_bytes() for p in (kinds / "imagesTr").iterdir()} == before
 
 
-def test_bad_input_is_one_sentence(roots: Roots, call: Call) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(roots: Roots, call: Call) -> None:
     folder = write_raw(roots.raw, cases=("only",), annotated=())
+    before = roots.snapshot()
     assert "--slices" in call(cli.suggest, "-d", 501).error
-    assert call(cli.suggest, "-d", 501, "--slices", "-np", 1).code == 0
     assert call(cli.suggest, "-d", 501, "--slices", "-n", 0).code == 2
-    edit_json(folder, channel_names={"0": "a", "1": "b"})
-    assert call(cli.suggest, "-d", 501, "--slices").code == 2
     assert call(cli.suggest, "-d", 777).code == 2
+    assert roots.snapshot() == before
+    assert call(cli.suggest, "-d", 501, "--slices", "-np", 1, "-o", roots.results / "suggest").code == 0
+    edit_json(folder, channel_names={"0": "a", "1": "b"})
+    before = roots.snapshot()
+    assert call(cli.suggest, "-d", 501, "--slices", "-np", 1).code == 2
+    assert roots.snapshot() == before
+
+
+def test_an_image_found_broken_on_the_way_leaves_nothing_behind(kinds: Path, roots: Roots, call: Call) -> None:
+    image = kinds / "imagesTr/e_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[:-200])
+    before = roots.snapshot()
+    answer = call(cli.suggest, "-d", 501, "-np", 1)
+    assert answer.code == 2
+    assert "e_0000.nii.gz" in answer.error
+    assert roots.snapshot() == before
 
 
 def test_nothing_left_to_annotate_is_said(roots: Roots, call: Call) -> None:
     write_raw(roots.raw, annotated=("case_0", "case_1", "case_2"))
+    before = roots.snapshot()
     answer = call(cli.suggest, "-d", 501, "-np", 1)
     assert answer.code == 2
     assert "nothing to choose" in answer.error
+    assert roots.snapshot() == before
 
 
 def test_a_folder_that_is_a_file_is_refused(kinds: Path, call: Call, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    answer = call(cli.suggest, "-d", 501, "-o", tmp_path / "taken")
-    assert answer.code == 2
-    assert "-o" in answer.error
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        answer = call(cli.suggest, "-d", 501, "-o", folder)
+        assert answer.code == 2
+        assert "taken is a file" in answer.error
+        assert "-o" in answer.error
 
 
 @pytest.mark.parametrize("text", ["name\nx\n", "case,axis,slice\nx,w,1\n", "case,axis,slice\nx,z,-1\n"])

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Answer
-from raw_datasets import SHAPE, Roots, geometry, label_array, read, write_image, write_raw
+from raw_datasets import (
+    FLIPPED_OBLIQUE,
+    SHAPE,
+    Roots,
+    geometry,
+    image_array,
+    label_array,
+    read,
+    write_image,
+    write_raw,
+)
 
 from nnunet_oneshot import cli
 from nnunet_oneshot.dataset import open_dataset
@@ -77,11 +88,96 @@ def test_a_class_that_a_slice_misses_is_said_with_a_slice_that_may_show_it(drawn
     assert "around slice 3" in answer.out, "where the other case shows it"
 
 
-def test_a_class_that_nobody_drew_is_said(drawn: Path) -> None:
-    for name in ("case_0", "case_1"):
-        label = read(drawn / f"{name}.nii.gz")
-        write_image(drawn / f"{name}.nii.gz", np.where(label == 2, 0, label))
-    assert all("no annotated slice of any case shows spot" in s.advice for s in make_sparse(501, drawn))
+def without_spot(drawn: Path, case: int, at: int) -> None:
+    """Draw one slice of a case, the organ alone."""
+    label = np.zeros(SHAPE, np.uint8)
+    label[at] = np.minimum(label_array(case)[at], 1)
+    write_image(drawn / f"case_{case}.nii.gz", label)
+
+
+def seen_on_one_slice(bare: Path, case: int, at: int) -> None:
+    """Replace a case's image by one with something to see on a single slice."""
+    image = np.full(SHAPE, 100, np.int16)
+    image[at] += 50 * label_array(case)[at]
+    write_image(bare / f"imagesTr/case_{case}_0000.nii.gz", image)
+
+
+def test_the_slice_that_is_named_is_not_the_one_already_drawn(drawn: Path) -> None:
+    without_spot(drawn, 0, 3)
+    advice = make_sparse(501, drawn)[0].advice
+    assert "spot (around slice 2)" in advice, "the nearest to slice 3, where the other case shows it"
+
+
+def test_a_volume_stored_upside_down_counts_slices_the_other_way(bare: Path, drawn: Path) -> None:
+    without_spot(drawn, 0, 2)
+    label = np.zeros(SHAPE, np.uint8)
+    label[1] = label_array(1)[1]
+    down = (*FLIPPED_OBLIQUE[:8], -1.0)
+    write_image(drawn / "case_1.nii.gz", label, down)
+    write_image(bare / "imagesTr/case_1_0000.nii.gz", image_array(1), down)
+    assert "spot (around slice 3)" in make_sparse(501, drawn)[0].advice
+
+
+def test_slices_drawn_along_another_axis_say_nothing_of_heights(bare: Path, drawn: Path) -> None:
+    """Case 1 shows the spot on a slice along y: where that is along z is not known from its number."""
+    without_spot(drawn, 0, 0)
+    seen_on_one_slice(bare, 0, 4)
+    label = np.zeros(SHAPE, np.uint8)
+    label[:, 4] = label_array(1)[:, 4]
+    write_image(drawn / "case_1.nii.gz", label)
+    made = make_sparse(501, drawn)
+    assert [s.axis for s in made] == ["z", "y"]
+    assert "around" not in made[0].advice
+    assert "slice 4," in made[0].advice
+
+
+def test_a_class_that_nobody_drew_is_said_with_a_slice_worth_drawing(bare: Path, drawn: Path) -> None:
+    for case, at in ((0, 2), (1, 3)):
+        without_spot(drawn, case, at)
+        seen_on_one_slice(bare, case, 4 - case)
+    one, other = make_sparse(501, drawn)
+    assert "no slice drawn along this axis shows spot" in one.advice
+    assert "slice 4," in one.advice, "the only one with something on it"
+    named = re.findall(r"slice (\d)", other.advice)
+    assert named
+    assert "3" not in named, "drawn already"
+
+
+def test_the_only_drawn_volume_is_told_another_slice(bare: Path, drawn: Path) -> None:
+    (drawn / "case_1.nii.gz").unlink()
+    without_spot(drawn, 0, 0)
+    seen_on_one_slice(bare, 0, 3)
+    assert "slice 3," in make_sparse(501, drawn)[0].advice
+
+
+@pytest.fixture
+def flat(bare: Path, tmp_path: Path) -> Path:
+    """Drawn labels of a dataset whose every image is one slice; case 0 lacks the spot."""
+    for index in range(3):
+        write_image(bare / f"imagesTr/case_{index}_0000.nii.gz", image_array(index, shape=(1, *SHAPE[1:])))
+        label = label_array(index, (1, *SHAPE[1:]))
+        write_image(tmp_path / f"flat/case_{index}.nii.gz", label if index else np.minimum(label, 1))
+    return tmp_path / "flat"
+
+
+def test_of_an_image_of_one_slice_nothing_is_ignored_and_no_other_slice_is_advised(bare: Path, flat: Path) -> None:
+    (flat / "case_2.nii.gz").unlink()
+    made = make_sparse(501, flat)
+    assert [(s.axis, s.slices) for s in made] == [("z", (0,))] * 2
+    np.testing.assert_array_equal(read(bare / "labelsTr/case_1.nii.gz"), label_array(1, (1, *SHAPE[1:])))
+    assert made[0].missing == ("spot",)
+    assert "annotate another case" in made[0].advice
+
+
+def test_an_image_of_one_slice_has_no_slices_along_other_axes(
+    bare: Path, flat: Path, roots: Roots, tmp_path: Path, call: Call
+) -> None:
+    (tmp_path / "t.csv").write_text("case,axis,slice\ncase_0,z,0\ncase_1,y,3\ncase_2,z,0\n")
+    before = roots.snapshot()
+    answer = call(cli.make_sparse, "-d", 501, "-i", flat, "-slices", tmp_path / "t.csv")
+    assert answer.code == 2
+    assert "case_1: expected slice 0 along z" in answer.error
+    assert roots.snapshot() == before
 
 
 def test_json_names_cases_and_slices(drawn: Path, call: Call) -> None:

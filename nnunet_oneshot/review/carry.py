@@ -22,7 +22,7 @@ from sam2_propagation.sam2_memory import Tools, Viewed, ViewedSupport
 from sam2_propagation.sam2_modes import through_volume
 from sam2_propagation.sam2_settings import Sam2Settings
 from sam2_propagation.tracker import Tracker
-from sam2_propagation.views import PLANES, Presentation, present
+from sam2_propagation.views import plane_across, present
 
 BATCH = 8
 KEPT = 2
@@ -117,7 +117,7 @@ class Carrier:
     def _view(self, encoder: Encoder, size: int, image: Image, axis: int) -> Viewed:
         key = (image.case, axis)
         if key not in self._viewed:
-            shown = _presentation(image, axis)
+            shown = present(image, plane_across(image, axis))
             seen = shown.forward(scale(image, self._settings.intensities))
             frames = encoder.encode(ImageSlices(seen, size))
             self._viewed[key] = Viewed(image.case, frames, (seen.shape[-2], seen.shape[-1]), shown)
@@ -151,12 +151,6 @@ def find_correction(before: LabelVolume, edited: LabelVolume, kept: Correction |
     classes = {int(v) for v in np.union1d(before[changed], edited[changed]) if v}
     indices = {int(i) for i in axes[axis]}
     return Correction(axis, tuple(sorted({*earlier.indices, *indices})), tuple(sorted({*earlier.classes, *classes})))
-
-
-def _presentation(image: Image, axis: int) -> Presentation:
-    """How the slices across an array axis are shown."""
-    shown = (present(image, plane) for plane in PLANES)
-    return next(p for p in shown if p.axes[0] == axis)
 
 
 def _merged(edited: LabelVolume, carried: LabelVolume, correction: Correction, reach: int | None) -> LabelVolume:
