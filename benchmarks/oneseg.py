@@ -42,7 +42,7 @@ from registration import dice, read_image, read_label, split_of
 from suggest import spread
 
 from nnunet_oneshot.consensus import view_weights
-from nnunet_oneshot.suggest_features import alike, describe
+from nnunet_oneshot.suggest_features import along, describe
 from nnunet_oneshot.suggest_ranking import best_slice
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
@@ -100,7 +100,7 @@ def sparse_support(image: Image, truth: LabelVolume, suggested: bool) -> tuple[S
     index = int((seen > 0).sum(axis=(1, 2)).argmax())
     if suggested:
         found = describe(image)
-        stored = best_slice(alike(found.slices, found.slices), found.content)
+        stored = best_slice(along(found.slices), found.content)
         index = len(seen) - 1 - stored if shown.flips[0] else stored
     label = np.full_like(seen, IGNORE)
     label[index] = seen[index]

@@ -1,14 +1,15 @@
 """Does `suggest --slices` find a good slice to annotate? Its rank among a volume's slices by the Dice each gives.
 
     python benchmarks/suggest_slices.py [--sets phantom chaos_mr_t2 acdc_mr hippocampus] [--cases 8]
+                                        [--again]
 
 Data: $ONESHOT_DATA, or ../shared/data beside the repository; of each set so many pool cases at even distances in the
-sorted names, and thick phantoms, which alone choose how slices are ranked. Every slice of a volume that shows
-foreground is annotated in turn and carried from slice to slice by 2D demons on a grid of 64x64 pixels; its worth is
-the mean Dice over the volume's classes, on all slices but itself. The suggested slice sees no label; where it shows no
-foreground it is worth 0 and ranked last. Beside it: the slice with the largest foreground area, which reads the truth.
-True labels are read to carry and to score. Nothing is random. A finished row,
-benchmarks/results/suggest_slices_<set>_<cases>.json, is not computed again.
+sorted names, and thick phantoms. Every slice of a volume that shows foreground is annotated in turn and carried from
+slice to slice by 2D demons on a grid of 64x64 pixels; its worth is the mean Dice over the volume's classes, on all
+slices but itself. The suggested slice sees no label; where it shows no foreground it is worth 0 and ranked last.
+Beside it: the slice with the largest foreground area, which reads the truth. True labels are read to carry and to
+score. Nothing is random. A finished row, benchmarks/results/suggest_slices_<set>_<cases>.json, is not computed again;
+`--again` ranks anew by the worths in it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from registration import dice, read_image, read_label, split_of
 from suggest import spread
 from tqdm import tqdm
 
-from nnunet_oneshot.suggest_features import alike, describe
+from nnunet_oneshot.suggest_features import along, describe
 from nnunet_oneshot.suggest_ranking import best_slice
 from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, LabelVolume
@@ -57,7 +58,7 @@ def small(name: str, case: str) -> tuple[np.ndarray, LabelVolume, int]:
     image, truth = read_case(name, case)
     shown = present(image, "identity")
     found = describe(image)
-    stored = best_slice(alike(found.slices, found.slices), found.content)
+    stored = best_slice(along(found.slices), found.content)
     seen = torch.from_numpy(np.ascontiguousarray(shown.forward(scale(image))[0], dtype=np.float32))
     label = torch.from_numpy(np.ascontiguousarray(shown.forward(truth), dtype=np.float32))
     pixels = F.interpolate(seen[None], size=(PIXELS, PIXELS), mode="area")[0].numpy()
@@ -65,13 +66,12 @@ def small(name: str, case: str) -> tuple[np.ndarray, LabelVolume, int]:
     return pixels, labels, len(labels) - 1 - stored if shown.flips[0] else stored
 
 
-def run_case(name: str, case: str) -> dict[str, Any]:
-    """Worth of every slice with foreground, and where the suggested one stands."""
+def run_case(name: str, case: str, worth: dict[int, float]) -> dict[str, Any]:
+    """Worth of every slice with foreground, found now where it is not given, and where the suggested one stands."""
     pixels, labels, suggested = small(name, case)
     classes = [int(value) for value in np.unique(labels) if value]
     shown = np.flatnonzero(labels.any(axis=(1, 2)))
-    worth = {}
-    for index in map(int, shown):
+    for index in map(int, () if worth else shown):
         rest = np.arange(len(labels)) != index
         worth[index] = dice(registered(pixels, labels[index], index)[rest], labels[rest], classes)
     largest = max(worth, key=lambda i: int((labels[i] > 0).sum()))
@@ -90,12 +90,14 @@ def run_case(name: str, case: str) -> dict[str, Any]:
     }
 
 
-def run_set(name: str, count: int) -> dict[str, Any]:
-    """One set's row, from its file if it is there."""
+def run_set(name: str, count: int, again: bool) -> dict[str, Any]:
+    """One set's row, from its file if it is there; with `again` slices are ranked anew, their worth is kept."""
     title = f"suggest_slices_{name}_{count}"
-    if (row := read_row(title)) is not None:
+    row = read_row(title)
+    if row is not None and not again:
         return row
-    cases = [run_case(name, case) for case in tqdm(cases_of(name, count), desc=name)]
+    kept = {c["case"]: {int(at): w for at, w in c["worth"].items()} for c in row["cases"]} if row else {}
+    cases = [run_case(name, case, kept.get(case, {})) for case in tqdm(cases_of(name, count), desc=name)]
     means = {
         key: round(float(np.mean([c[key] for c in cases])), 4) for key in ("dice", "median", "best", "largest_area")
     }
@@ -114,9 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--cases", type=int, default=8)
+    parser.add_argument("--again", action="store_true", help="rank anew, from the worth of slices in finished rows")
     options = parser.parse_args()
     keys = ("n", "dice", "median", "best", "largest_area", "relative_rank", "in_best_third")
-    rows = [run_set(name, options.cases) for name in options.sets]
+    rows = [run_set(name, options.cases, options.again) for name in options.sets]
     print(markdown(["set", *keys], [[row["set"], *(row[key] for key in keys)] for row in rows]))
 
 

@@ -23,7 +23,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.store import MANIFEST, Store
 from nnunet_oneshot.suggest_doubt import Doubt, doubt_of_cases, doubt_of_slices
-from nnunet_oneshot.suggest_features import Described, Vectors, alike, describe
+from nnunet_oneshot.suggest_features import Described, Vectors, alike, along, describe
 from nnunet_oneshot.suggest_pictures import picture_of
 from nnunet_oneshot.suggest_ranking import best_slice, rank
 
@@ -233,5 +233,5 @@ def _row(items: _Set, number: int, at: int, coverage: float) -> Suggestion:
     found, labelled = items.described[at], items.labelled[items.described[at].case]
     doubt = None if items.doubt is None else items.doubt[found.case]
     doubts, value = (None, None) if doubt is None else (doubt.slices, doubt.value)
-    index = best_slice(alike(found.slices, found.slices), found.content, doubts, labelled)
+    index = best_slice(along(found.slices), found.content, doubts, labelled)
     return Suggestion(number, found.case, AXES[found.axis], index, coverage, value, bool(labelled))

@@ -72,6 +72,23 @@ def alike(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
     return np.clip(first @ second.T, -1, 1).astype(np.float32)
 
 
+def along(slices: Vectors) -> npt.NDArray[np.float32]:
+    """How much of a slice's label is left at another when it is carried there from slice to slice.
+
+    A label loses at every step what two neighbours differ by, so this is the product of the correlations of all
+    neighbours on the way; two slices that look alike far from each other are of no use to each other.
+
+    Args:
+        slices: (N, D), as in `Described`.
+
+    Returns:
+        float32 (N, N) in (0, 1].
+    """
+    steps = np.clip((slices[:-1] * slices[1:]).sum(axis=1), 1e-3, 1)
+    lost = np.concatenate([[0], np.cumsum(-np.log(steps))])
+    return np.exp(-np.abs(lost[:, None] - lost[None])).astype(np.float32)
+
+
 def normalised(vectors: npt.NDArray[np.floating]) -> Vectors:
     """(N, D) rows of mean 0 and length 1; a constant row becomes 0."""
     centred = vectors - vectors.mean(axis=1, keepdims=True)

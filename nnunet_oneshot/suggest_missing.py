@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
-from nnunet_oneshot.suggest_features import alike, describe
+from nnunet_oneshot.suggest_features import along, describe
 from nnunet_oneshot.suggest_ranking import best_slice
 from sam2_propagation.interface import Image, LabelVolume
 from sam2_propagation.views import plane_across, present
@@ -78,7 +78,7 @@ def _advice(drawn: Drawn, image: Image, heights: Heights) -> str:
     parts = [f"annotate another slice of it for {', '.join(told)}"] if told else []
     if nowhere:
         found = describe(image, view=plane)
-        index = best_slice(alike(found.slices, found.slices), found.content, chosen=drawn.slices)
+        index = best_slice(along(found.slices), found.content, chosen=drawn.slices)
         parts.append(
             f"no slice drawn along this axis shows {', '.join(nowhere)}: annotate one that does, or slice {index}, "
             "which stands best for the rest of it"

@@ -56,8 +56,6 @@ def best_slice(alike: Scores, content: Scores, uncertainty: Scores | None = None
     weight = content if uncertainty is None or not uncertainty.any() else content * uncertainty
     columns = sorted(chosen)
     covered = alike[:, columns].max(axis=1).clip(min=0) if columns else np.zeros(len(alike))
-    # How much there is on it counts for what a slice is worth to others, not again for what others are worth to it:
-    # so phantoms wanted it (benchmarks/suggest_slices.py).
-    gains = np.where(content > 0, weight @ np.maximum(alike - covered[:, None], 0), 0)
+    gains = weight @ np.maximum(alike - covered[:, None], 0) * content
     gains[columns] = -1
     return int(gains.argmax())

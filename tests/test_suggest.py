@@ -22,7 +22,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.store import read_manifest
 from nnunet_oneshot.suggest import read_slices, suggest
-from nnunet_oneshot.suggest_features import FEATURES, alike, describe
+from nnunet_oneshot.suggest_features import FEATURES, alike, along, describe, normalised
 from nnunet_oneshot.suggest_ranking import best_slice, rank
 from sam2_propagation.interface import Image
 
@@ -257,3 +257,12 @@ def test_a_slice_without_content_is_never_the_best() -> None:
     same = np.ones((4, 4))
     assert best_slice(same, np.array([0, 0, 0.5, 0])) == 2
     assert best_slice(np.eye(4), np.array([1, 0.9, 0, 0]), chosen=[0]) == 1
+
+
+def test_likeness_is_lost_on_the_way_along_the_stack() -> None:
+    turned = normalised(np.array([[1, -1, 0, 0], [1, -0.5, -0.5, 0], [0, 1, 0, -1], [1, -1, 0, 0]], float))
+    found = along(turned)
+    np.testing.assert_allclose(np.diag(found), 1)
+    np.testing.assert_allclose(found, found.T)
+    assert found[0, 3] < found[0, 1], "the last slice looks like the first, and no label gets there"
+    np.testing.assert_allclose(found[0, 1], turned[0] @ turned[1], rtol=1e-5)
