@@ -292,8 +292,31 @@ def figures(
         "views": {view: dice(each[scored], truth, classes) for view, each in labels.items()},
         "fused": dice(label, truth, classes),
         "majority": dice(majority, truth, classes),
+        **_by_weight(labels, query.spacing, scored, truth, classes),
         "per_class": {str(c): dice(label, truth, [c]) for c in classes if ((label == c) | (truth == c)).any()},
         "voxels": {key: int(where.sum()) for key, where in voxels.items()},
+    }
+
+
+WEIGHTS = (1, 2, 4, 8)
+"""Of each of SAM2's views, where each of registration's weighs 1."""
+_WEIGHED = ("sam2_alone", *(f"sam2_weighs_{weight}" for weight in WEIGHTS))
+
+
+def _by_weight(
+    labels: Mapping[str, LabelVolume], spacing: tuple[float, ...], scored: Any, truth: LabelVolume, classes: list[int]
+) -> dict[str, float]:
+    """Dice of SAM2's views fused by themselves, and with registration's by every weight; nothing of one source alone."""
+    own = [label for name, label in labels.items() if "/" not in name]
+    others = [label for name, label in labels.items() if "/" in name]
+    if not own or not others:
+        return {}
+    alone = {"sam2_alone": dice(fuse(own, spacing=spacing).label[scored], truth, classes)}
+    return alone | {
+        f"sam2_weighs_{w}": dice(
+            fuse([*own, *others], [w] * len(own) + [1] * len(others), spacing).label[scored], truth, classes
+        )
+        for w in WEIGHTS
     }
 
 
@@ -331,6 +354,7 @@ def summary(row: Row, entries: list[dict[str, Any]], processes: int) -> dict[str
         "n": len(entries),
         "fused": float(np.mean([e["fused"] for e in entries])),
         "fused_by_majority": float(np.mean([e["majority"] for e in entries])),
+        **{key: float(np.mean([e.get(key, e["fused"]) for e in entries])) for key in _WEIGHED if key in entries[0]},
         "views": {view: float(np.mean([e["views"].get(view, 0.0) for e in entries])) for view in views},
         "per_class": {c: float(np.mean([e["per_class"][c] for e in entries if c in e["per_class"]])) for c in classes},
         **voxel_shares([e["voxels"] for e in entries if e["voxels"]]),
