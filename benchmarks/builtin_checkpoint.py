@@ -306,7 +306,7 @@ _WEIGHED = ("sam2_alone", *(f"sam2_weighs_{weight}" for weight in WEIGHTS))
 def _by_weight(
     labels: Mapping[str, LabelVolume], spacing: tuple[float, ...], scored: Any, truth: LabelVolume, classes: list[int]
 ) -> dict[str, float]:
-    """Dice of SAM2's views fused by themselves, and with registration's by every weight; nothing of one source alone."""
+    """Dice of SAM2's views fused by themselves, and with registration's by every weight; empty for one source."""
     own = [label for name, label in labels.items() if "/" not in name]
     others = [label for name, label in labels.items() if "/" in name]
     if not own or not others:

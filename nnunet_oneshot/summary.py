@@ -98,7 +98,7 @@ def trial_summary(result: Trial) -> dict[str, Any]:
     lines += [
         f"expected of all {result.set_size} images:",
         f"  estimated Dice of the labels: {expected}",
-        f"  divergence, which training ignores: {100 * result.divergence:.2f} % of voxels, "
+        f"  divergence, where views disagree: {100 * result.divergence:.2f} % of voxels, "
         f"{result.divergence_of_foreground:.0%} of those in and around the structures",
         f"  time: about {result.minutes:.0f} minutes; disk: about {result.megabytes:.0f} MB",
         f"if one label is not enough, annotate next: {result.annotate_next}",
