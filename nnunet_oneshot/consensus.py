@@ -135,15 +135,17 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
 def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float]:
     """What views `SOURCE/VIEW` weigh in the best guess.
 
-    SAM2's three planes, each another look, weigh twice as much as others. So do views of correspondence where a person
-    drew on some slices of the image itself (benchmarks/slice_fusion.py).
+    SAM2's three planes, each another look, have the say where there are any: others, beside which they weigh eight
+    times as much, decide where planes differ evenly (benchmarks/builtin_checkpoint.py). Views of correspondence weigh
+    twice as much where a person drew on some slices of the image itself (benchmarks/slice_fusion.py).
     """
-    return [2.0 if _weighs_twice(name, partly_drawn) else 1.0 for name in views]
+    return [_weight(*name.split("/"), partly_drawn=partly_drawn) for name in views]
 
 
-def _weighs_twice(name: str, partly_drawn: bool) -> bool:
-    source, view = name.split("/")
-    return view in PLANES if source == "sam2" else source == "correspondence" and partly_drawn
+def _weight(source: str, view: str, *, partly_drawn: bool) -> float:
+    if source == "sam2" and view in PLANES:
+        return 8.0
+    return 2.0 if source == "correspondence" and partly_drawn else 1.0
 
 
 def _status(human: LabelVolume | None, labels: Sequence[LabelVolume]) -> Status:

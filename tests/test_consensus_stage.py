@@ -130,9 +130,9 @@ def test_natural_images(roots: Roots, tmp_path: Path) -> None:
     assert (store.folder / "labelsTr" / "case_1.png").is_file()
 
 
-def test_only_sam2s_planes_weigh_twice() -> None:
+def test_sam2s_planes_have_the_say() -> None:
     views = ["sam2/axial", "sam2/coronal", "sam2/identity", "registration/local", "tool/axial"]
-    assert view_weights(views) == [2.0, 2.0, 1.0, 1.0, 1.0]
+    assert view_weights(views) == [8.0, 8.0, 1.0, 1.0, 1.0]
 
 
 def test_correspondence_weighs_twice_in_images_that_are_partly_drawn() -> None:
