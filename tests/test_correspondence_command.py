@@ -126,6 +126,7 @@ def test_an_annotated_slice_of_another_plane_is_left_out(toy: Path, call: Call) 
     assert records["case_2"].status == "pseudo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wanted", "carrying", "said"),
     [

@@ -49,7 +49,8 @@ def half_way(item: int) -> None:
     advance(3.0)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_bar_moves_within_an_item_and_ends_whole(
     processes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

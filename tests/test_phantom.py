@@ -62,6 +62,7 @@ def test_thick_slices_geometry(tmp_path: Path) -> None:
         assert image.GetOrigin() == label.GetOrigin()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_anatomy(kind: str) -> None:
     """All classes; the wall encloses the cavity in each slice; the liver touches the kidney; the corner is air."""

@@ -379,6 +379,7 @@ def test_command_trains_and_exports_half_precision_weights_that_fit(tmp_path: Pa
     begin(TINY_RUN, CPU).model.load_state_dict(weights)
 
 
+@pytest.mark.slow
 def test_command_begins_with_weights_that_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--steps", "1", "--groups", "1", "--elements", "1", "--validation-batches", "0", "--learning-rate", "0"]
     first, second = tmp_path / "first", tmp_path / "second"

@@ -197,6 +197,7 @@ def test_several_channels_work_and_must_be_as_many() -> None:
     assert "2 channels" in (one(two, query).reason or "")
 
 
+@pytest.mark.slow
 def test_votes_follow_similarity() -> None:
     """Two misplaced labels on worse matching images do not outvote the one that fits."""
     support, query, truth = pair((14, 18, 18))
