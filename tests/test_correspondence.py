@@ -192,6 +192,7 @@ def test_labels_land_in_the_array_however_it_is_stored(
     assert (found.label[flip] == through["joint"].label).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_training_is_kept_and_taken_up_again(
     folder: Path, taught: CorrespondencePropagator, capsys: pytest.CaptureFixture
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_process_that_the_system_kills_is_said() -> None:
         list(over_cases(die, [1, 2], processes=2, title=""))
 
 
+@pytest.mark.slow
 def test_a_log_gets_the_end_and_not_every_step(capsys: pytest.CaptureFixture[str]) -> None:
     list(over_cases(half_way, [1], processes=1, title="long"))
     shown = capsys.readouterr().err.strip().split("\r")

@@ -309,6 +309,7 @@ def test_queries_are_streamed_in_order() -> None:
     assert next(taken) == 2, "the next query was read before it was asked for"
 
 
+@pytest.mark.slow
 def test_the_same_again_in_another_process_state() -> None:
     support, query, _ = pair((14, 16, 16))
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
