@@ -25,6 +25,8 @@ from sam2_propagation.registration_similarity import matched
 from sam2_propagation.registration_start import starts
 from sam2_propagation.registration_volume import centred, coarser, frame_of, working_spacing
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(os.environ.get("ONESHOT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 

@@ -30,6 +30,8 @@ from sam2_propagation.architecture import build_sam2, known_configurations
 from sam2_propagation.checkpoint_catalog import PUBLISHED
 from sam2_propagation.sam2 import Sam2Propagator
 
+pytestmark = pytest.mark.slow
+
 Call = Callable[..., Answer]
 SAM2 = ("-d", 501, "-o", 601, "-np", 1, "-propagator", "sam2")
 CPU = (*SAM2, "-device", "cpu")
