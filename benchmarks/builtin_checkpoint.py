@@ -31,17 +31,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, read_row, write_row
+from common import markdown, phantom, read_row, write_row
 from registration import dice, read_image, read_label, split_of, voxel_shares
 from tqdm import tqdm
 
 from nnunet_oneshot.consensus import view_weights
-from nnunet_oneshot.phantom import KINDS, make_case
+from nnunet_oneshot.phantom import KINDS
 from sam2_propagation.checkpoints import load_checkpoint
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
 from sam2_propagation.registration import RegistrationPropagator
-from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.sam2 import PLANES, Sam2Propagator
 from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 
 SETS = ("hippocampus", "chaos_mr_t2", "acdc_mr", "hc18_us", "phantom")
@@ -104,8 +104,8 @@ METHODS: dict[str, Method] = {
     "lever_across_tracked": Method({"mode": "retrieve", "track": True}, views=("identity",)),
     "lever_insert1": Method({"mode": "insert", "insertions": 1}, views=("identity",)),
     "lever_insert5": Method({"mode": "insert", "insertions": 5}, views=("identity",)),
-    "lever_self_planes": Method({"mode": "self"}, prompt="fused", views=("axial", "coronal", "sagittal")),
-    "lever_across_planes": Method({"mode": "retrieve"}, views=("axial", "coronal", "sagittal")),
+    "lever_self_planes": Method({"mode": "self"}, prompt="fused", views=PLANES),
+    "lever_across_planes": Method({"mode": "retrieve"}, views=PLANES),
 }
 MAIN = (REGISTRATION, "self", "self_registration", "across", "across_registration", "slice")
 
@@ -151,17 +151,10 @@ class Row:
         return f"builtin_{self.name}_{self.annotated}_{self.method}_{self.digest[:8]}"
 
 
-@cache
-def _phantom(number: int) -> Support:
-    kind = KINDS["thick_slices"]
-    image, label, origin = make_case(kind, np.random.SeedSequence([0, number]))
-    return Support(Image(f"phantom_{number:03d}", image, kind.spacing, origin), label.astype(np.int16))
-
-
 def read_case(name: str, case: str) -> tuple[Image, Callable[[], LabelVolume]]:
     """An image, and what reads its true label."""
     if name == "phantom":
-        made = _phantom(int(case.rsplit("_", 1)[1]))
+        made = phantom(KINDS["thick_slices"], int(case.rsplit("_", 1)[1]))
         return made.image, lambda: made.label
     return read_image(name, case), lambda: read_label(name, case)
 

@@ -16,6 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nnunet_oneshot.phantom import Kind, make_case
+from sam2_propagation.interface import Image, Support
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PACKAGES = ("nnunet-oneshot", "nnunetv2", "sam2", "torch", "SimpleITK", "numpy")
@@ -68,6 +73,12 @@ def lay_out(data: DataSet, number: int, cases: list[str], annotated: list[str], 
     }
     (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     return folder
+
+
+def phantom(kind: Kind, number: int) -> Support:
+    """One made-up patient of a kind with its label; the same body for the same number, seed 0."""
+    image, label, origin = make_case(kind, np.random.SeedSequence([0, number]))
+    return Support(Image(f"phantom_{number:03d}", image, kind.spacing, origin), label.astype(np.int16))
 
 
 def use_folders(work: Path) -> None:

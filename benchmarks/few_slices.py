@@ -5,9 +5,9 @@
 The same phantom subjects (nnunet_oneshot.phantom, seed 0) are imaged with more or fewer slices (give or take one) over
 the same 80 mm. One is annotated; mode self, prompted with registration's fused label, looks at each of the others in
 three turns of the axial plane and along three planes. Mean foreground Dice of registration, of each way, and of each
-way fused with registration as `propagate` weighs it. The built-in weights, one thread. A finished row,
-benchmarks/results/few_slices_<slices>.json, is not computed again. No real set is read: this is what the limit in
-sam2_propagation.sam2 is chosen on.
+way fused with registration as `propagate` weighs it (in the rows of November 2026 planes weighed 2, not 8). The
+built-in weights, one thread. A finished row, benchmarks/results/few_slices_<slices>.json, is not computed again. No
+real set is read: this is what the limit in sam2_propagation.sam2 is chosen on.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from builtin_checkpoint import Recorded
-from common import markdown, read_row, write_row
+from common import markdown, phantom, read_row, write_row
 from registration import dice
 from tqdm import tqdm
 
 from nnunet_oneshot.consensus import view_weights
-from nnunet_oneshot.phantom import KINDS, Kind, make_case
+from nnunet_oneshot.phantom import KINDS, Kind
 from sam2_propagation.consensus import fuse
-from sam2_propagation.interface import Image, LabelVolume, Support
+from sam2_propagation.interface import LabelVolume, Support
 from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.sam2 import PLANES, Sam2Propagator
 from sam2_propagation.sam2_settings import TURNED
@@ -42,12 +42,6 @@ def thick(slices: int) -> Kind:
     planes = kind.shape[0] * kind.substeps
     shape, spacing = (slices, *kind.shape[1:]), (depth / slices, *kind.spacing[1:])
     return replace(kind, shape=shape, spacing=spacing, substeps=max(1, round(planes / slices)))
-
-
-def subject(kind: Kind, number: int) -> Support:
-    """One phantom, the same body for every number of slices."""
-    image, label, origin = make_case(kind, np.random.SeedSequence([0, number]))
-    return Support(Image(f"phantom_{number:03d}", image, kind.spacing, origin), label.astype(np.int16))
 
 
 def run_case(support: Support, query: Support, sam2: Sam2Propagator) -> dict[str, float]:
@@ -77,8 +71,8 @@ def run(slices: int, cases: int) -> dict[str, Any]:
     if (row := read_row(title)) is not None:
         return row
     kind = thick(slices)
-    support, sam2 = subject(kind, 1), Sam2Propagator(mode="self", prompter=Recorded())
-    found = [run_case(support, subject(kind, 2 + n), sam2) for n in tqdm(range(cases), desc=f"{slices} slices")]
+    support, sam2 = phantom(kind, 1), Sam2Propagator(mode="self", prompter=Recorded())
+    found = [run_case(support, phantom(kind, 2 + n), sam2) for n in tqdm(range(cases), desc=f"{slices} slices")]
     means = {key: round(float(np.mean([case[key] for case in found])), 4) for key in FIELDS}
     rounded = [{key: round(value, 4) for key, value in case.items()} for case in found]
     return write_row(title, {"slices": slices, "n": cases, "seed": 0, "dice": means, "cases": rounded})

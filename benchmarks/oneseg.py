@@ -230,11 +230,13 @@ def _propagators(setting: Setting) -> tuple[dict[str, Propagator], float]:
     begin = time.process_time()
     if "correspondence" in setting.methods:
         learnt = setting.trained_on or setting.name
+        images = (read_image(learnt, case) for case in sorted(split_of(learnt)["pool"]))
         # Trained anew, so that its seconds are known.
-        made["correspondence"] = CorrespondencePropagator(
-            recipe=Recipe(profile=not setting.plain), cache=Path(tempfile.mkdtemp())
-        )
-        made["correspondence"].fit(read_image(learnt, case) for case in sorted(split_of(learnt)["pool"]))
+        with tempfile.TemporaryDirectory() as folder:
+            made["correspondence"] = CorrespondencePropagator(
+                recipe=Recipe(profile=not setting.plain), cache=Path(folder)
+            )
+            made["correspondence"].fit(images)
     seconds = time.process_time() - begin
     if "sam2" in setting.methods:
         made["sam2"] = Sam2Propagator(mode="slice")

@@ -16,25 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, read_row, write_row
+from common import markdown, phantom, read_row, write_row
 from oneseg import carried, sparse_support
 from registration import dice
 
-from nnunet_oneshot.phantom import KINDS, make_case
+from nnunet_oneshot.phantom import KINDS
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
-from sam2_propagation.interface import Image, LabelVolume, Propagator, Support
+from sam2_propagation.interface import LabelVolume, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
 
 WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 TAUGHT = 10
-
-
-def subject(kind: str, number: int) -> Support:
-    """One phantom and its label."""
-    chosen = KINDS[kind]
-    image, label, origin = make_case(chosen, np.random.SeedSequence([0, number]))
-    return Support(Image(f"{kind}_{number:03d}", image, chosen.spacing, origin), label.astype(np.int16))
 
 
 def run_case(whole: Support, sam2: Propagator, correspondence: Propagator) -> dict[str, float]:
@@ -59,7 +52,7 @@ def run(kind: str, cases: int) -> dict[str, Any]:
     title = f"slice_fusion_{kind}_{cases}"
     if (row := read_row(title)) is not None:
         return row
-    subjects = [subject(kind, number) for number in range(1, TAUGHT + 1)]
+    subjects = [phantom(KINDS[kind], number) for number in range(1, TAUGHT + 1)]
     sam2, correspondence = Sam2Propagator(mode="slice"), CorrespondencePropagator()
     correspondence.fit(support.image for support in subjects)
     found = [run_case(support, sam2, correspondence) for support in subjects[:cases]]

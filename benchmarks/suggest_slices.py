@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import markdown, read_row, write_row
-from few_slices import subject, thick
+from common import markdown, phantom, read_row, write_row
+from few_slices import thick
 from oneseg import registered
 from registration import dice, read_image, read_label, split_of
 from suggest import spread
@@ -41,7 +41,7 @@ PIXELS = 64
 def read_case(name: str, case: str) -> tuple[Image, LabelVolume]:
     """An image and its true label."""
     if name == PHANTOM:
-        made = subject(thick(16), int(case))
+        made = phantom(thick(16), int(case))
         return made.image, made.label
     return read_image(name, case), read_label(name, case)
 

@@ -300,14 +300,26 @@ def test_truncated_file_of_any_format_is_refused(roots: Roots, call: Call, endin
 def test_nan_is_found_whoever_reads_the_format(roots: Roots, call: Call, name: str) -> None:
     folder = write_raw(roots.raw, ending=".mha")
     change_voxel(folder / name, np.nan)
+    before = roots.snapshot()
     refused(call(cli.propagate, *PROPAGATE), name, "nan" if "labels" in name else "NaN")
+    assert roots.snapshot() == before
 
 
 def test_truncated_first_file_of_a_multi_channel_set_is_refused(roots: Roots, call: Call) -> None:
     """Whether one file holds all channels is found out by reading the first one."""
     folder = write_raw(roots.raw, ending=".png", channels=3)
     truncate(folder / "imagesTr/case_0_0000.png")
+    before = roots.snapshot()
     refused(call(cli.propagate, *PROPAGATE), "case_0_0000.png")
+    assert roots.snapshot() == before
+
+
+def test_one_channel_of_one_case_missing_is_refused(roots: Roots, call: Call) -> None:
+    folder = write_raw(roots.raw, channels=2)
+    (folder / "imagesTr/case_1_0001.nii.gz").unlink()
+    before = roots.snapshot()
+    refused(call(cli.propagate, *PROPAGATE), "case_1_0001.nii.gz")
+    assert roots.snapshot() == before
 
 
 def test_channels_of_different_spacing_are_refused(roots: Roots, call: Call) -> None:

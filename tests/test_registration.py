@@ -199,7 +199,6 @@ def test_several_channels_work_and_must_be_as_many() -> None:
     assert "2 channels" in (one(two, query).reason or "")
 
 
-@pytest.mark.slow
 def test_votes_follow_similarity() -> None:
     """Two misplaced labels on worse matching images do not outvote the one that fits."""
     support, query, truth = pair((14, 18, 18))
@@ -311,7 +310,6 @@ def test_queries_are_streamed_in_order() -> None:
     assert next(taken) == 2, "the next query was read before it was asked for"
 
 
-@pytest.mark.slow
 def test_the_same_again_in_another_process_state() -> None:
     support, query, _ = pair((14, 16, 16))
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()

@@ -378,7 +378,6 @@ def _run(checkpoint: Path, **options: Any) -> Any:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["insert", "retrieve", "self"])
 def test_processes_together_encode_each_slice_of_each_view_once(
     roots: Roots, checkpoint: Path, counted: Path, mode: str
@@ -395,7 +394,7 @@ def test_processes_together_encode_each_slice_of_each_view_once(
     assert not list((roots.raw / "Dataset601_toy_oneshot/.oneshot/tmp").iterdir()), "shared embeddings are gone"
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_sparse_case_that_others_draw_on_is_encoded_once(
     toy: Path, checkpoint: Path, counted: Path, processes: int
 ) -> None:
@@ -416,7 +415,6 @@ def test_a_sequence_is_encoded_once_and_its_bar_moves_by_slices(
     assert "4/4" in shown
 
 
-@pytest.mark.slow
 def test_processes_and_one_process_label_alike(toy: Path, checkpoint: Path) -> None:
     one = _run(checkpoint, mode="retrieve").store
     first = {c: read(one.fused_path(c)) for c in ("case_1", "case_2")}
@@ -434,7 +432,6 @@ def _shard(part: int, checkpoint: str, start: Any) -> None:
     cli.propagate([*argv, "-sam2_chk", checkpoint, "-num_parts", "2", "-part_id", str(part)])
 
 
-@pytest.mark.slow
 def test_shards_at_once_make_what_one_run_makes(roots: Roots, checkpoint: Path) -> None:
     write_raw(roots.raw, cases=tuple(f"case_{i}" for i in range(5)))
     context = multiprocessing.get_context("spawn")
