@@ -13,8 +13,9 @@ it on intensities rather than on edge profiles. Methods:
     copy               the annotated slice in every slice
     copy_clipped       the same between the first and the last slice that truly shows foreground, which flatters it
     registration_2d    slice to slice: each slice's label deformed onto the next by demons
-    sam2               mode slice, the built-in checkpoint, its default views fused
+    slice              SAM2, mode slice, the built-in checkpoint, its default views fused
     correspondence     its default views fused
+    sam2               SAM2 as it is used beside correspondence: prompted by both of these, it looks along three planes
     fused              all views of sam2 and correspondence fused, as propagate -propagator sam2 correspondence does
 
 Dice on all slices but the annotated one, voxels of the volume pooled, mean over the classes ON the annotated slice
@@ -37,6 +38,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from builtin_checkpoint import Recorded
 from common import RESULTS, markdown, read_row, write_row
 from registration import dice, read_image, read_label, split_of
 from suggest import spread
@@ -53,7 +55,7 @@ from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.views import Presentation, present
 
 SETS = ("chaos_mr_t2", "acdc_mr", "hippocampus")
-METHODS = ("copy", "copy_clipped", "registration_2d", "sam2", "correspondence", "fused")
+METHODS = ("copy", "copy_clipped", "registration_2d", "slice", "correspondence", "sam2", "fused")
 IGNORE = 99
 
 
@@ -138,14 +140,24 @@ def _deformed(fixed: np.ndarray, moving: np.ndarray, label: np.ndarray) -> np.nd
 
 
 def carried(propagator: Propagator, support: Support, others: Sequence[Support] = ()) -> dict[str, LabelVolume]:
-    """Labels of every default view that gave one; others are supports of the same set."""
-    found = propagator.propagate([support, *others], [support.image], propagator.default_views)
+    """Labels of every view that fits and gave one; others are supports of the same set."""
+    supports = [support, *others]
+    fitting = isinstance(propagator, Sam2Propagator)
+    views = propagator.fitting_views(supports) if fitting else propagator.default_views
+    found = propagator.propagate(supports, [support.image], views)
     return {result.view: result.label for result in found if result.label is not None}
 
 
 def _fused(views: dict[str, LabelVolume], image: Image) -> LabelVolume:
     """As `propagate` fuses views `SOURCE/VIEW` of an image that a person drew on partly."""
     return fuse(list(views.values()), view_weights(list(views), partly_drawn=True), image.spacing).label
+
+
+def _prompt(sam2: Propagator, carried_views: list[LabelVolume]) -> None:
+    """Let SAM2 be prompted with what correspondence carried, as `propagate` does."""
+    assert isinstance(sam2, Sam2Propagator)
+    if isinstance(sam2.prompter, Recorded):
+        sam2.prompter.label = fuse(carried_views).label if carried_views else None
 
 
 def run_case(
@@ -167,9 +179,11 @@ def run_case(
     for method in setting.methods:
         begin = time.process_time()
         if method in propagators:
+            if method == "sam2":
+                _prompt(propagators[method], list(views.values()))
             found = carried(propagators[method], support, others)
             found = {f"{method}/{view}": label for view, label in found.items()}
-            views |= found
+            views |= found if method != "slice" else {}
             labels[method] = _fused(found, image) if found else np.zeros_like(truth)
         else:
             labels[method] = simple[method]()
@@ -238,8 +252,10 @@ def _propagators(setting: Setting) -> tuple[dict[str, Propagator], float]:
             )
             made["correspondence"].fit(images)
     seconds = time.process_time() - begin
+    if "slice" in setting.methods:
+        made["slice"] = Sam2Propagator(mode="slice")
     if "sam2" in setting.methods:
-        made["sam2"] = Sam2Propagator(mode="slice")
+        made["sam2"] = Sam2Propagator(prompter=Recorded())
     return made, seconds
 
 

@@ -1,12 +1,18 @@
-"""One annotated slice a volume: how much should SAM2 weigh beside correspondence? Phantoms alone decide.
+"""One annotated slice a volume: what should SAM2 do beside correspondence, and weigh? Phantoms alone decide.
 
     python benchmarks/slice_fusion.py [--kinds thick_slices isotropic] [--cases 6]
 
 Phantoms (nnunet_oneshot.phantom, seed 0), ten of a kind, on which correspondence is trained without labels; on so many
 of them the slice with the largest foreground area is annotated. Mean Dice on the other slices, of the classes on it, of
-SAM2 (mode slice, the built-in weights), of correspondence, and of both fused, each of SAM2's views weighing so much
-where one of correspondence weighs 1. One thread. A finished row, benchmarks/results/slice_fusion_<kind>_<cases>.json,
-is not computed again.
+
+    correspondence   its views, `checked` voting like the others
+    unchecked        the same, `checked` without a say
+    slice            SAM2's mode slice, the built-in weights
+    both             unchecked and slice, each of the latter's views weighing half
+    self             SAM2 looking at the volume along three planes, prompted by slice and correspondence
+    1, 2, 4, 8       unchecked and self, each of SAM2's planes weighing so much where one of correspondence weighs 1
+
+One thread. A finished row, benchmarks/results/slice_fusion_<kind>_<cases>.json, is not computed again.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from builtin_checkpoint import Recorded
 from common import markdown, phantom, read_row, write_row
 from oneseg import carried, sparse_support
 from registration import dice
@@ -26,25 +33,36 @@ from sam2_propagation.correspondence import CorrespondencePropagator
 from sam2_propagation.interface import LabelVolume, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
 
-WEIGHTS = (0.25, 0.5, 1.0, 2.0)
+WEIGHTS = (1.0, 2.0, 4.0, 8.0)
 TAUGHT = 10
 
 
-def run_case(whole: Support, sam2: Propagator, correspondence: Propagator) -> dict[str, float]:
+def run_case(whole: Support, correspondence: Propagator) -> dict[str, float]:
     """Dice of each source and of every weight."""
     support, shown, index = sparse_support(whole.image, whole.label, suggested=False)
     truth, spacing = shown.forward(whole.label), whole.image.spacing
     classes = [int(value) for value in np.unique(truth[index]) if value]
     rest = np.arange(len(truth)) != index
-    first, second = (list(carried(source, support).values()) for source in (sam2, correspondence))
 
-    def score(labels: list[LabelVolume], weights: list[float]) -> float:
+    def score(*weighted: tuple[list[LabelVolume], float]) -> float:
+        labels = [label for given, _ in weighted for label in given]
+        weights = [weight for given, weight in weighted for _ in given]
         return dice(shown.forward(fuse(labels, weights, spacing).label)[rest], truth[rest], classes)
 
-    scores = {"sam2": score(first, [1.0] * len(first)), "correspondence": score(second, [1.0] * len(second))}
-    for weight in WEIGHTS:
-        scores[str(weight)] = score([*first, *second], [weight] * len(first) + [1.0] * len(second))
-    return scores
+    views = carried(correspondence, support)
+    every, unchecked = list(views.values()), [label for name, label in views.items() if name != "checked"]
+    tracked = list(carried(Sam2Propagator(mode="slice"), support).values())
+    prompter = Recorded()
+    prompter.label = fuse(every).label
+    itself = list(carried(Sam2Propagator(prompter=prompter), support).values())
+    scores = {
+        "correspondence": score((every, 1.0)),
+        "unchecked": score((unchecked, 1.0)),
+        "slice": score((tracked, 1.0)),
+        "both": score((unchecked, 2.0), (tracked, 1.0)),
+        "self": score((itself, 1.0)),
+    }
+    return scores | {f"{weight:g}": score((itself, weight), (unchecked, 1.0)) for weight in WEIGHTS}
 
 
 def run(kind: str, cases: int) -> dict[str, Any]:
@@ -53,9 +71,9 @@ def run(kind: str, cases: int) -> dict[str, Any]:
     if (row := read_row(title)) is not None:
         return row
     subjects = [phantom(KINDS[kind], number) for number in range(1, TAUGHT + 1)]
-    sam2, correspondence = Sam2Propagator(mode="slice"), CorrespondencePropagator()
+    correspondence = CorrespondencePropagator()
     correspondence.fit(support.image for support in subjects)
-    found = [run_case(support, sam2, correspondence) for support in subjects[:cases]]
+    found = [run_case(support, correspondence) for support in subjects[:cases]]
     means = {key: round(float(np.mean([case[key] for case in found])), 4) for key in found[0]}
     return write_row(title, {"kind": kind, "n": cases, "seed": 0, "dice": means, "cases": found})
 
@@ -68,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [run(kind, options.cases) for kind in options.kinds]
-    head = ["sam2", "correspondence", *map(str, WEIGHTS)]
+    head = list(rows[0]["dice"])
     print(markdown(["kind", "n", *head], [[r["kind"], r["n"], *(f"{r['dice'][k]:.3f}" for k in head)] for r in rows]))
 
 

@@ -137,7 +137,8 @@ def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float
 
     SAM2's three planes, each another look, have the say where there are any: others, beside which they weigh eight
     times as much, decide where planes differ evenly (benchmarks/builtin_checkpoint.py). Views of correspondence weigh
-    twice as much where a person drew on some slices of the image itself (benchmarks/slice_fusion.py).
+    twice as much where a person drew on some slices of the image itself (benchmarks/slice_fusion.py); `checked` is
+    there to contradict where `joint` has drifted and has no say of its own.
     """
     return [_weight(*name.split("/"), partly_drawn=partly_drawn) for name in views]
 
@@ -145,6 +146,9 @@ def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float
 def _weight(source: str, view: str, *, partly_drawn: bool) -> float:
     if source == "sam2" and view in PLANES:
         return 8.0
+    if source == "correspondence" and view == "checked":
+        # Not 0: it may be the only view that there is.
+        return 0.001
     return 2.0 if source == "correspondence" and partly_drawn else 1.0
 
 

@@ -27,7 +27,7 @@ from nnunet_oneshot.propagators import (
     choose_views,
     describe,
     fitting_names,
-    make_propagator,
+    make_propagators,
     prepare,
 )
 from nnunet_oneshot.quality import reverse_scores
@@ -111,7 +111,7 @@ def propagate(
     names, left = fitting_names(propagators, supports)
     warnings += left
     check_options(names, options)
-    made = {name: make_propagator(name, options) for name in dict.fromkeys(names)}
+    made = make_propagators(names, options, supports)
     prepare(made.values())
     _check_whole_sets(made, num_parts)
     chosen = choose_views(made, views, supports)
@@ -153,7 +153,7 @@ def check_repeated(
     supports = [dataset.support(case) for case in dataset.annotated]
     names, _ = fitting_names(propagators, supports)
     check_options(names, options)
-    made = {name: make_propagator(name, options) for name in dict.fromkeys(names)}
+    made = make_propagators(names, options, supports)
     manifest = store.read_manifest()
     before = {key: value for key, value in manifest.settings.items() if key != LABEL_SUMS}
     now = _settings(choose_views(made, views, supports), options) | _pairs_now(dataset, same_patient, manifest)
@@ -193,17 +193,17 @@ def _fused(
 
 
 def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> dict[str, Propagator]:
-    """SAM2 last: registration's labels, where they are asked for too, prompt `self` mode and are not made again.
+    """SAM2 last: labels that others carried prompt `self` mode and are not made again.
 
     Fusion takes them in the opposite order: where both are as deep in what they say, SAM2 is believed, which redraws
-    the boundaries that registration carried.
+    the boundaries that the others carried.
     """
-    sam2, prompter = made.get("sam2"), "registration"
+    sam2 = made.get("sam2")
     if isinstance(sam2, Sam2Propagator):
         sam2.progress = _advance_slices
         sam2.keep_own = bool(raw.unannotated)
-        if sam2.prompter is not None and prompter in made:
-            sam2.prompter = CarriedLabels(raw, store, prompter)
+        if sam2.prompter is not None and sam2.prompter.name in made:
+            sam2.prompter = CarriedLabels(raw, store, sam2.prompter.name)
     return dict(sorted(made.items(), key=lambda entry: entry[0] == "sam2"))
 
 

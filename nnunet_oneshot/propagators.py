@@ -89,7 +89,7 @@ def fitting_names(names: Sequence[str], supports: Sequence[Support]) -> tuple[li
     Raises:
         OneShotError: none of them can.
     """
-    if any(support.ignore is None or not (support.label == support.ignore).any() for support in supports):
+    if _any_whole(supports):
         return list(names), []
     if tuple(names) == DEFAULT:
         instead = " and ".join(DEFAULT_OF_SLICES)
@@ -102,6 +102,10 @@ def fitting_names(names: Sequence[str], supports: Sequence[Support]) -> tuple[li
         )
     left = [name for name in names if name not in fitting]
     return fitting, [f"{name} needs a whole label, and there is none: it is left out" for name in left]
+
+
+def _any_whole(supports: Sequence[Support]) -> bool:
+    return any(support.ignore is None or not (support.label == support.ignore).any() for support in supports)
 
 
 def check_options(names: Sequence[str], options: PropagatorOptions) -> None:
@@ -148,6 +152,24 @@ def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
     if name == "correspondence":
         return CorrespondencePropagator(options.device, RECIPE)
     raise OneShotError(f"expected a propagator of {', '.join(NAMES)}, found {name!r}; choose one of those")
+
+
+def make_propagators(
+    names: Sequence[str], options: PropagatorOptions, supports: Sequence[Support]
+) -> dict[str, Propagator]:
+    """The propagators of those names, each once, and what prompts SAM2.
+
+    That is registration, asked for or not. Where no image is wholly labelled it has nothing to start from:
+    correspondence prompts if it is asked for, else nothing does.
+
+    Raises:
+        OneShotError, PropagationError: as `make_propagator`.
+    """
+    made = {name: make_propagator(name, options) for name in dict.fromkeys(names)}
+    sam2 = made.get("sam2")
+    if isinstance(sam2, Sam2Propagator) and sam2.prompter is not None and not _any_whole(supports):
+        sam2.prompter = made.get("correspondence")
+    return made
 
 
 def prepare(propagators: Iterable[Propagator]) -> None:

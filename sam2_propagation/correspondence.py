@@ -39,8 +39,8 @@ class CorrespondencePropagator:
     """Carries labels by self-learned correspondence; `fit` must have seen the images first.
 
     Views: `joint` (fine and coarse features together), `coarse` (coarse ones alone, which look twice as far), `checked`
-    (`joint`, but a cell whose label does not lead back to where it came from says its second choice, so that drift
-    shows as divergence).
+    (`joint`, but a cell that has drifted, or whose label does not lead back to where it came from, says its second
+    choice, so that drift shows as divergence).
 
     Args:
         device: "cpu", "cuda", "mps".
@@ -86,7 +86,7 @@ class CorrespondencePropagator:
         """Yield one Propagation for each query and view, in the order given.
 
         `scores` holds cycle (how much of the foreground leads back to annotated slices, [0, 1]), drift (share of the
-        foreground that does not) and confidence.
+        foreground that is not to be believed) and confidence.
 
         Args:
             supports: annotated images; of sparse labels whole slices count.

@@ -23,6 +23,9 @@ class Window:
             measured, a look back over many slices carries structures on beyond their end.
         margin: cells around the annotated structures beyond which nothing is looked for.
         temperature: of the softmax.
+        clear: a cell of which no class holds so much has drifted.
+        astray: a class has drifted where the way back to the annotated slice misses by so much of its radius. Both were
+            chosen on phantoms (benchmarks/drift.py).
     """
 
     radius: int = 6
@@ -30,6 +33,8 @@ class Window:
     recent: int = 1
     margin: int = 24
     temperature: float = 0.05
+    clear: float = 0.65
+    astray: float = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +43,7 @@ class Carried:
 
     Attributes:
         shares: float32 (N, K, H, W), of each class, background first; sum 1.
-        drift: float32 (N, H, W) in [0, 1]: how much of what a cell copied does not lead back to where it came from.
+        drift: float32 (N, H, W) in [0, 1]: 1 where what a cell says should not be believed.
         precision: (N,) how much of each slice's foreground leads back to the annotated slice's, class by class.
     """
 
@@ -102,7 +107,7 @@ def _walk(features: Tensor, anchor: Tensor, start: int, order: range, window: Wi
         found = forward.copy(torch.stack([maps for _, maps in sources])[None])[0]
         back.append(_attention(cut, memory[-1][0], [at], window))
         memory.append((at, found))
-        step = _checked(found, label, back)
+        step = _checked(found, label, back, window)
         whole = _filled(step.shares, anchor, rows, columns)
         steps.append(_Step(whole, _padded(step.drift, anchor, rows, columns), step.precision))
     return steps
@@ -114,18 +119,52 @@ def _attention(features: Tensor, target: int, sources: Sequence[int], window: Wi
     return attend(found, window.radius, window.best, window.temperature)
 
 
-def _checked(found: Tensor, label: Tensor, back: Sequence[Attention]) -> _Step:
-    """Lead what was found back to the annotated slice; what does not belong there has drifted."""
+def _checked(found: Tensor, label: Tensor, back: Sequence[Attention], window: Window) -> _Step:
+    """Lead what was found back to the annotated slice, and say where it has drifted.
+
+    Args:
+        found: (K + 2, H, W), shares of each class and the coordinates that they came from.
+        label: (K, H, W), the annotated slice's shares.
+        back: attentions that lead back to it, the first step's first.
+        window: when that counts as drift.
+    """
     kinds = len(label)
-    returned = found[:kinds]
+    returned = found
     for attention in reversed(back):
         returned = attention.copy(returned[None, None])[0]
-    wrong = (returned - label).clamp(min=0)[1:]
-    precision = 1 - float(wrong.sum() / returned[1:].sum().clamp(min=1e-6))
-    drift = F.grid_sample(wrong.sum(dim=0)[None, None], found[None, kinds:].permute(0, 2, 3, 1), align_corners=True)[
-        0, 0
-    ]
-    return _Step(found[:kinds], drift, precision)
+    wrong = (returned[:kinds] - label).clamp(min=0)[1:]
+    precision = 1 - float(wrong.sum() / returned[1:kinds].sum().clamp(min=1e-6))
+    astray = _astray(returned[kinds:], found[kinds:])
+    return _Step(found[:kinds], _drifted(found[:kinds], astray, window), precision)
+
+
+def _astray(returned: Tensor, places: Tensor) -> Tensor:
+    """(H, W): by how many cells the way back misses the place that each cell came from.
+
+    Args:
+        returned: (2, H, W), where each cell of the annotated slice ends after the way there and back.
+        places: (2, H, W), where each cell of the target came from.
+    """
+    height, width = returned.shape[-2:]
+    cells = torch.tensor([width - 1, height - 1]) / 2
+    missed = ((returned - _coordinates(returned)) * cells[:, None, None]).norm(dim=0)
+    return F.grid_sample(missed[None, None], places[None].permute(0, 2, 3, 1), align_corners=True)[0, 0]
+
+
+def _drifted(shares: Tensor, astray: Tensor, window: Window) -> Tensor:
+    """Where a label is no longer to be believed, 0 or 1, (H, W).
+
+    That is where no class clearly holds a cell, since shares blur with every step that goes wrong, and all of a class
+    whose cells come from elsewhere than the way back leads.
+    """
+    best = shares.argmax(dim=0)
+    drifted = shares.amax(dim=0) < window.clear
+    for kind in range(1, len(shares)):
+        cells = best == kind
+        radius = (cells.sum() / torch.pi).sqrt()
+        if cells.any() and astray[cells].mean() > window.astray * radius:
+            drifted = drifted | cells
+    return drifted.float()
 
 
 def _box(anchor: Tensor, margin: int) -> tuple[slice, slice]:

@@ -120,11 +120,13 @@ class Sam2Propagator:
     def fitting_views(self, supports: Sequence[Support]) -> tuple[str, ...]:
         """The default views for images like these.
 
-        Three planes, which err differently, for volumes with slices enough along every axis and whole labels, in modes
-        that look at every slice by itself. Otherwise turns in the natural plane.
+        Three planes, which err differently, for volumes with slices enough along every axis, in modes that look at
+        every slice by itself, sparse labels if a prompter completes them first. Otherwise turns in the natural plane.
         """
         planes = self.settings.views == TURNED and self.settings.mode in (None, "self", "retrieve")
-        return PLANES if planes and all(_deep(support) for support in supports) else self.default_views
+        prompted = self.prompter is not None and self.settings.mode != "retrieve"
+        deep = all(min(s.image.shape) >= _FEWEST_SLICES and (prompted or _whole(s)) for s in supports)
+        return PLANES if planes and deep else self.default_views
 
     def share(self, folder: Path | None) -> None:
         """Let processes that this is sent to share encoded supports in a folder that exists; None for no more."""
@@ -165,7 +167,8 @@ class Sam2Propagator:
 
         Args:
             supports: annotated images; sparse labels only count where they speak, and those without foreground not.
-            queries: images to label; one that is also a support with a sparse label is completed by mode `slice`.
+            queries: images to label; one that is also a support with a sparse label is completed by mode `slice` and,
+                where there is a prompter, then by mode `self`, prompted by both.
             views: names out of `views`.
 
         Raises:
@@ -217,10 +220,8 @@ class Sam2Propagator:
         return self._engine
 
 
-def _deep(support: Support) -> bool:
-    """Whether a volume may be sliced along any axis, its label too."""
-    whole = support.ignore is None or not bool((support.label == support.ignore).any())
-    return whole and min(support.image.shape) >= _FEWEST_SLICES
+def _whole(support: Support) -> bool:
+    return support.ignore is None or not bool((support.label == support.ignore).any())
 
 
 def _usable(supports: Sequence[Support]) -> list[Support]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sam2_propagation.adaptation import Example, adapt, example, usable_slices
 from sam2_propagation.checkpoints import LoadedCheckpoint
+from sam2_propagation.consensus import fuse
 from sam2_propagation.embeddings import EmbeddedStack, Encoder, SplicedFrames
 from sam2_propagation.intensities import ImageSlices, scale
 from sam2_propagation.interface import BoolVolume, ChannelVolume, Image, LabelVolume, Propagation, Propagator, Support
@@ -35,26 +36,50 @@ from sam2_propagation.sam2_modes import insert, itself, retrieve, sequence, thro
 from sam2_propagation.sam2_settings import Sam2Settings
 from sam2_propagation.sharing import Encoded, SharedSupports
 from sam2_propagation.tracker import Tracker
-from sam2_propagation.views import Presentation, natural_plane, present
+from sam2_propagation.views import PLANES, Presentation, natural_plane, present
+
+_CARRIED, _TRACKED = 2.0, 1.0
+"""What a prompting label, and what the query's own slices are tracked into, weigh where they differ."""
+
+
+_ACROSS = "the annotated slices lie across this view's plane"
 
 
 class Prompts:
-    """Another propagator's label of one query, made when it is first asked for and then kept for every view."""
+    """Labels that prompt one query, made when they are first asked for and then kept for every view."""
 
     def __init__(self, prompter: Propagator | None, supports: Sequence[Support], query: Image) -> None:
         self._prompter = prompter
         self._supports = supports
         self._query = query
         self._label: LabelVolume | None = None
+        self._beside: LabelVolume | None = None
         self._asked = False
+        self._asked_beside = False
 
     def label(self) -> LabelVolume | None:
-        """Int16 (Z, Y, X), or None where there is no prompter or it failed."""
+        """Another propagator's label, int16 (Z, Y, X); None where there is no prompter or it failed."""
         if not self._asked and self._prompter is not None:
             view = self._prompter.default_views[:1]
             self._label = next(iter(self._prompter.propagate(self._supports, [self._query], view))).label
         self._asked = True
         return self._label
+
+    def beside(self, own: Support, tracked: Callable[[], LabelVolume | None]) -> LabelVolume | None:
+        """The same fused with what the query's own annotated slices say of the others; what is drawn stays.
+
+        Args:
+            own: the query with its sparse label.
+            tracked: gives the label that these slices are tracked into, or None.
+        """
+        if not self._asked_beside:
+            pairs = [(self.label(), _CARRIED), (tracked(), _TRACKED)]
+            given = [(label, weight) for label, weight in pairs if label is not None]
+            if given:
+                fused = fuse([label for label, _ in given], [weight for _, weight in given], own.image.spacing)
+                self._beside = _drawn_over(fused.label, own)
+        self._asked_beside = True
+        return self._beside
 
 
 class Sam2Engine:
@@ -85,6 +110,7 @@ class Sam2Engine:
         self.settings = settings
         self._tools = Tools(Tracker(loaded.model, settings.fill_hole_area), settings, batch_size)
         self._encoder = Encoder(loaded.model, batch_size, budget)
+        self._prompted = prompted
         self._default_mode = "self" if prompted else "retrieve"
         self._supports: dict[tuple[Any, ...], tuple[ViewedSupport, Bank]] = {}
         self._digests: weakref.WeakKeyDictionary[Support, tuple[int, int]] = weakref.WeakKeyDictionary()
@@ -131,24 +157,42 @@ class Sam2Engine:
     ) -> Propagation:
         """One view of one query; `progress` is told how many of its slices are encoded, batch by batch."""
         own = next((s for s in supports if s.image.case == query.case and _is_sparse(s)), None)
-        mode = self.settings.mode or ("slice" if own is not None else self._default_mode)
-        if mode == "slice":
-            return self._slice(own, query, view, natural, progress)
+        mode = self._mode(own)
         classes = sorted({c for support in supports for c in support.classes})
-        prompt = prompts.label() if mode == "self" else None
+        prompt = self._prompt(own, query, natural, prompts) if mode == "self" else None
         if prompt is not None and not np.isin(prompt, classes).any():
             prompt = None
+        if mode == "slice" or (own is not None and self.settings.mode is None and prompt is None):
+            return self._slice(own, query, view, natural, progress)
         window = self._window(query, view, natural, prompt, classes)
         seen = self._viewed(query, scaled, view, natural, progress, window)
         # A query that is its own memory needs no support.
         needed = supports if prompt is None or self.settings.support_slices else []
+        if needed and not (needed := [s for s in needed if _shows_slices(s, view, natural)]):
+            return Propagation(query.case, view, None, reason=_ACROSS)
         known = [self._support(support, view, natural) for support in needed]
         if mode == "insert":
             rng = np.random.default_rng([seed, zlib.crc32(query.case.encode())])
             votes = insert(self._tools, [support for support, _ in known], seen, classes, rng)
         else:
             votes = self._from_memory(known, seen, prompt, classes)
-        return self._finished(votes, seen, view)
+        result = self._finished(votes, seen, view)
+        return result if own is None else _kept(result, own)
+
+    def _mode(self, own: Support | None) -> str:
+        """The mode for a query, which has a sparse label of its own or not."""
+        return self.settings.mode or ("slice" if own is not None and not self._prompted else self._default_mode)
+
+    def _prompt(self, own: Support | None, query: Image, natural: str, prompts: Prompts) -> LabelVolume | None:
+        if own is None or self.settings.mode == "self":
+            return prompts.label()
+        return prompts.beside(own, lambda: self._tracked(own, query, natural))
+
+    def _tracked(self, own: Support, query: Image, natural: str) -> LabelVolume | None:
+        """What the annotated slices of a volume say of the others, in the plane that most of them lie in."""
+        planes = [natural, *(plane for plane in PLANES if plane != natural)] if query.shape[0] > 1 else [natural]
+        found = (self._slice(own, query, plane, natural, lambda _: None).label for plane in planes)
+        return next((label for label in found if label is not None), None)
 
     def _window(
         self, query: Image, view: str, natural: str, prompt: LabelVolume | None, classes: Sequence[int]
@@ -180,15 +224,13 @@ class Sam2Engine:
     ) -> Propagation:
         self.settings.check_fit(query.case, query.shape, own is not None)
         assert own is not None  # or the check had failed
+        if not _shows_slices(own, view, natural, everywhere=True):
+            return Propagation(query.case, view, None, reason=_ACROSS)
         bank: Bank | None = None
         if self.keep_own:
             seen, bank = self._support(own, view, natural, progress)
         else:
             seen = self._viewed_support(own, view, natural, progress)
-        whole = seen.annotated[seen.slices].mean()
-        if whole < 0.5:
-            reason = f"the annotated slices lie across this view's plane (only {whole:.0%} of each is annotated)"
-            return Propagation(query.case, view, None, reason=reason)
         result = self._finished(through_volume(self._tools, seen, own.classes, bank), seen.image, view)
         return _kept(result, own)
 
@@ -333,17 +375,33 @@ def _spoken(support: Support) -> tuple[LabelVolume, BoolVolume]:
     return np.where(annotated, support.label, 0).astype(np.int16), annotated
 
 
+def _shows_slices(support: Support, view: str, natural: str, everywhere: bool = False) -> bool:
+    """Whether a label shows slices of a view rather than lines across them.
+
+    In the natural plane, unless `everywhere`, parts of slices count too: there is no better plane for scribbles.
+    """
+    shown = present(support.image, view, natural)
+    if not everywhere and shown.axes[0] == present(support.image, "identity", natural).axes[0]:
+        return True
+    drawn = shown.forward(_spoken(support)[1])
+    return bool(drawn[drawn.any(axis=(1, 2))].mean() >= 0.5)
+
+
 def _is_sparse(support: Support) -> bool:
     return support.ignore is not None and bool((support.label == support.ignore).any())
 
 
 def _kept(result: Propagation, own: Support) -> Propagation:
-    """What a person has drawn stays as it is."""
+    """What a person has drawn stays as it is, and is certain."""
     assert result.label is not None
     assert result.confidence is not None
-    label, annotated = _spoken(own)
-    kept = np.where(annotated, label, result.label).astype(np.int16)
-    return replace(result, label=kept, confidence=np.where(annotated, 1, result.confidence).astype(np.float32))
+    confidence = np.where(_spoken(own)[1], 1, result.confidence).astype(np.float32)
+    return replace(result, label=_drawn_over(result.label, own), confidence=confidence)
+
+
+def _drawn_over(label: LabelVolume, own: Support) -> LabelVolume:
+    drawn, annotated = _spoken(own)
+    return np.where(annotated, drawn, label).astype(np.int16)
 
 
 def _sum(data: npt.NDArray[Any]) -> int:

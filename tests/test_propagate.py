@@ -18,7 +18,6 @@ from fake_propagator import FAILURE, FakePropagator
 from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_image, write_raw
 
 from nnunet_oneshot import cli
-from nnunet_oneshot import propagate as module
 from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import find_output
@@ -209,7 +208,7 @@ def test_learning_is_timed_and_is_not_done_again_for_nothing(toy: Path, monkeypa
         def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
             time.sleep(0.2)
 
-    monkeypatch.setattr(module, "make_propagator", lambda name, options: Slow(name))
+    monkeypatch.setattr("nnunet_oneshot.propagators.make_propagator", lambda name, options: Slow(name))
     outcome = run(num_parts=2, part_id=0)
     assert 0.4 <= outcome.preparation < outcome.seconds
     assert run(num_parts=2, part_id=0).preparation == 0
@@ -229,7 +228,7 @@ class Interrupted(FakePropagator):
 
 def test_an_interrupted_run_goes_on_from_whole_cases(toy: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(module, "make_propagator", lambda name, options: Interrupted(name))
+        patched.setattr("nnunet_oneshot.propagators.make_propagator", lambda name, options: Interrupted(name))
         with pytest.raises(KeyboardInterrupt):
             run()
     store = find_output(501, 601)
@@ -243,7 +242,7 @@ def test_an_interrupted_run_goes_on_from_whole_cases(toy: Path, fakes: Fakes, mo
 
 def _stop_after_the_first_case(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(module, "make_propagator", lambda name, options: Interrupted(name))
+        patched.setattr("nnunet_oneshot.propagators.make_propagator", lambda name, options: Interrupted(name))
         with pytest.raises(KeyboardInterrupt):
             run()
 
@@ -276,8 +275,9 @@ import os, signal
 from conftest import Answer
 from fake_propagator import FakePropagator
 from nnunet_oneshot import cli
-from nnunet_oneshot import propagate as module
+from nnunet_oneshot import propagators
 from nnunet_oneshot.dataset import RawDataset
+from nnunet_oneshot.propagate import propagate
 
 def write(self, label, path, like, whole=RawDataset.write_label):
     whole(self, label, path, like)
@@ -285,8 +285,8 @@ def write(self, label, path, like, whole=RawDataset.write_label):
         os.kill(os.getpid(), signal.SIGKILL)
 
 RawDataset.write_label = write
-module.make_propagator = lambda name, options: FakePropagator(name)
-module.propagate(501, 601, propagators=("fake",), num_processes=1)
+propagators.make_propagator = lambda name, options: FakePropagator(name)
+propagate(501, 601, propagators=("fake",), num_processes=1)
 """
 
 
@@ -326,7 +326,7 @@ class BesideAnother(FakePropagator):
 
 
 def test_shards_that_end_at_once_fuse_once(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "make_propagator", lambda name, options: BesideAnother(name))
+    monkeypatch.setattr("nnunet_oneshot.propagators.make_propagator", lambda name, options: BesideAnother(name))
     outcome = run()
     assert outcome.manifest is not None
     assert outcome.manifest.source_dataset == "by the other shard"
@@ -341,7 +341,7 @@ def test_one_that_must_see_all_sees_all_at_once_and_again(
         pass
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "make_propagator", lambda name, options: Once(name, whole_set=True))
+        patched.setattr("nnunet_oneshot.propagators.make_propagator", lambda name, options: Once(name, whole_set=True))
         with pytest.raises(KeyboardInterrupt):
             run(propagators=("fake_set",))
     run(propagators=("fake_set",))

@@ -18,6 +18,7 @@ from sam2_tiny import balls, tiny_config, tiny_model
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.sam2_engine import Prompts
 from sam2_propagation.sam2_labels import largest_components
 from sam2_propagation.sam2_memory import Votes
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
@@ -115,6 +116,16 @@ def test_volumes_with_slices_enough_are_sliced_three_ways(
     propagator = Sam2Propagator(settings=settings)
     wanted = ("axial", "coronal", "sagittal") if planes else propagator.default_views
     assert propagator.fitting_views([support]) == wanted
+
+
+def test_slices_that_a_prompter_completes_are_looked_at_three_ways() -> None:
+    label = np.full((6, 14, 14), 2, np.int16)
+    label[3], label[3, 3:8, 3:8] = 0, 1
+    support = Support(Image("a", np.zeros((1, 6, 14, 14), np.float32)), label, 2)
+    prompted = Sam2Propagator(prompter=_Prompter(None))
+    assert prompted.fitting_views([support]) == ("axial", "coronal", "sagittal")
+    assert Sam2Propagator(mode="slice", prompter=_Prompter(None)).fitting_views([support]) == prompted.default_views
+    assert Sam2Propagator(mode="retrieve", prompter=_Prompter(None)).fitting_views([support]) == prompted.default_views
 
 
 VOLUME_MODES = {
@@ -222,7 +233,7 @@ def test_annotated_slices_are_carried_through_their_volume(checkpoint: Path, mon
     propagator = Sam2Propagator(checkpoint)
     passes = _count_passes(propagator, monkeypatch)
     results = list(propagator.propagate([own, _sparse("other", (2,))], [own.image], ("identity", "rot90", "coronal")))
-    assert sum(passes) == 6 + 6 + 12
+    assert sum(passes) == 6 + 6, "what lies across a plane is not looked at in it"
     for result in results[:2]:
         assert result.label is not None
         assert np.array_equal(result.label[2:4], truth[2:4])
@@ -231,6 +242,58 @@ def test_annotated_slices_are_carried_through_their_volume(checkpoint: Path, mon
         assert (result.confidence[2:4] == 1).all()
     assert results[2].label is None
     assert "across this view's plane" in str(results[2].reason)
+
+
+def test_annotated_slices_and_a_prompter_together_prompt_every_plane(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, (_, truth) = _sparse("query", (2, 3)), _volume("query")
+    prompter, planes = _Prompter(truth), ("axial", "coronal", "sagittal")
+    propagator = Sam2Propagator(checkpoint, settings=Sam2Settings(zoom=None), prompter=prompter)
+    passes = _count_passes(propagator, monkeypatch)
+    results = list(propagator.propagate([own], [own.image], planes))
+    sides = own.image.shape
+    assert sum(passes) == sides[0] + sum(sides), "once to track the annotated slices, then once a plane"
+    assert prompter.calls == 1
+    for result in results:
+        assert result.label is not None
+        assert result.confidence is not None
+        assert np.array_equal(result.label[2:4], truth[2:4])
+        assert (result.confidence[2:4] == 1).all()
+    tracked = next(Sam2Propagator(checkpoint, mode="slice").propagate([own], [own.image], ("axial",)))
+    assert not np.array_equal(results[0].confidence, tracked.confidence)
+
+
+def test_what_a_prompter_carried_outweighs_what_was_tracked(checkpoint: Path) -> None:
+    """Far from the drawn slices, prompts are the prompter's where tracking finds nothing of it."""
+    own, (image, truth) = _sparse("query", (2,)), _volume("query")
+    asked: list[np.ndarray | None] = []
+    prompts = Prompts(_Prompter(truth), [own], image)
+    label = prompts.beside(own, lambda: asked.append(None) or np.zeros_like(truth))  # type: ignore[func-returns-value]
+    assert label is not None
+    assert np.array_equal(label, truth)
+    assert prompts.beside(own, lambda: asked.append(None) or None) is label  # type: ignore[func-returns-value]
+    assert len(asked) == 1, "tracked once for all views"
+
+
+def test_tracked_slices_alone_prompt_where_the_prompter_failed(checkpoint: Path) -> None:
+    own = _sparse("query", (2, 3))
+    found = next(Sam2Propagator(checkpoint, prompter=_Prompter(None)).propagate([own], [own.image], ("coronal",)))
+    tracked = next(Sam2Propagator(checkpoint, mode="slice").propagate([own], [own.image], ("axial",)))
+    assert tracked.label is not None
+    again = Sam2Propagator(checkpoint, mode="self", prompter=_Prompter(tracked.label))
+    expected = next(again.propagate([own], [own.image], ("coronal",)))
+    assert np.array_equal(found.confidence, expected.confidence)
+
+
+def test_lines_across_a_plane_are_no_memory(checkpoint: Path) -> None:
+    """Seen from the side, an annotated slice is a line: another image is not labelled from that."""
+    query = _volume("query", 0.1)[0]
+    propagator = Sam2Propagator(checkpoint, mode="retrieve")
+    axial, coronal = propagator.propagate([_sparse("support", (2, 3))], [query], ("axial", "coronal"))
+    assert axial.label is not None
+    assert coronal.label is None
+    assert "across this view's plane" in str(coronal.reason)
 
 
 def test_sparse_supports_only_count_where_they_speak(checkpoint: Path) -> None:
