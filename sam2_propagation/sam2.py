@@ -17,7 +17,7 @@ from sam2_propagation.errors import PropagationError
 from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.registration import affinely_aligned
-from sam2_propagation.sam2_engine import Prompts, Sam2Engine
+from sam2_propagation.sam2_engine import Prompts, Sam2Engine, shows_slices
 from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 from sam2_propagation.views import FLAT, VIEWS, can_show, natural_plane, present
 
@@ -121,12 +121,15 @@ class Sam2Propagator:
         """The default views for images like these.
 
         Three planes, which err differently, for volumes with slices enough along every axis, in modes that look at
-        every slice by itself, sparse labels if a prompter completes them first. Otherwise turns in the natural plane.
+        every slice by itself, sparse labels if a prompter completes them first. Otherwise turns in the natural plane,
+        or in the one that all annotated slices lie in.
         """
         planes = self.settings.views == TURNED and self.settings.mode in (None, "self", "retrieve")
         prompted = self.prompter is not None and self.settings.mode != "retrieve"
         deep = all(min(s.image.shape) >= _FEWEST_SLICES and (prompted or _whole(s)) for s in supports)
-        return PLANES if planes and deep else self.default_views
+        if planes and deep:
+            return PLANES
+        return _turned_in(_drawn_plane(supports)) if self.default_views == TURNED else self.default_views
 
     def share(self, folder: Path | None) -> None:
         """Let processes that this is sent to share encoded supports in a folder that exists; None for no more."""
@@ -222,6 +225,21 @@ class Sam2Propagator:
 
 def _whole(support: Support) -> bool:
     return support.ignore is None or not bool((support.label == support.ignore).any())
+
+
+def _drawn_plane(supports: Sequence[Support]) -> str | None:
+    """The plane of all sparse labels' slices, None where it is the natural one or there is no such plane."""
+    drawn = [support for support in supports if not _whole(support)]
+    if not drawn or len(drawn) < len(supports) or any(support.image.shape[0] == 1 for support in drawn):
+        return None
+    natural = natural_plane(drawn[0].image)
+    planes = [natural, *(plane for plane in PLANES if plane != natural)]
+    found = next((p for p in planes if all(shows_slices(s, p, natural, everywhere=True) for s in drawn)), natural)
+    return None if found == natural else found
+
+
+def _turned_in(plane: str | None) -> tuple[str, ...]:
+    return TURNED if plane is None else (plane, f"{plane}_rot90", f"{plane}_rot180")
 
 
 def _usable(supports: Sequence[Support]) -> list[Support]:

@@ -168,7 +168,7 @@ class Sam2Engine:
         seen = self._viewed(query, scaled, view, natural, progress, window)
         # A query that is its own memory needs no support.
         needed = supports if prompt is None or self.settings.support_slices else []
-        if needed and not (needed := [s for s in needed if _shows_slices(s, view, natural)]):
+        if needed and not (needed := [s for s in needed if shows_slices(s, view, natural)]):
             return Propagation(query.case, view, None, reason=_ACROSS)
         known = [self._support(support, view, natural) for support in needed]
         if mode == "insert":
@@ -224,7 +224,7 @@ class Sam2Engine:
     ) -> Propagation:
         self.settings.check_fit(query.case, query.shape, own is not None)
         assert own is not None  # or the check had failed
-        if not _shows_slices(own, view, natural, everywhere=True):
+        if not shows_slices(own, view, natural, everywhere=True):
             return Propagation(query.case, view, None, reason=_ACROSS)
         bank: Bank | None = None
         if self.keep_own:
@@ -375,7 +375,7 @@ def _spoken(support: Support) -> tuple[LabelVolume, BoolVolume]:
     return np.where(annotated, support.label, 0).astype(np.int16), annotated
 
 
-def _shows_slices(support: Support, view: str, natural: str, everywhere: bool = False) -> bool:
+def shows_slices(support: Support, view: str, natural: str, everywhere: bool = False) -> bool:
     """Whether a label shows slices of a view rather than lines across them.
 
     In the natural plane, unless `everywhere`, parts of slices count too: there is no better plane for scribbles.

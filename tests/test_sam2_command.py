@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import yaml
 from conftest import Answer
 from counted_sam2 import COUNT, CountedSam2, counting, passes
-from raw_datasets import SHAPE, Roots, image_array, make_sparse, read, write_image, write_raw
+from raw_datasets import LABELS, SHAPE, Roots, edit_json, image_array, make_sparse, read, write_image, write_raw
 from safetensors.torch import load_file, save_file
 from sam2_tiny import tiny_config, tiny_model
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from nnunet_oneshot import cli, propagators
 from nnunet_oneshot import propagate as module
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.propagators import PropagatorOptions
+from nnunet_oneshot.store import read_manifest
 from sam2_propagation import checkpoints
 from sam2_propagation.architecture import build_sam2, known_configurations
 from sam2_propagation.checkpoint_catalog import PUBLISHED
@@ -316,6 +318,23 @@ def test_a_sparse_label_without_foreground_is_no_slice_to_carry(
     answer = call(cli.propagate, *CPU, "-sam2_chk", checkpoint, "-mode", "slice")
     refused(answer, "case_1", "foreground", "retrieve")
     assert roots.snapshot() == before
+
+
+@pytest.mark.parametrize("more", [("-propagator", "sam2"), ()], ids=["alone", "default"])
+def test_an_annotated_slice_of_another_plane_is_carried(
+    toy: Path, call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """The slices of these volumes lie across z; a person drew one across x."""
+    monkeypatch.setattr(propagators, "RECIPE", replace(propagators.RECIPE, steps=2))
+    label, shown = read(toy / "labelsTr/case_0.nii.gz"), np.arange(SHAPE[2]) == 3
+    edit_json(toy, labels={**LABELS, "ignore": 3})
+    write_image(toy / "labelsTr/case_0.nii.gz", np.where(shown, label, 3).astype(np.uint8))
+    answer = call(cli.propagate, "-d", 501, "-o", 601, "-np", 1, "-device", "cpu", *more, "-sam2_chk", checkpoint)
+    assert answer.code == 0, answer.err
+    made = toy.parent / "Dataset601_toy_oneshot"
+    views = read_manifest(made / "oneshot.json").cases["case_0"].views
+    assert sum(name.startswith("sam2/") for name in views) == 3, answer.out
+    np.testing.assert_array_equal(read(made / "labelsTr/case_0.nii.gz")[..., shown], label[..., shown])
 
 
 def test_too_little_memory_keeps_what_is_done_and_says_what_to_lower(
