@@ -1,9 +1,10 @@
 """Learn correspondence without labels: rebuild a slice from another one by attention over learnt features.
 
-A slice and a neighbour in its volume (or, where a volume is one slice, a warp of it) are cut to the same place. Each
-cell of the first copies intensities from the second, by attention over features in a window; the closer the copy, the
-better the features (OneSeg; MAST, Lai et al., CVPR 2020). What is copied is the intensities at three scales of
-smoothing, so that a match must agree in its surroundings too.
+A slice and a neighbour in its volume (or, where a volume is one slice, a warp of it; or, for a share of the pairs, the
+slice at the same level of another volume) are cut to the same place. Each cell of the first copies intensities from the
+second, by attention over features in a window; the closer the copy, the better the features (OneSeg; MAST, Lai et al.,
+CVPR 2020). What is copied is the intensities at three scales of smoothing, so that a match must agree in its
+surroundings too.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Recipe:
         batch: pairs of slices at once.
         crop: working pixels along the side of what is cut out.
         reach: largest distance of the two slices.
+        across: share of pairs whose source is another volume's slice at the same relative position. None by default:
+            on phantoms it made neighbours worse and other cases not reliably better (correspondence_pairs.py).
         radius: of the window, in cells, on both grids.
         rate: learning rate, falling to 0 along a cosine.
         profile: edge profiles as input rather than remapped intensities.
@@ -48,10 +51,14 @@ class Recipe:
     batch: int = 4
     crop: int = 64
     reach: int = 3
+    across: float = 0.0
     radius: int = 4
     rate: float = 2e-3
     profile: bool = True
     seed: int = 0
+
+
+_AS_IT_IS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,14 @@ class Draw:
     """One training pair: which slices, where they are cut, how they are warped and their intensities remapped.
 
     Attributes:
-        volume, target, source: indices; the two slices are the same in a volume of one.
+        volumes, target, source: indices of both slices' volumes and theirs in these; the two slices are the same where
+            there is no other.
         corner: (row, column) of the cut, as a share of what is possible.
         gammas, inverted: powers for target and source; only networks that look at intensities are shown them remapped.
         warp: affine (2, 3) of the source for `grid_sample`, the identity where the slices differ.
     """
 
-    volume: int
+    volumes: tuple[int, int]
     target: int
     source: int
     corner: tuple[float, float]
@@ -74,13 +82,21 @@ class Draw:
     warp: tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def draw_pair(rng: np.random.Generator, lengths: Sequence[int], reach: int) -> Draw:
+def draw_pair(rng: np.random.Generator, lengths: Sequence[int], reach: int, across: float = 0.0) -> Draw:
     """Draw a pair; every slice of the set is as likely as any other to be the target."""
     flat = int(rng.integers(sum(lengths)))
     volume = int(np.searchsorted(np.cumsum(lengths), flat, side="right"))
     target = flat - sum(lengths[:volume])
-    near = [i for i in range(target - reach, target + reach + 1) if 0 <= i < lengths[volume] and i != target]
-    source = int(rng.choice(near)) if near else target
+    others = [i for i in range(len(lengths)) if i != volume]
+    if across and others and rng.random() < across:
+        lender = int(rng.choice(others))
+        # Relative positions are compared at the middle of slices.
+        source = min(int((target + 0.5) / lengths[volume] * lengths[lender]), lengths[lender] - 1)
+    else:
+        lender = volume
+        near = [i for i in range(target - reach, target + reach + 1) if 0 <= i < lengths[volume] and i != target]
+        source = int(rng.choice(near)) if near else target
+    same = (lender, source) == (volume, target)
     turn, stretch, shift = rng.uniform(-0.15, 0.15), rng.uniform(0.9, 1.1), rng.uniform(-0.06, 0.06, 2)
     cosine, sine = stretch * np.cos(turn), stretch * np.sin(turn)
     moved = ((float(cosine), float(-sine), float(shift[0])), (float(sine), float(cosine), float(shift[1])))
@@ -88,26 +104,40 @@ def draw_pair(rng: np.random.Generator, lengths: Sequence[int], reach: int) -> D
     gammas = np.exp(rng.uniform(-0.5, 0.5) + rng.uniform(-0.1, 0.1, 2))
     inverted = bool(rng.random() < 0.25)
     return Draw(
-        volume,
+        (volume, lender),
         target,
         source,
         (float(rng.random()), float(rng.random())),
         (float(gammas[0]), float(gammas[1])),
         inverted,
-        ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)) if near else moved,
+        moved if same else _AS_IT_IS,
     )
 
 
 def cut_pair(volumes: Sequence[Tensor], draw: Draw, crop: int) -> tuple[Tensor, Tensor]:
     """Target and source of a draw, float32 (C, crop, crop) each."""
-    slices = volumes[draw.volume][[draw.target, draw.source]].float()
-    missing = [max(0, crop - side) for side in slices.shape[-2:]]
-    slices = F.pad(slices, (0, missing[1], 0, missing[0]))
-    grid = F.affine_grid(torch.tensor([draw.warp]), [1, *slices.shape[1:]], align_corners=False)
-    moved = F.grid_sample(slices[1:], grid, align_corners=False) if draw.target == draw.source else slices[1:]
-    top, left = (round(c * (side - crop)) for c, side in zip(draw.corner, slices.shape[-2:], strict=True))
-    both = torch.cat([slices[:1], moved])[..., top : top + crop, left : left + crop]
-    return both[0], both[1]
+    target, source = (
+        _at_least(volumes[volume][index].float(), crop)
+        for volume, index in zip(draw.volumes, (draw.target, draw.source), strict=True)
+    )
+    moved = source if draw.warp == _AS_IT_IS else _warped(source, draw.warp)
+    return _cut(target, draw.corner, crop), _cut(moved, draw.corner, crop)
+
+
+def _at_least(single: Tensor, side: int) -> Tensor:
+    """(C, H, W), filled up with 0."""
+    height, width = single.shape[-2:]
+    return F.pad(single, (0, max(0, side - width), 0, max(0, side - height)))
+
+
+def _warped(single: Tensor, warp: Sequence[Sequence[float]]) -> Tensor:
+    grid = F.affine_grid(torch.tensor([warp]), [1, *single.shape], align_corners=False)
+    return F.grid_sample(single[None], grid, align_corners=False)[0]
+
+
+def _cut(single: Tensor, corner: tuple[float, float], crop: int) -> Tensor:
+    top, left = (round(c * (side - crop)) for c, side in zip(corner, single.shape[-2:], strict=True))
+    return single[:, top : top + crop, left : left + crop]
 
 
 def remapped(slices: Tensor, gamma: float, invert: bool) -> Tensor:
@@ -211,7 +241,7 @@ class Learner:
         recipe = self.recipe
         # Drawn from the step's number: a resumed training sees the pairs that it would have seen.
         rng = np.random.default_rng([recipe.seed, self.step])
-        draws = [draw_pair(rng, [len(v) for v in volumes], recipe.reach) for _ in range(recipe.batch)]
+        draws = [draw_pair(rng, [len(v) for v in volumes], recipe.reach, recipe.across) for _ in range(recipe.batch)]
         pairs = [cut_pair(volumes, draw, recipe.crop) for draw in draws]
         targets, sources = (torch.stack(side).to(self._device) for side in zip(*pairs, strict=True))
         seen = torch.cat([self._shown(targets, draws, 0), self._shown(sources, draws, 1)])

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import ndimage
 
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
-from sam2_propagation.correspondence_training import Learner, Recipe
+from sam2_propagation.correspondence_training import Learner, Recipe, cut_pair, draw_pair
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Propagator, Support
 
@@ -161,6 +163,24 @@ def test_two_annotated_slices_are_both_heard(taught: CorrespondencePropagator) -
     assert two.label is not None
     np.testing.assert_array_equal(two.label[5], truth[5])
     assert overlap(two.label, truth, 1) > overlap(one.label, truth, 1)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 1.0]))
+def test_training_pairs_are_two_slices_that_exist(lengths: list[int], seed: int, across: float) -> None:
+    draw = draw_pair(np.random.default_rng(seed), lengths, 3, across)
+    own, other = draw.volumes
+    assert 0 <= draw.target < lengths[own]
+    assert 0 <= draw.source < lengths[other]
+    if across == 1 and len(lengths) > 1:
+        assert own != other
+        levels = (draw.target + 0.5) / lengths[own], (draw.source + 0.5) / lengths[other]
+        assert abs(levels[0] - levels[1]) <= 1 / lengths[other]
+    else:
+        assert across or own == other
+    alone = (own, draw.target) == (other, draw.source)
+    assert alone == (own == other and lengths[own] == 1)
+    target, source = cut_pair([torch.rand(n, 1, 12, 20 - n) for n in lengths], draw, 16)
+    assert target.shape == source.shape == (1, 16, 16)
 
 
 @pytest.mark.parametrize("how", ["whole", "one slice"])
