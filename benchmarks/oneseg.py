@@ -102,7 +102,7 @@ def sparse_support(image: Image, truth: LabelVolume, suggested: bool) -> tuple[S
     index = int((seen > 0).sum(axis=(1, 2)).argmax())
     if suggested:
         found = describe(image)
-        stored = best_slice(along(found.slices), found.content)
+        stored = best_slice(along(found.steps), found.content)
         index = len(seen) - 1 - stored if shown.flips[0] else stored
     label = np.full_like(seen, IGNORE)
     label[index] = seen[index]

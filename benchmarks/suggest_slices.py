@@ -1,7 +1,7 @@
 """Does `suggest --slices` find a good slice to annotate? Its rank among a volume's slices by the Dice each gives.
 
     python benchmarks/suggest_slices.py [--sets phantom chaos_mr_t2 acdc_mr hippocampus] [--cases 8]
-                                        [--again]
+                                        [--again] [--learn]
 
 Data: $ONESHOT_DATA, or ../shared/data beside the repository; of each set so many pool cases at even distances in the
 sorted names, and thick phantoms. Every slice of a volume that shows foreground is annotated in turn and carried from
@@ -9,7 +9,8 @@ slice to slice by 2D demons on a grid of 64x64 pixels; its worth is the mean Dic
 slices but itself. The suggested slice sees no label; where it shows no foreground it is worth 0 and ranked last.
 Beside it: the slice with the largest foreground area, which reads the truth. True labels are read to carry and to
 score. Nothing is random. A finished row, benchmarks/results/suggest_slices_<set>_<cases>.json, is not computed again;
-`--again` ranks anew by the worths in it.
+`--again` ranks anew by the worths in it. `--learn` ranks by what a network predicts that learns from the set's pool (or
+the phantoms) without labels; its rows take their worths from the others and end in _learn.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from nnunet_oneshot.suggest_features import along, describe
 from nnunet_oneshot.suggest_ranking import best_slice
+from sam2_propagation.correspondence import CorrespondencePropagator
 from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, LabelVolume
 from sam2_propagation.views import present
@@ -53,12 +55,13 @@ def cases_of(name: str, count: int) -> list[str]:
     return spread(split_of(name)["pool"], count)
 
 
-def small(name: str, case: str) -> tuple[np.ndarray, LabelVolume, int]:
+def small(name: str, case: str, network: CorrespondencePropagator | None) -> tuple[np.ndarray, LabelVolume, int]:
     """Intensities and labels (N, 64, 64) of a volume's slices, and the suggested one."""
     image, truth = read_case(name, case)
     shown = present(image, "identity")
     found = describe(image)
-    stored = best_slice(along(found.slices), found.content)
+    steps = found.steps if network is None else network.survival(image)
+    stored = best_slice(along(steps), found.content)
     seen = torch.from_numpy(np.ascontiguousarray(shown.forward(scale(image))[0], dtype=np.float32))
     label = torch.from_numpy(np.ascontiguousarray(shown.forward(truth), dtype=np.float32))
     pixels = F.interpolate(seen[None], size=(PIXELS, PIXELS), mode="area")[0].numpy()
@@ -66,9 +69,17 @@ def small(name: str, case: str) -> tuple[np.ndarray, LabelVolume, int]:
     return pixels, labels, len(labels) - 1 - stored if shown.flips[0] else stored
 
 
-def run_case(name: str, case: str, worth: dict[int, float]) -> dict[str, Any]:
+def taught(name: str, count: int) -> CorrespondencePropagator:
+    """A network that has learnt from a set's images."""
+    network = CorrespondencePropagator()
+    names = cases_of(name, count) if name == PHANTOM else sorted(split_of(name)["pool"])
+    network.fit(read_case(name, case)[0] if name == PHANTOM else read_image(name, case) for case in names)
+    return network
+
+
+def run_case(name: str, case: str, worth: dict[int, float], network: CorrespondencePropagator | None) -> dict[str, Any]:
     """Worth of every slice with foreground, found now where it is not given, and where the suggested one stands."""
-    pixels, labels, suggested = small(name, case)
+    pixels, labels, suggested = small(name, case, network)
     classes = [int(value) for value in np.unique(labels) if value]
     shown = np.flatnonzero(labels.any(axis=(1, 2)))
     for index in map(int, () if worth else shown):
@@ -90,14 +101,16 @@ def run_case(name: str, case: str, worth: dict[int, float]) -> dict[str, Any]:
     }
 
 
-def run_set(name: str, count: int, again: bool) -> dict[str, Any]:
+def run_set(name: str, count: int, again: bool, learn: bool) -> dict[str, Any]:
     """One set's row, from its file if it is there; with `again` slices are ranked anew, their worth is kept."""
-    title = f"suggest_slices_{name}_{count}"
+    plain = f"suggest_slices_{name}_{count}"
+    title = f"{plain}_learn" if learn else plain
     row = read_row(title)
     if row is not None and not again:
         return row
+    row, network = row or read_row(plain), taught(name, count) if learn else None
     kept = {c["case"]: {int(at): w for at, w in c["worth"].items()} for c in row["cases"]} if row else {}
-    cases = [run_case(name, case, kept.get(case, {})) for case in tqdm(cases_of(name, count), desc=name)]
+    cases = [run_case(name, case, kept.get(case, {}), network) for case in tqdm(cases_of(name, count), desc=name)]
     means = {
         key: round(float(np.mean([c[key] for c in cases])), 4) for key in ("dice", "median", "best", "largest_area")
     }
@@ -117,9 +130,11 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--cases", type=int, default=8)
     parser.add_argument("--again", action="store_true", help="rank anew, from the worth of slices in finished rows")
+    parser.add_argument("--learn", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     keys = ("n", "dice", "median", "best", "largest_area", "relative_rank", "in_best_third")
-    rows = [run_set(name, options.cases, options.again) for name in options.sets]
+    rows = [run_set(name, options.cases, options.again, options.learn) for name in options.sets]
     print(markdown(["set", *keys], [[row["set"], *(row[key] for key in keys)] for row in rows]))
 
 

@@ -50,6 +50,11 @@ def suggest(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-d", required=True, metavar="A", help="id or name of the dataset")
     parser.add_argument("-n", type=int, metavar="N", help="how many to name (default: 5; with --slices every case)")
     parser.add_argument("--slices", action="store_true", help="choose one slice of every case, not whole cases")
+    parser.add_argument(
+        "--learn",
+        action="store_true",
+        help="with --slices: rank by what a network that learns from the images predicts",
+    )
     parser.add_argument("-o", type=Path, metavar="DIR", help="folder (default: suggest in the dataset's folder)")
     add_processes(parser)
     add_json(parser)
@@ -280,7 +285,12 @@ def info(argv: Sequence[str] | None = None) -> None:
 def _do_suggest(arguments: argparse.Namespace) -> Summary:
     module = importlib.import_module("nnunet_oneshot.suggest")
     found = module.suggest(
-        arguments.d, arguments.n, slices=arguments.slices, output=arguments.o, num_processes=arguments.np
+        arguments.d,
+        arguments.n,
+        slices=arguments.slices,
+        learn=arguments.learn,
+        output=arguments.o,
+        num_processes=arguments.np,
     )
     rows = [module.as_row(row) for row in found.rows]
     cells = [["" if value is None else value for value in row.values()] for row in rows]

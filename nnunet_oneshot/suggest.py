@@ -11,21 +11,24 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from nnunet_oneshot.checks import check_image
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.propagators import RECIPE
 from nnunet_oneshot.store import MANIFEST, Store
 from nnunet_oneshot.suggest_doubt import Doubt, doubt_of_cases, doubt_of_slices
 from nnunet_oneshot.suggest_features import Described, Vectors, alike, along, describe
 from nnunet_oneshot.suggest_pictures import picture_of
 from nnunet_oneshot.suggest_ranking import best_slice, rank
+from sam2_propagation.correspondence import CorrespondencePropagator
 
 FOLDER = "suggest"
 AXES = "zyx"
@@ -81,6 +84,7 @@ def suggest(
     count: int | None = None,
     *,
     slices: bool = False,
+    learn: bool = False,
     output: Path | None = None,
     num_processes: int | None = None,
 ) -> Suggestions:
@@ -90,6 +94,8 @@ def suggest(
         dataset: id or name of a raw dataset, annotated or not, or of one that `propagate` made.
         count: how many to name; 5 cases, or with `slices` every case, when None.
         slices: choose one slice of every case rather than whole cases.
+        learn: let the network of `correspondence` learn from the images (or take up what it has learnt of them), and
+            rank slices by what it predicts that a label keeps from each to the next.
         output: folder to write to; `suggest` in the dataset's folder when None.
         num_processes: cases looked at together; the processor count when None.
 
@@ -98,6 +104,10 @@ def suggest(
     """
     if count is not None and count < 1:
         raise OneShotError(f"expected -n of 1 or more, found {count}; leave it out for the default")
+    if learn and not slices:
+        raise OneShotError(
+            "expected --slices with --learn, which ranks slices, found it alone; add it or leave --learn out"
+        )
     raw = open_dataset(dataset)
     folder = output or raw.folder / FOLDER
     _check_choice(raw, slices)
@@ -105,7 +115,8 @@ def suggest(
     processes = num_processes or default_processes()
     pairs = [(raw, case) for case in raw.cases]
     found = over_cases(_look_at, pairs, processes=processes if len(pairs) > 10 else 1, title="look at images")
-    items = _collected(raw, sorted(found, key=lambda described: described.case), slices)
+    described = sorted(found, key=lambda one: one.case)
+    items = _collected(raw, _predicted(raw, described) if learn else described, slices)
     rows = _rows(items, count or (len(items.candidates) if slices else 5))
     picture = picture_of(rows, lambda case: raw.read_image(raw.case(case)))
     try:
@@ -182,6 +193,14 @@ def _look_at(pair: tuple[RawDataset, Case]) -> Described:
     return describe(raw.read_image(case))
 
 
+def _predicted(raw: RawDataset, described: Sequence[Described]) -> list[Described]:
+    """The same, with what a network that learnt from the images predicts of every step."""
+    network = CorrespondencePropagator(recipe=RECIPE)
+    network.fit(raw.read_image(case) for case in raw.cases)
+    with tqdm(described, desc="predict what a label keeps", unit="case") as bar:
+        return [replace(one, steps=network.survival(raw.read_image(raw.case(one.case)))) for one in bar]
+
+
 def _collected(raw: RawDataset, described: list[Described], slices: bool) -> _Set:
     doubt = doubt_of_cases(Store(raw.folder, raw.file_ending)) if (raw.folder / MANIFEST).is_file() else None
     labelled = {d.case: _annotated_slices(raw, raw.case(d.case), d.axis, doubt) for d in described}
@@ -233,5 +252,5 @@ def _row(items: _Set, number: int, at: int, coverage: float) -> Suggestion:
     found, labelled = items.described[at], items.labelled[items.described[at].case]
     doubt = None if items.doubt is None else items.doubt[found.case]
     doubts, value = (None, None) if doubt is None else (doubt.slices, doubt.value)
-    index = best_slice(along(found.slices), found.content, doubts, labelled)
+    index = best_slice(along(found.steps), found.content, doubts, labelled)
     return Suggestion(number, found.case, AXES[found.axis], index, coverage, value, bool(labelled))

@@ -35,6 +35,8 @@ class Described:
         case: the case's name.
         whole: (D,) of the whole image.
         slices: (N, D) of its slices.
+        steps: (N - 1,) what a label keeps from each slice to the next, in [0, 1]: their correlation, or what a trained
+            network predicts.
         content: (N,) how much there is to see on each slice, in [0, 1]: its share of the busiest slice's edges.
         axis: the array axis (0 = Z, 1 = Y, 2 = X) that slices are counted along.
     """
@@ -42,6 +44,7 @@ class Described:
     case: str
     whole: Vectors
     slices: Vectors
+    steps: npt.NDArray[np.float32]
     content: npt.NDArray[np.float32]
     axis: int
 
@@ -64,7 +67,8 @@ def describe(image: Image, feature: str = "both", view: str = "identity") -> Des
     volume = F.adaptive_avg_pool3d(maps.transpose(0, 1), (_SLICES, _GRID, _GRID))
     whole = normalised(volume.flatten()[None].numpy())[0]
     share = (content / max(float(content.max()), 1e-6)).astype(np.float32)
-    return Described(image.case, whole, slices, share[order], shown.axes[0])
+    steps = (slices[:-1] * slices[1:]).sum(axis=1)
+    return Described(image.case, whole, slices, steps, share[order], shown.axes[0])
 
 
 def alike(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
@@ -72,20 +76,19 @@ def alike(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
     return np.clip(first @ second.T, -1, 1).astype(np.float32)
 
 
-def along(slices: Vectors) -> npt.NDArray[np.float32]:
+def along(steps: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
     """How much of a slice's label is left at another when it is carried there from slice to slice.
 
-    A label loses at every step what two neighbours differ by, so this is the product of the correlations of all
-    neighbours on the way; two slices that look alike far from each other are of no use to each other.
+    A label loses at every step what two neighbours differ by, so this is the product of what is left of all steps on
+    the way; two slices that look alike far from each other are of no use to each other.
 
     Args:
-        slices: (N, D), as in `Described`.
+        steps: (N - 1,) as in `Described`.
 
     Returns:
         float32 (N, N) in (0, 1].
     """
-    steps = np.clip((slices[:-1] * slices[1:]).sum(axis=1), 1e-3, 1)
-    lost = np.concatenate([[0], np.cumsum(-np.log(steps))])
+    lost = np.concatenate([[0], np.cumsum(-np.log(np.clip(steps, 1e-3, 1)))])
     return np.exp(-np.abs(lost[:, None] - lost[None])).astype(np.float32)
 
 

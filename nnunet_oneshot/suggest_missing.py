@@ -78,7 +78,7 @@ def _advice(drawn: Drawn, image: Image, heights: Heights) -> str:
     parts = [f"annotate another slice of it for {', '.join(told)}"] if told else []
     if nowhere:
         found = describe(image, view=plane)
-        index = best_slice(along(found.slices), found.content, chosen=drawn.slices)
+        index = best_slice(along(found.steps), found.content, chosen=drawn.slices)
         parts.append(
             f"no slice drawn along this axis shows {', '.join(nowhere)}: annotate one that does, or slice {index}, "
             "which stands best for the rest of it"

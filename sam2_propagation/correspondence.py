@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sam2_propagation.checkpoints import cache_folder, check_device
-from sam2_propagation.correspondence_chain import Carried, Window, chain
+from sam2_propagation.correspondence_chain import Carried, Window, chain, survival
 from sam2_propagation.correspondence_cross import Known, across, settled
 from sam2_propagation.correspondence_learning import Learned, learn
 from sam2_propagation.correspondence_stack import Stack, annotated_slices, plane_of_label, spoken, stack_of
@@ -105,6 +105,20 @@ class CorrespondencePropagator:
         own = {s.image.case: s for s in usable if s.ignore is not None and bool((s.label == s.ignore).any())}
         for query in queries:
             yield from self._one(usable, own.get(query.case), query, views)
+
+    @torch.inference_mode()
+    def survival(self, image: Image) -> npt.NDArray[np.float32]:
+        """What a label is predicted to keep from each slice to the next, without any label: (N - 1,) in [0, 1].
+
+        Slices are those of the image's natural plane, in the order of the array.
+
+        Raises:
+            PropagationError: another number of channels than the images that were learnt from.
+            ValueError: `fit` has not been called.
+        """
+        stack = self._stack(image, natural_plane(image))
+        found = survival(self._maps(stack).joint, stack.content(), self.window).clamp(min=0).numpy()
+        return np.ascontiguousarray(found[::-1] if stack.shown.flips[0] else found)
 
     @torch.inference_mode()
     def _one(

@@ -80,6 +80,32 @@ def chain(features: Tensor, anchors: Mapping[int, Tensor], window: Window) -> Ca
     return Carried(shares / total[:, None, None, None], drift / total[:, None, None], precision / total)
 
 
+def survival(features: Tensor, content: Tensor, window: Window) -> Tensor:
+    """How well neighbours can be rebuilt from each other: predicts, without labels, what a step takes from a label.
+
+    Args:
+        features: (N, D, H, W), vectors of length 1.
+        content: (N, H, W), how much there is to see in each cell; what shows nothing does not count.
+        window: how attention is restricted.
+
+    Returns:
+        (N - 1,) of slices i and i + 1, the mean over both directions of how alike cells are to what they would copy, at
+        most 1.
+    """
+    found = []
+    for first in range(len(features) - 1):
+        both = [_likeness(features, content, *pair, window) for pair in ((first, first + 1), (first + 1, first))]
+        found.append(sum(both) / 2)
+    return torch.tensor(found)
+
+
+def _likeness(features: Tensor, content: Tensor, target: int, source: int, window: Window) -> float:
+    similarity = correlate(features[target][None].float(), features[source][None].float(), window.radius)
+    best = similarity.topk(min(window.best, similarity.shape[1]), dim=1).values
+    alike = (best * (best / window.temperature).softmax(dim=1)).sum(dim=1)[0]
+    return float((alike * content[target]).sum() / content[target].sum().clamp(min=1e-6))
+
+
 @dataclass(frozen=True, eq=False)
 class _Step:
     shares: Tensor

@@ -47,6 +47,12 @@ class Stack:
         """(rows, columns) of the fine grid."""
         return self.slices.shape[-2] // FINE, self.slices.shape[-1] // FINE
 
+    def content(self) -> Tensor:
+        """How much there is to see in each cell of the fine grid, (N, rows, columns): the strength of edges."""
+        cells = F.avg_pool2d(self.slices.mean(dim=1, keepdim=True), FINE)[:, 0]
+        down, right = cells.diff(dim=1, append=cells[:, -1:]), cells.diff(dim=2, append=cells[:, :, -1:])
+        return (down**2 + right**2).sqrt()
+
     def enter(self, label: LabelVolume, index: int, classes: tuple[int, ...]) -> Tensor:
         """Shares of each class, background first, in the cells of one slice: float32 (1 + K, rows, columns)."""
         seen = self.shown.forward(label)[index]

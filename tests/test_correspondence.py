@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,19 @@ def test_a_jump_in_the_volume_shows_as_divergence(taught: CorrespondencePropagat
     assert outlines.max() < 0.1
     np.testing.assert_array_equal(drifted["broken"][:4], drifted["whole"][:4], "before the jump all is as it was")
     assert (drifted["broken"][4:].mean(axis=(1, 2)) > 2 * outlines[4:]).all()
+
+
+@pytest.mark.parametrize("upside_down", [False, True])
+def test_least_survives_a_jump(taught: CorrespondencePropagator, upside_down: bool) -> None:
+    """Between slices 3 and 4, counted as they are stored, whichever end is up."""
+    data = body(0)[0].data.copy()
+    data[:, 4:] = np.roll(data[:, 4:], 16, axis=3)
+    direction = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, -1.0 if upside_down else 1.0)
+    kept = taught.survival(replace(body(0)[0], data=data, direction=direction))
+    assert kept.shape == (SHAPE[0] - 1,)
+    assert (kept >= 0).all()
+    assert (kept <= 1).all()
+    assert kept.argmin() == 3
 
 
 def test_two_annotated_slices_are_both_heard(taught: CorrespondencePropagator) -> None:

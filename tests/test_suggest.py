@@ -24,6 +24,7 @@ from nnunet_oneshot.store import read_manifest
 from nnunet_oneshot.suggest import read_slices, suggest
 from nnunet_oneshot.suggest_features import FEATURES, alike, along, describe, normalised
 from nnunet_oneshot.suggest_ranking import best_slice, rank
+from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.interface import Image
 
 Call = Callable[..., Answer]
@@ -92,6 +93,23 @@ def test_slices_name_one_slice_with_something_on_it_for_every_case(kinds: Path) 
     assert sorted(row.case for row in found.rows) == ["a", "b", "c", "d", "e", "y", "z"]
     assert {(row.axis, row.slice) for row in found.rows} <= {("z", 2), ("z", 3)}, "the ball is largest there"
     assert read_slices(found.folder / "suggest.csv") == {r.case: [(r.axis, r.slice)] for r in found.rows}
+
+
+def test_slices_may_be_ranked_by_what_a_network_predicts(
+    kinds: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a volume that is cut in two unlike halves, a slice of the larger half is worth most."""
+    monkeypatch.setattr(suggest_module, "RECIPE", Recipe(steps=30, batch=2, crop=32, radius=3))
+    data = read(kinds / "imagesTr/a_0000.nii.gz")
+    moved = np.concatenate([data[2:3]] * 5 + [np.roll(data[2:3], 5, axis=2)] * 3)
+    write_image(kinds / "imagesTr/a_0000.nii.gz", moved)
+    found = call(cli.suggest, "-d", 501, "--slices", "--learn", "-np", 1, "-o", tmp_path / "one")
+    assert found.code == 0, found.err
+    again = suggest(501, slices=True, learn=True, output=tmp_path / "two", num_processes=1)
+    assert (tmp_path / "one/suggest.csv").read_bytes() == (tmp_path / "two/suggest.csv").read_bytes()
+    assert {row.case: row.slice for row in again.rows}["a"] < 5
+    refused = call(cli.suggest, "-d", 501, "--learn")
+    assert (refused.code, "--slices" in refused.error) == (2, True)
 
 
 def test_a_sparse_case_is_offered_another_slice_than_the_one_it_has(toy: Path) -> None:
@@ -261,7 +279,7 @@ def test_a_slice_without_content_is_never_the_best() -> None:
 
 def test_likeness_is_lost_on_the_way_along_the_stack() -> None:
     turned = normalised(np.array([[1, -1, 0, 0], [1, -0.5, -0.5, 0], [0, 1, 0, -1], [1, -1, 0, 0]], float))
-    found = along(turned)
+    found = along((turned[:-1] * turned[1:]).sum(axis=1))
     np.testing.assert_allclose(np.diag(found), 1)
     np.testing.assert_allclose(found, found.T)
     assert found[0, 3] < found[0, 1], "the last slice looks like the first, and no label gets there"
