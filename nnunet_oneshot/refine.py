@@ -18,6 +18,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.nnunet import Fold
 from nnunet_oneshot.parallel import default_processes
+from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import is_added, take_up
 from nnunet_oneshot.refine_models import Models
@@ -92,6 +93,7 @@ class Refinement:
         ended: why no more rounds were made.
         taken_up: what people changed since the last run, in words.
         doubts: labels that a person should look at, worst first.
+        one_piece: structures that postprocessing.pkl in the model's folder keeps the largest piece of.
     """
 
     plan: Plan
@@ -103,6 +105,7 @@ class Refinement:
     ended: str = ""
     taken_up: list[str] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
+    one_piece: list[str] = field(default_factory=list)
 
 
 def refine(
@@ -348,6 +351,7 @@ class _Work:
             ended,
             taken,
             needs_review(manifest, self.raw.class_names),
+            write_postprocessing(self.raw, self.models.folder),
         )
 
     def _changes(self) -> Iterator[Change]:

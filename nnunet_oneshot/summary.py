@@ -123,7 +123,8 @@ def refinement_summary(result: Refinement) -> dict[str, Any]:
     ]
     lines = ["", *result.taken_up, *table(("round", "estimated Dice", "Dice to the round before", "cases"), rows)]
     lines += [f"in force: round {result.round} ({result.ended})", *_review_lines(result.doubts)]
-    lines += [f"model: {result.model_folder}, folds {' '.join(map(str, result.folds))}", "", *_after_training(result)]
+    lines += [f"model: {result.model_folder}, folds {' '.join(map(str, result.folds))}", *_postprocessing_lines(result)]
+    lines += ["", *_after_training(result)]
     figures = {
         "rounds": [
             {"round": c.number, "agreement": c.mean, "quality": result.quality.get(c.number), "cases": c.agreement}
@@ -137,8 +138,18 @@ def refinement_summary(result: Refinement) -> dict[str, Any]:
         "plans": result.plan.plans,
         "model": str(result.model_folder),
         "folds": list(result.folds),
+        "one_piece": result.one_piece,
     }
     return {**figures, "lines": lines}
+
+
+def _postprocessing_lines(result: Refinement) -> list[str]:
+    if not result.one_piece:
+        return []
+    return [
+        f"one piece in every annotated case: {', '.join(result.one_piece)}; of predictions "
+        "nnUNetv2_apply_postprocessing keeps the largest, by the model's postprocessing.pkl"
+    ]
 
 
 def _after_training(result: Refinement) -> list[str]:
