@@ -28,6 +28,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.refine_record import begun_plan
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -66,7 +67,7 @@ class Exported:
     models: tuple[str, ...]
     folds: tuple[str, ...]
     trainer: str
-    commands: tuple[str, str]
+    commands: tuple[str, ...]
     container: Path | None
 
 
@@ -219,6 +220,8 @@ def _stage(model: _Model, target: Path) -> Path:
     target.mkdir(parents=True)
     (target / "plans.json").write_text(json.dumps(plans, indent=2), encoding="utf-8")
     (target / "dataset.json").write_text(json.dumps(dataset, indent=2), encoding="utf-8")
+    if (steps := model.folder / POSTPROCESSING).is_file():
+        shutil.copy(steps, target / POSTPROCESSING)
     for fold in model.folds:
         (target / f"fold_{fold}").mkdir()
         checkpoint = _clean_checkpoint(model, fold, plans, dataset)
@@ -289,10 +292,14 @@ def _write_zip(root: Path, output_zip: Path) -> None:
     partial.replace(output_zip)
 
 
-def _commands(model: _Model, output_zip: Path) -> tuple[str, str]:
+def _commands(model: _Model, output_zip: Path) -> tuple[str, ...]:
     which = f"-d {model.folder.parent.name} -c {model.configuration} -p {model.plans} -f {' '.join(model.folds)}"
     install = f"nnUNetv2_install_pretrained_model_from_zip {output_zip}"
-    return install, f"nnUNetv2_predict {which} -i INPUT -o OUTPUT"
+    predict = f"nnUNetv2_predict {which} -i INPUT -o OUTPUT"
+    if not (model.folder / POSTPROCESSING).is_file():
+        return install, predict
+    steps = f"$nnUNet_results/{model.stock_name}/{POSTPROCESSING}"
+    return install, predict, f"nnUNetv2_apply_postprocessing -i OUTPUT -o LARGEST_PIECES -pp_pkl_file {steps}"
 
 
 def _write_container(model: _Model, staged: Path, container: Path) -> None:

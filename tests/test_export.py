@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from scipy import ndimage
 
 from nnunet_oneshot import cli
 from nnunet_oneshot.container.predict import find_cases
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.export import CHECKPOINT, export
+from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.refine_record import Plan
 
 DATASET = "Dataset777_secret_oneshot"
@@ -323,6 +327,31 @@ def test_container_selftest_and_entry_run_without_docker(results: Path, tmp_path
     )
     assert done.returncode == 2
     assert "expected images" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_one_piece_travels_with_the_model(results: Path, tmp_path: Path) -> None:
+    fold = train()
+    write_image(tmp_path / "in" / "case_0000.nii.gz")
+
+    def answered(name: str) -> np.ndarray:
+        made = export(777, "3d_fullres", tmp_path / f"{name}.zip", container=tmp_path / name)
+        assert len(made.commands) == (3 if name == "after" else 2)
+        with zipfile.ZipFile(made.zip) as archive:
+            assert any(entry.endswith(POSTPROCESSING) for entry in archive.namelist()) == (name == "after")
+        folders = [str(tmp_path / folder) for folder in ("in", f"{name}_out")]
+        subprocess.run([sys.executable, str(tmp_path / name / "predict.py"), *folders], check=True, capture_output=True)
+        return read(tmp_path / f"{name}_out" / "case.nii.gz")
+
+    before = answered("before")
+    pieces = {int(v): ndimage.label(before == v, np.ones((3, 3, 3)))[1] for v in np.unique(before) if v}
+    most = max(pieces, key=lambda value: pieces[value])
+    assert pieces[most] > 1, "one piece would prove nothing"
+    steps = ([remove_all_but_largest_component_from_segmentation], [{"labels_or_regions": most}])
+    (fold.parent / POSTPROCESSING).write_bytes(pickle.dumps(steps))
+    after = answered("after")
+    assert ndimage.label(after == most, np.ones((3, 3, 3)))[1] == 1
+    np.testing.assert_array_equal(after[before != most], before[before != most])
 
 
 def test_the_command_ends_with_the_model_and_what_to_type(results: Path, tmp_path: Path, call: Callable) -> None:

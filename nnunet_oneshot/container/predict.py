@@ -7,6 +7,7 @@ Output files are CASE.EXT, on the grid of the image.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.postprocessing.remove_connected_components import load_postprocess_save
 
 MODEL = Path(__file__).resolve().parent / "model"
+POSTPROCESSING = MODEL / "postprocessing.pkl"
+"""Which structures are one piece, where that is known: nnU-Net's own file, written where the model was trained."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,6 +62,12 @@ def predict(cases: dict[str, list[Path]], target: Path) -> None:
     predictor.initialize_from_trained_model_folder(str(MODEL), folds, "checkpoint_final.pth")
     inputs = [[str(p) for p in files] for files in cases.values()]
     predictor.predict_from_files_sequential(inputs, [str(target / case) for case in cases])
+    if POSTPROCESSING.is_file():
+        functions, arguments = pickle.loads(POSTPROCESSING.read_bytes())
+        reader = predictor.plans_manager.image_reader_writer_class()
+        for case in cases:
+            path = str(target / (case + predictor.dataset_json["file_ending"]))
+            load_postprocess_save(path, path, reader, functions, arguments)
 
 
 def _fail(message: str) -> int:
