@@ -61,7 +61,7 @@ def _add_sam2(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-mode",
         choices=("insert", "sequence", "slice", "retrieve", "self"),
-        help="how sam2 works (default: slice where a label is sparse, else self)",
+        help="how sam2 works (default: self, slice first where a label is sparse; see the documentation)",
     )
     parser.add_argument(
         "-window",

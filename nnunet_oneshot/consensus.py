@@ -140,12 +140,15 @@ def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float
     twice as much where a person drew on some slices of the image itself (benchmarks/slice_fusion.py); `checked` is
     there to contradict where `joint` has drifted and has no say of its own.
     """
-    return [_weight(*name.split("/"), partly_drawn=partly_drawn) for name in views]
+    planes = {f"sam2/{plane}" for plane in PLANES} & set(views)
+    # A plane by itself, with its turns, is no other look than these.
+    return [
+        8.0 if len(planes) > 1 and name in planes else _weight(*name.split("/"), partly_drawn=partly_drawn)
+        for name in views
+    ]
 
 
 def _weight(source: str, view: str, *, partly_drawn: bool) -> float:
-    if source == "sam2" and view in PLANES:
-        return 8.0
     if source == "correspondence" and view == "checked":
         # Not 0: it may be the only view that there is.
         return 0.001

@@ -156,7 +156,11 @@ def check_repeated(
     made = make_propagators(names, options, supports)
     manifest = store.read_manifest()
     before = {key: value for key, value in manifest.settings.items() if key != LABEL_SUMS}
-    now = _settings(choose_views(made, views, supports), options) | _pairs_now(dataset, same_patient, manifest)
+    chosen = choose_views(made, views, supports)
+    if views is None:
+        # Default views follow what people drew, which may have changed since.
+        chosen |= {name: own for name, own in before.get("views", {}).items() if name in chosen}
+    now = _settings(chosen, options) | _pairs_now(dataset, same_patient, manifest)
     if found := differences(before, now):
         raise OneShotError(
             f"{store.folder.name}: expected the settings of its labels, which are finished, found {', '.join(found)}; "
@@ -201,7 +205,8 @@ def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> 
     sam2 = made.get("sam2")
     if isinstance(sam2, Sam2Propagator):
         sam2.progress = _advance_slices
-        sam2.keep_own = bool(raw.unannotated)
+        # What is prompted looks at itself alone; the few images without a prompt encode what they draw on.
+        sam2.keep_own = bool(raw.unannotated) and sam2.prompter is None
         if sam2.prompter is not None and sam2.prompter.name in made:
             sam2.prompter = CarriedLabels(raw, store, sam2.prompter.name)
     return dict(sorted(made.items(), key=lambda entry: entry[0] == "sam2"))

@@ -105,7 +105,9 @@ def fitting_names(names: Sequence[str], supports: Sequence[Support]) -> tuple[li
 
 
 def _any_whole(supports: Sequence[Support]) -> bool:
-    return any(support.ignore is None or not (support.label == support.ignore).any() for support in supports)
+    """Whether there is a label of every voxel that shows something: registration can start from no other."""
+    whole = (s for s in supports if s.ignore is None or not (s.label == s.ignore).any())
+    return any(support.classes for support in whole)
 
 
 def check_options(names: Sequence[str], options: PropagatorOptions) -> None:
@@ -163,12 +165,17 @@ def make_propagators(
     correspondence prompts if it is asked for, else nothing does.
 
     Raises:
-        OneShotError, PropagationError: as `make_propagator`.
+        OneShotError: mode self with nothing that prompts; and, like PropagationError, as of `make_propagator`.
     """
     made = {name: make_propagator(name, options) for name in dict.fromkeys(names)}
     sam2 = made.get("sam2")
     if isinstance(sam2, Sam2Propagator) and sam2.prompter is not None and not _any_whole(supports):
         sam2.prompter = made.get("correspondence")
+        if sam2.prompter is None and sam2.settings.mode == "self":
+            raise OneShotError(
+                "expected something that prompts mode self, a wholly labelled case or correspondence too, found "
+                "sparse labels and sam2 alone; add -propagator correspondence sam2 or use -mode slice"
+            )
     return made
 
 

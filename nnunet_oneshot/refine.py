@@ -18,6 +18,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.nnunet import Fold
 from nnunet_oneshot.parallel import default_processes
+from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import is_added, take_up
@@ -304,6 +305,8 @@ class _Work:
         if self.record.is_done(f"train-{number}"):
             return
         self._go_to(number)
+        # It is written anew when the final model is there.
+        (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
         self._preprocess()
         self.record.note_labels(number, self._label_hashes())
         self.models.train(number)

@@ -148,7 +148,8 @@ def _postprocessing_lines(result: Refinement) -> list[str]:
         return []
     return [
         f"one piece in every annotated case: {', '.join(result.one_piece)}; of predictions "
-        "nnUNetv2_apply_postprocessing keeps the largest, by the model's postprocessing.pkl"
+        "nnUNetv2_apply_postprocessing keeps the largest, by the model's postprocessing.pkl (remove that before export "
+        "where a patient may have several, as of lesions)"
     ]
 
 

@@ -37,7 +37,8 @@ class Sam2Propagator:
         mode: overrides the settings' mode.
         device: "cpu", "cuda", "mps".
         adapt: fine-tuning steps on the annotated case before it is carried; 0 for none.
-        prompter: whose labels prompt `self` mode, registration as a rule.
+        prompter: whose labels prompt `self` mode, registration as a rule, correspondence where
+            no label is whole.
         batch_size: slices encoded, and (class, slice) pairs segmented, at once; lower it when memory runs out.
         seed: of insertion positions and adaptation.
         settings: everything else.
@@ -229,6 +230,7 @@ def _whole(support: Support) -> bool:
 
 def _drawn_plane(supports: Sequence[Support]) -> str | None:
     """The plane of all sparse labels' slices, None where it is the natural one or there is no such plane."""
+    supports = [support for support in supports if support.classes]
     drawn = [support for support in supports if not _whole(support)]
     if not drawn or len(drawn) < len(supports) or any(support.image.shape[0] == 1 for support in drawn):
         return None

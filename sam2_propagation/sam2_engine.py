@@ -76,8 +76,12 @@ class Prompts:
             pairs = [(self.label(), _CARRIED), (tracked(), _TRACKED)]
             given = [(label, weight) for label, weight in pairs if label is not None]
             if given:
-                fused = fuse([label for label, _ in given], [weight for _, weight in given], own.image.spacing)
-                self._beside = _drawn_over(fused.label, own)
+                fused = fuse([label for label, _ in given], [weight for _, weight in given], own.image.spacing).label
+                carried = self.label()
+                if carried is not None:
+                    # Of classes that no slice of its own shows, tracking knows nothing.
+                    fused = np.where((fused == 0) & ~np.isin(carried, [0, *own.classes]), carried, fused)
+                self._beside = _drawn_over(fused.astype(np.int16), own)
         self._asked_beside = True
         return self._beside
 
@@ -133,9 +137,10 @@ class Sam2Engine:
         usable_slices(self.loaded.model, self._examples(supports, views))
 
     def _examples(self, supports: Sequence[Support], views: Sequence[str]) -> list[Example]:
-        """Every support in every view; views that show the same count once."""
+        """Every support in every view that shows its slices; views that show the same count once."""
         natural = natural_plane(supports[0].image)
-        shown = {(s.image.case, present(s.image, v, natural)): s for s in supports for v in views}
+        pairs = ((s, v) for s in supports for v in views if shows_slices(s, v, natural))
+        shown = {(s.image.case, present(s.image, v, natural)): s for s, v in pairs}
         return [self._example(support, presentation) for (_, presentation), support in shown.items()]
 
     def _example(self, support: Support, shown: Presentation) -> Example:

@@ -133,9 +133,17 @@ def test_natural_images(roots: Roots, tmp_path: Path) -> None:
 def test_sam2s_planes_have_the_say() -> None:
     views = ["sam2/axial", "sam2/coronal", "sam2/identity", "registration/local", "tool/axial"]
     assert view_weights(views) == [8.0, 8.0, 1.0, 1.0, 1.0]
+    assert view_weights(["sam2/sagittal", "sam2/sagittal_rot90", "correspondence/joint"]) == [1.0, 1.0, 1.0]
 
 
 def test_correspondence_weighs_twice_in_images_that_are_partly_drawn() -> None:
     views = ["sam2/identity", "correspondence/joint"]
     assert view_weights(views) == [1.0, 1.0]
     assert view_weights(views, partly_drawn=True) == [1.0, 2.0]
+
+
+def test_where_correspondence_drifted_only_contradicts() -> None:
+    """By itself it still makes a label."""
+    weights = view_weights(["correspondence/joint", "correspondence/coarse", "correspondence/checked"], True)
+    assert weights[2] < 0.01 * weights[0]
+    assert view_weights(["correspondence/checked"])[0] > 0

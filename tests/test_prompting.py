@@ -10,6 +10,7 @@ from fake_propagator import FakePropagator
 from raw_datasets import Roots, label_array, make_sparse, read, write_raw
 
 from nnunet_oneshot.dataset import open_dataset
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.prompting import CarriedLabels
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.propagators import PropagatorOptions, make_propagators
@@ -61,15 +62,23 @@ def test_what_prompts_is_carried_once_for_both(roots: Roots, monkeypatch: pytest
     assert read(found).any(), "SAM2 did not follow the prompts"
 
 
+def test_mode_self_is_refused_where_nothing_prompts(roots: Roots) -> None:
+    make_sparse(write_raw(roots.raw, cases=("case_0", "case_1")))
+    with pytest.raises(OneShotError, match="correspondence sam2"):
+        propagate(501, 601, propagators=("sam2",), options=PropagatorOptions(mode="self"), num_processes=1)
+
+
 def test_nothing_prompts_where_there_is_nothing_to_start_from() -> None:
     label = np.full((6, 8, 8), 2, np.int16)
     label[3], label[3, 3:5, 3:5] = 0, 1
     support = Support(Image("a", np.zeros((1, 6, 8, 8), np.float32)), label, 2)
     whole = Support(support.image, np.where(label == 2, 0, label).astype(np.int16), 2)
+    empty = Support(support.image, np.zeros_like(label), 2)
     for names, supports, name in (
         (["sam2"], [support], None),
         (["sam2", "correspondence"], [support], "correspondence"),
         (["sam2", "correspondence"], [support, whole], "registration"),
+        (["sam2", "correspondence"], [support, empty], "correspondence"),
     ):
         sam2 = make_propagators(names, PropagatorOptions(), supports)["sam2"]
         assert isinstance(sam2, Sam2Propagator)

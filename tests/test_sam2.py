@@ -15,6 +15,7 @@ import torch
 import yaml
 from sam2_tiny import balls, tiny_config, tiny_model
 
+from sam2_propagation import sam2_engine
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
@@ -274,6 +275,34 @@ def test_what_a_prompter_carried_outweighs_what_was_tracked(checkpoint: Path) ->
     assert np.array_equal(label, truth)
     assert prompts.beside(own, lambda: asked.append(None) or None) is label  # type: ignore[func-returns-value]
     assert len(asked) == 1, "tracked once for all views"
+
+
+def test_of_classes_that_no_own_slice_shows_tracking_knows_nothing() -> None:
+    """What is large enough for its outline to move stays as it was carried."""
+    z, y, x = np.ogrid[:48, :48, :48]
+    carried = np.where((z - 24) ** 2 + (y - 24) ** 2 + (x - 24) ** 2 < 400, 2, 0).astype(np.int16)
+    carried[:4, :4, :4] = 1
+    drawn = np.full((48, 48, 48), IGNORE, np.int16)
+    drawn[1] = np.where(carried[1] == 1, 1, 0)
+    image = Image("a", np.zeros((1, 48, 48, 48), np.float32))
+    own = Support(image, drawn, IGNORE)
+    label = Prompts(_Prompter(carried), [own], image).beside(own, lambda: np.where(carried == 1, 1, 0).astype(np.int16))
+    assert label is not None
+    np.testing.assert_array_equal(label[2:] == 2, carried[2:] == 2)
+
+
+def test_adaptation_looks_at_drawn_slices_and_never_at_lines_across_them(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[Any] = []
+    monkeypatch.setattr(sam2_engine, "adapt", lambda model, examples, steps, seed: taught.extend(examples))
+    own = _sparse("query", (2, 3))
+    propagator = Sam2Propagator(checkpoint, adapt=1, prompter=_Prompter(None))
+    propagator.adapt([own], ("axial", "coronal", "sagittal"))
+    assert len(taught) == 1, "one plane, not three"
+    taught.clear()
+    propagator.adapt([_support()], ("axial", "coronal", "sagittal"))
+    assert len(taught) == 3
 
 
 def test_tracked_slices_alone_prompt_where_the_prompter_failed(checkpoint: Path) -> None:
