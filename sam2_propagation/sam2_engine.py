@@ -23,12 +23,14 @@ from sam2_propagation.interface import BoolVolume, ChannelVolume, Image, LabelVo
 from sam2_propagation.matching import similarity
 from sam2_propagation.sam2_labels import Finished, finish
 from sam2_propagation.sam2_memory import (
+    WHOLE,
     Bank,
     Tools,
     Viewed,
     ViewedSupport,
     Votes,
     Window,
+    drawn_slices,
     remember,
     window_around,
 )
@@ -145,7 +147,7 @@ class Sam2Engine:
 
     def _example(self, support: Support, shown: Presentation) -> Example:
         label, annotated = _spoken(support)
-        slices = np.flatnonzero(shown.forward(annotated).any(axis=(1, 2)))
+        slices = drawn_slices(shown.forward(annotated))
         seen = shown.forward(scale(support.image, self.settings.intensities))
         return example(seen, shown.forward(label), [int(i) for i in slices], self.loaded.image_size)
 
@@ -194,7 +196,7 @@ class Sam2Engine:
         return prompts.beside(own, lambda: self._tracked(own, query, natural))
 
     def _tracked(self, own: Support, query: Image, natural: str) -> LabelVolume | None:
-        """What the annotated slices of a volume say of the others, in the plane that most of them lie in."""
+        """What the annotated slices of a volume say of the others, in the natural plane if any of them lies in it."""
         planes = [natural, *(plane for plane in PLANES if plane != natural)] if query.shape[0] > 1 else [natural]
         found = (self._slice(own, query, plane, natural, lambda _: None).label for plane in planes)
         return next((label for label in found if label is not None), None)
@@ -388,8 +390,7 @@ def shows_slices(support: Support, view: str, natural: str, everywhere: bool = F
     shown = present(support.image, view, natural)
     if not everywhere and shown.axes[0] == present(support.image, "identity", natural).axes[0]:
         return True
-    drawn = shown.forward(_spoken(support)[1])
-    return bool(drawn[drawn.any(axis=(1, 2))].mean() >= 0.5)
+    return bool((shown.forward(_spoken(support)[1]).mean(axis=(1, 2)) >= WHOLE).any())
 
 
 def _is_sparse(support: Support) -> bool:

@@ -21,6 +21,8 @@ from sam2_propagation.views import Presentation
 Item = TypeVar("Item")
 Value = TypeVar("Value", bound=np.generic)
 
+WHOLE = 0.5
+"""Share of a slice from which on it counts as annotated."""
 _CERTAIN = 32.0
 """Logits are clipped to this before they are averaged; an absent object's -1024 would outvote everything."""
 
@@ -107,8 +109,17 @@ class ViewedSupport:
 
     @property
     def slices(self) -> npt.NDArray[np.intp]:
-        """Indices of slices that hold annotation."""
-        return np.flatnonzero(self.annotated.any(axis=(1, 2)))
+        """Indices of slices that are annotated."""
+        return drawn_slices(self.annotated)
+
+
+def drawn_slices(annotated: BoolVolume) -> npt.NDArray[np.intp]:
+    """Indices of slices of (N, Y, X) of which at least half is annotated, or where there are none, any part.
+
+    Seen from the side, a slice drawn in another plane is a line in every slice: that is no slice.
+    """
+    shares = annotated.mean(axis=(1, 2))
+    return np.flatnonzero(shares >= WHOLE if (shares >= WHOLE).any() else shares > 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_engine import Prompts
 from sam2_propagation.sam2_labels import largest_components
-from sam2_propagation.sam2_memory import Votes
+from sam2_propagation.sam2_memory import Votes, drawn_slices
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
 from sam2_propagation.tracker import at_slice_size
 from sam2_propagation.views import VIEWS
@@ -313,6 +313,20 @@ def test_tracked_slices_alone_prompt_where_the_prompter_failed(checkpoint: Path)
     again = Sam2Propagator(checkpoint, mode="self", prompter=_Prompter(tracked.label))
     expected = next(again.propagate([own], [own.image], ("coronal",)))
     assert np.array_equal(found.confidence, expected.confidence)
+
+
+def test_slices_drawn_in_two_planes_are_each_tracked_in_their_own(checkpoint: Path) -> None:
+    image, truth = _volume("query")
+    label = np.full_like(truth, IGNORE)
+    label[3], label[:, :, 10] = truth[3], truth[:, :, 10]
+    own = Support(image, label, IGNORE)
+    propagator = Sam2Propagator(checkpoint, mode="slice")
+    axial, sagittal, coronal = propagator.propagate([own], [image], ("axial", "sagittal", "coronal"))
+    for found in (axial, sagittal):
+        assert found.label is not None, found.reason
+        assert np.array_equal(found.label[label != IGNORE], truth[label != IGNORE])
+    assert coronal.label is None
+    np.testing.assert_array_equal(drawn_slices(label != IGNORE), [3])
 
 
 def test_lines_across_a_plane_are_no_memory(checkpoint: Path) -> None:
