@@ -320,6 +320,7 @@ def test_a_sparse_label_without_foreground_is_no_slice_to_carry(
     assert roots.snapshot() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("-propagator", "sam2"), ()], ids=["alone", "default"])
 def test_an_annotated_slice_of_another_plane_is_carried(
     toy: Path, call: Call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]

@@ -95,6 +95,7 @@ def test_slices_name_one_slice_with_something_on_it_for_every_case(kinds: Path) 
     assert read_slices(found.folder / "suggest.csv") == {r.case: [(r.axis, r.slice)] for r in found.rows}
 
 
+@pytest.mark.slow
 def test_slices_may_be_ranked_by_what_a_network_predicts(
     kinds: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
