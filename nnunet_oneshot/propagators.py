@@ -106,8 +106,7 @@ def fitting_names(names: Sequence[str], supports: Sequence[Support]) -> tuple[li
 
 def _any_whole(supports: Sequence[Support]) -> bool:
     """Whether there is a label of every voxel that shows something: registration can start from no other."""
-    whole = (s for s in supports if s.ignore is None or not (s.label == s.ignore).any())
-    return any(support.classes for support in whole)
+    return any(support.classes and not support.is_sparse for support in supports)
 
 
 def check_options(names: Sequence[str], options: PropagatorOptions) -> None:

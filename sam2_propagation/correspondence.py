@@ -102,7 +102,7 @@ class CorrespondencePropagator:
         if unknown:
             raise ValueError(f"unknown views {unknown} of correspondence; there are {list(self.views)}")
         usable = _usable(supports)
-        own = {s.image.case: s for s in usable if s.ignore is not None and bool((s.label == s.ignore).any())}
+        own = {s.image.case: s for s in usable if s.is_sparse}
         for query in queries:
             yield from self._one(usable, own.get(query.case), query, views)
 

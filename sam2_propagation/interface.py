@@ -78,6 +78,11 @@ class Support:
         """Foreground label values that are present, ascending, without the ignore label."""
         return tuple(int(v) for v in np.unique(self.label) if v != 0 and v != self.ignore)
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether some voxels are not annotated."""
+        return self.ignore is not None and bool((self.label == self.ignore).any())
+
 
 @dataclass(frozen=True, eq=False)
 class Propagation:

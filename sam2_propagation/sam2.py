@@ -127,7 +127,7 @@ class Sam2Propagator:
         """
         planes = self.settings.views == TURNED and self.settings.mode in (None, "self", "retrieve")
         prompted = self.prompter is not None and self.settings.mode != "retrieve"
-        deep = all(min(s.image.shape) >= _FEWEST_SLICES and (prompted or _whole(s)) for s in supports)
+        deep = all(min(s.image.shape) >= _FEWEST_SLICES and (prompted or not s.is_sparse) for s in supports)
         if planes and deep:
             return PLANES
         return _turned_in(_drawn_plane(supports)) if self.default_views == TURNED else self.default_views
@@ -224,14 +224,10 @@ class Sam2Propagator:
         return self._engine
 
 
-def _whole(support: Support) -> bool:
-    return support.ignore is None or not bool((support.label == support.ignore).any())
-
-
 def _drawn_plane(supports: Sequence[Support]) -> str | None:
     """The plane of all sparse labels' slices, None where it is the natural one or there is no such plane."""
     supports = [support for support in supports if support.classes]
-    drawn = [support for support in supports if not _whole(support)]
+    drawn = [support for support in supports if support.is_sparse]
     if not drawn or len(drawn) < len(supports) or any(support.image.shape[0] == 1 for support in drawn):
         return None
     natural = natural_plane(drawn[0].image)

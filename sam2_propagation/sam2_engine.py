@@ -163,7 +163,7 @@ class Sam2Engine:
         progress: Callable[[int], None] = lambda _: None,
     ) -> Propagation:
         """One view of one query; `progress` is told how many of its slices are encoded, batch by batch."""
-        own = next((s for s in supports if s.image.case == query.case and _is_sparse(s)), None)
+        own = next((s for s in supports if s.image.case == query.case and s.is_sparse), None)
         mode = self._mode(own)
         classes = sorted({c for support in supports for c in support.classes})
         prompt = self._prompt(own, query, natural, prompts) if mode == "self" else None
@@ -391,10 +391,6 @@ def shows_slices(support: Support, view: str, natural: str, everywhere: bool = F
     if not everywhere and shown.axes[0] == present(support.image, "identity", natural).axes[0]:
         return True
     return bool((shown.forward(_spoken(support)[1]).mean(axis=(1, 2)) >= WHOLE).any())
-
-
-def _is_sparse(support: Support) -> bool:
-    return support.ignore is not None and bool((support.label == support.ignore).any())
 
 
 def _kept(result: Propagation, own: Support) -> Propagation:

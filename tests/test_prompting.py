@@ -53,6 +53,8 @@ def test_what_prompts_is_carried_once_for_both(roots: Roots, monkeypatch: pytest
     sam2 = Sam2Propagator(prompter=unasked)
     made: dict[str, Propagator] = {first: prompting, "sam2": sam2}
     monkeypatch.setattr("nnunet_oneshot.propagators.make_propagator", lambda name, _: made[name])
+    # Without a prompt SAM2 would look at supports instead.
+    monkeypatch.setattr("sam2_propagation.sam2_engine.retrieve", None)
     views = ("still", "shifted", "identity")
     store = propagate(501, 601, propagators=("sam2", first), views=views, num_processes=1).store
     assert prompting.asked == (["case_0", "case_1"] if sparse else ["case_1"])
