@@ -7,8 +7,8 @@
 Every row is one set, annotated case and method: mean foreground Dice over the un-annotated pool cases (with one
 annotated slice a volume: over the other slices), per view and fused, accuracy inside consensus and divergence, median
 seconds; beside it fused by majority rather than by shape. Finished rows are small JSON files in benchmarks/results/ and
-are not computed again; `--work` keeps the labels that registration carried, which prompt `self` mode and are fused
-with, and the scores of an interrupted row.
+are not computed again; `--work` keeps the labels that registration and relays carried, which prompt `self` mode and
+are fused with, and the scores of an interrupted row.
 
 Protocol. The annotated case's label is all that any method is given (with one annotated slice a volume: that slice);
 other pool labels are read for scoring alone, test cases never. `phantom` is made by nnunet_oneshot.phantom, which the
@@ -41,6 +41,7 @@ from sam2_propagation.checkpoints import load_checkpoint
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
 from sam2_propagation.registration import RegistrationPropagator
+from sam2_propagation.relay import RelayPropagator, Vote
 from sam2_propagation.sam2 import PLANES, Sam2Propagator
 from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 
@@ -57,8 +58,8 @@ class Method:
     Attributes:
         settings: fields of Sam2Settings that differ from the defaults.
         adapt: steps of one-shot adaptation.
-        prompt: whose labels prompt `self` mode: `fused` registration or its first view.
-        with_registration: whether registration's views are fused with SAM2's.
+        prompt: whose labels prompt `self` mode: `fused` registration, its `first` view or `relay`.
+        with_registration: whether registration's views are fused with SAM2's, and the relays' where these prompt.
         views: other than the default ones.
     """
 
@@ -76,6 +77,8 @@ def _self(**settings: Any) -> Method:
 METHODS: dict[str, Method] = {
     "self": Method({"mode": "self"}, prompt="fused"),
     "self_registration": Method({"mode": "self"}, prompt="fused", with_registration=True),
+    "self_relay": Method({"mode": "self"}, prompt="relay", with_registration=True),
+    "self_turns_relay": Method({"mode": "self"}, prompt="relay", with_registration=True, views=TURNED),
     "across": Method({"mode": "retrieve"}),
     "across_registration": Method({"mode": "retrieve"}, with_registration=True),
     "self_turns_registration": Method({"mode": "self"}, prompt="fused", with_registration=True, views=TURNED),
@@ -189,15 +192,64 @@ def make_propagator(row: Row, cases: Sequence[str]) -> Sam2Propagator:
 
 _PROPAGATOR: list[Sam2Propagator] = []
 """This worker's own."""
+_RELAY: list[RelayPropagator] = []
 
 
-def _begin_worker(propagator: Sam2Propagator | None) -> None:
+def _begin_worker(propagator: Sam2Propagator | None, relay: RelayPropagator | None = None) -> None:
     torch.set_num_threads(1)
     _PROPAGATOR[:] = [] if propagator is None else [propagator]
+    _RELAY[:] = [] if relay is None else [relay]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What registration said of a row's queries, for relays."""
+
+    row: Row
+    queries: tuple[str, ...]
+
+    def cases(self) -> Sequence[str]:
+        """All queries."""
+        return self.queries
+
+    def image(self, case: str) -> Image:
+        """A query's image."""
+        return read_case(self.row.name, case)[0]
+
+    def votes(self, case: str) -> list[Vote]:
+        """Registration's views that may be used."""
+        known = registered(self.row, self.image(case))
+        return [Vote(label, known["similar"][view]) for view, label in known["labels"].items()]
+
+
+def _register(task: tuple[Row, str]) -> None:
+    registered(task[0], read_case(task[0].name, task[1])[0])
+
+
+def make_relay(row: Row, cases: Sequence[str], processes: int) -> RelayPropagator:
+    """Relays chosen for one row, after registration has done all its queries."""
+    with multiprocessing.get_context("spawn").Pool(processes, _begin_worker, (None,)) as workers:
+        list(tqdm(workers.imap_unordered(_register, [(row, case) for case in cases]), "registration", len(cases)))
+    relay = RelayPropagator(Carried(row, tuple(cases)), threads=1)
+    relay.adapt([_support(row.name, row.annotated)], relay.default_views)
+    return relay
+
+
+def relayed(row: Row, query: Image) -> LabelVolume | None:
+    """What relays and registration together say of a query; from the working folder where it is there."""
+    path = row.work / "relay" / row.name / row.annotated / f"{query.case}.npz"
+    if not path.is_file():
+        begin = time.process_time()
+        (said,) = _RELAY[0].propagate([], [query], _RELAY[0].default_views)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        label = {} if said.label is None else {"label": said.label}
+        np.savez_compressed(path, seconds=time.process_time() - begin, **label)  # type: ignore[arg-type]
+    with np.load(path) as kept:
+        return kept.get("label")
 
 
 def registered(row: Row, query: Image) -> dict[str, Any]:
-    """Registration's labels of a query by view, and its seconds; from the working folder where they are there."""
+    """Registration's labels and similarities by view, and its seconds; from the working folder where they are there."""
     path = row.work / "registration" / row.name / row.annotated / f"{query.case}.npz"
     views = RegistrationPropagator.default_views
     if not path.is_file():
@@ -205,10 +257,17 @@ def registered(row: Row, query: Image) -> dict[str, Any]:
         support = _support(row.name, row.annotated)
         results = list(RegistrationPropagator(threads=1).propagate([support], [query], views))
         labels = {r.view: r.label for r in results if r.label is not None}
+        similar = {f"_similar_{r.view}": r.scores["similarity_after"] for r in results if r.label is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, _seconds=time.process_time() - begin, **labels)  # type: ignore[arg-type]
+        kept = {"_seconds": time.process_time() - begin, **similar, **labels}
+        np.savez_compressed(path, **kept)  # type: ignore[arg-type]
     with np.load(path) as kept:
-        return {"seconds": float(kept["_seconds"]), "labels": {v: kept[v] for v in views if v in kept}}
+        given = [view for view in views if view in kept]
+        return {
+            "seconds": float(kept["_seconds"]),
+            "labels": {view: kept[view] for view in given},
+            "similar": {view: float(kept[f"_similar_{view}"]) for view in given},
+        }
 
 
 def annotated_slice(truth: LabelVolume) -> int:
@@ -233,12 +292,14 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
     method = METHODS[row.method]
     in_slices = method.settings["mode"] == "slice"
     carried = {} if in_slices or not (method.prompt or method.with_registration) else registered(row, query)["labels"]
+    by_relays = relayed(row, query) if method.prompt == "relay" else None
     supports = [_sparse(row, case) if in_slices else _support(row.name, row.annotated)]
     begin = time.process_time()
-    labels = _sam2(row, supports, query, _prompt(method, carried))
+    labels = _sam2(row, supports, query, _prompt(method, carried) if by_relays is None else by_relays)
     seconds = time.process_time() - begin
     if method.with_registration:
         # Last, as `propagate` has them: ties go to SAM2.
+        labels |= {} if by_relays is None else {"relay/relayed": by_relays}
         labels |= {f"registration/{view}": label for view, label in carried.items()}
     left_out = annotated_slice(truth()) if in_slices else None
     return {"case": case, "seconds": seconds, **figures(query, labels, truth(), left_out)}
@@ -286,6 +347,7 @@ def figures(
         "fused": dice(label, truth, classes),
         "majority": dice(majority, truth, classes),
         **_by_weight(labels, query.spacing, scored, truth, classes),
+        **_by_relay_weight(labels, weights, query.spacing, scored, truth, classes),
         "per_class": {str(c): dice(label, truth, [c]) for c in classes if ((label == c) | (truth == c)).any()},
         "voxels": {key: int(where.sum()) for key, where in voxels.items()},
     }
@@ -293,7 +355,14 @@ def figures(
 
 WEIGHTS = (1, 2, 4, 8)
 """Of each of SAM2's views, where each of registration's weighs 1."""
-_WEIGHED = ("sam2_alone", *(f"sam2_weighs_{weight}" for weight in WEIGHTS))
+RELAY_WEIGHTS = (0, 1, 3, 6, 12)
+"""Of the relays' view, where each of registration's weighs 1 and SAM2's what they do by default."""
+_WEIGHED = (
+    "sam2_alone",
+    *(f"sam2_weighs_{weight}" for weight in WEIGHTS),
+    *(f"relay_weighs_{weight}" for weight in RELAY_WEIGHTS),
+    *(f"without_sam2_relay_weighs_{weight}" for weight in RELAY_WEIGHTS),
+)
 
 
 def _by_weight(
@@ -313,6 +382,28 @@ def _by_weight(
     }
 
 
+def _by_relay_weight(
+    labels: Mapping[str, LabelVolume],
+    weights: Sequence[float],
+    spacing: tuple[float, ...],
+    scored: Any,
+    truth: LabelVolume,
+    classes: list[int],
+) -> dict[str, float]:
+    """Dice by what the relays' view weighs, with SAM2's views and without; empty where there is no such view."""
+    if "relay/relayed" not in labels:
+        return {}
+    found = {}
+    for start, names in (("", list(labels)), ("without_sam2_", [name for name in labels if "/" in name])):
+        others = dict(zip(labels, weights, strict=True))
+        for weight in RELAY_WEIGHTS:
+            each = [float(weight) if name == "relay/relayed" else others[name] for name in names]
+            if sum(each) > 0:
+                fused = fuse([labels[name] for name in names], each, spacing).label[scored]
+                found[f"{start}relay_weighs_{weight}"] = dice(fused, truth, classes)
+    return found
+
+
 def run_row(row: Row, cases: list[str], processes: int) -> dict[str, Any]:
     """One row, from its file if it is there."""
     done = read_row(row.file)
@@ -323,8 +414,13 @@ def run_row(row: Row, cases: list[str], processes: int) -> dict[str, Any]:
     entries = {entry["case"]: entry for entry in map(json.loads, lines)}
     tasks = [(row, case) for case in cases if case not in entries]
     propagator = None if row.method == REGISTRATION or not tasks else make_propagator(row, cases)
+    by_relays = row.method != REGISTRATION and METHODS[row.method].prompt == "relay"
+    relay = make_relay(row, cases, processes) if tasks and by_relays else None
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _begin_worker, (propagator,)) as workers, partial.open("a", encoding="utf-8") as file:
+    with (
+        context.Pool(processes, _begin_worker, (propagator, relay)) as workers,
+        partial.open("a", encoding="utf-8") as file,
+    ):
         for entry in tqdm(workers.imap_unordered(score_case, tasks), row.file, len(tasks)):
             file.write(json.dumps(entry) + "\n")
             file.flush()

@@ -38,6 +38,8 @@ LABELS: Mapping[str, Labels] = {
     "oneseg": Labels(607, ("correspondence",), PropagatorOptions(recipe="oneseg")),
     "oneseg_slices": Labels(608, ("correspondence",), PropagatorOptions(recipe="oneseg"), slices=True),
     "slices": Labels(609, ("sam2", "correspondence"), slices=True),
+    "ours": Labels(610, ("registration", "relay", "sam2")),
+    "relay": Labels(611, ("registration", "relay")),
 }
 
 
@@ -81,17 +83,28 @@ METHODS: Mapping[str, Method] = {
     "ssl_medsam2": Method("SSL-MedSAM2: the same, relabelled once by nnU-Net", "ssl_medsam2", replaced=1),
     "oneseg": Method("OneSeg's labels from the one case, then nnU-Net", "oneseg"),
     "oneseg_slices": Method("OneSeg's labels from one slice a volume, then nnU-Net", "oneseg_slices"),
-    "ours": Method("ours", "sam2_registration", "OneShotTrainer", ignore=True, rounds=1),
-    "ours_3_rounds": Method("ours, three rounds", "sam2_registration", "OneShotTrainer", ignore=True, rounds=3),
-    "ours_no_refinement": Method("ours without refinement", "sam2_registration", "OneShotTrainer", ignore=True),
-    "ours_no_sam2": Method("ours without SAM2", "registration", "OneShotTrainer", ignore=True, rounds=1),
-    "ours_no_sam2_no_refinement": Method(
-        "ours without SAM2 and refinement", "registration", "OneShotTrainer", ignore=True
+    "ours": Method("ours", "ours", "OneShotTrainer", ignore=True, rounds=1),
+    "ours_3_rounds": Method("ours, three rounds", "ours", "OneShotTrainer", ignore=True, rounds=3),
+    "ours_no_refinement": Method("ours without refinement", "ours", "OneShotTrainer", ignore=True),
+    "ours_no_relay": Method("ours without relays", "sam2_registration", "OneShotTrainer", ignore=True, rounds=1),
+    "ours_no_relay_3_rounds": Method(
+        "ours without relays, three rounds", "sam2_registration", "OneShotTrainer", ignore=True, rounds=3
+    ),
+    "ours_no_relay_no_refinement": Method(
+        "ours without relays and refinement", "sam2_registration", "OneShotTrainer", ignore=True
+    ),
+    "ours_no_sam2": Method("ours without SAM2", "relay", "OneShotTrainer", ignore=True, rounds=1),
+    "ours_registration": Method(
+        "ours from registration alone", "registration", "OneShotTrainer", ignore=True, rounds=1
+    ),
+    "ours_registration_no_refinement": Method(
+        "ours from registration alone, without refinement", "registration", "OneShotTrainer", ignore=True
     ),
     "ours_slices": Method("ours, from one slice a volume", "slices", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_fusion": Method("ours, SAM2 alone", "sam2", "OneShotTrainer", ignore=True, rounds=1),
     "no_label_in_divergence": Method(
         "registration, consistency alone in divergence", "registration", "OneShotTrainerConsistency", ignore=True
     ),
-    "stock_with_ignore": Method("nnU-Net on our labels with ignore", "sam2_registration", ignore=True),
+    "stock_with_ignore": Method("nnU-Net on our labels with ignore", "ours", ignore=True),
+    "ours_stock": Method("our labels, then nnU-Net", "ours"),
 }

@@ -30,8 +30,8 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
         "-propagator",
         nargs="+",
         metavar="NAME",
-        help="what carries the labels: registration, sam2, correspondence; several are fused (default: "
-        "registration sam2, or that of the -recipe)",
+        help="what carries the labels: registration, relay (registration's, carried on from other images), sam2, "
+        "correspondence; several are fused (default: registration relay sam2, or that of the -recipe)",
     )
     _add_sam2(parser)
     parser.add_argument(

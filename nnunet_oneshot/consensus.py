@@ -136,16 +136,15 @@ def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float
     """What views `SOURCE/VIEW` weigh in the best guess.
 
     SAM2's three planes, each another look, have the say where there are any: others, beside which they weigh eight
-    times as much, decide where planes differ evenly (benchmarks/builtin_checkpoint.py). Views of correspondence weigh
-    twice as much where a person drew on some slices of the image itself (benchmarks/slice_fusion.py); `checked` is
-    there to contradict where `joint` has drifted and has no say of its own.
+    times as much, decide where planes differ evenly (benchmarks/builtin_checkpoint.py). Without planes the relays'
+    view weighs so much, which counts registration's views already. Views of correspondence weigh twice as much where
+    a person drew on some slices of the image itself (benchmarks/slice_fusion.py); `checked` is there to contradict
+    where `joint` has drifted and has no say of its own.
     """
     planes = {f"sam2/{plane}" for plane in PLANES} & set(views)
     # A plane by itself, with its turns, is no other look than these.
-    return [
-        8.0 if len(planes) > 1 and name in planes else _weight(*name.split("/"), partly_drawn=partly_drawn)
-        for name in views
-    ]
+    leading = planes if len(planes) > 1 else {"relay/relayed"}
+    return [8.0 if name in leading else _weight(*name.split("/"), partly_drawn=partly_drawn) for name in views]
 
 
 def _weight(source: str, view: str, *, partly_drawn: bool) -> float:

@@ -9,6 +9,7 @@ from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.store import Store
 from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
+from sam2_propagation.relay import Vote
 
 
 class _LabelsOnDisk:
@@ -54,6 +55,38 @@ class CarriedLabels(_LabelsOnDisk):
 
     def _label(self, case: str) -> LabelVolume | None:
         return carried_label(self._dataset, self._store, self.name, case)
+
+
+class RegisteredLabels:
+    """What registration said of a set, for labels to be carried on from there.
+
+    Args:
+        dataset: the raw dataset.
+        store: where the labels are.
+        cases: every case that registration was asked for.
+    """
+
+    def __init__(self, dataset: RawDataset, store: Store, cases: Sequence[str]) -> None:
+        self._dataset = dataset
+        self._store = store
+        self._cases = list(cases)
+
+    def cases(self) -> Sequence[str]:
+        """Every case, those that are not done yet too."""
+        return self._cases
+
+    def image(self, case: str) -> Image:
+        """The image of a case."""
+        return self._dataset.read_image(self._dataset.case(case))
+
+    def votes(self, case: str) -> list[Vote]:
+        """The views of a case that succeeded, where these are most of what was attempted."""
+        record = self._store.read_worker("registration", case)
+        labels = carried_views(self._dataset, self._store, "registration", case)
+        if record is None or not labels:
+            return []
+        similar = [view.scores["similarity_after"] for view in record.views.values() if view.label]
+        return [Vote(label, similarity) for label, similarity in zip(labels, similar, strict=True)]
 
 
 class PredictedLabels(_LabelsOnDisk):

@@ -18,7 +18,7 @@ from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import LABEL_SUMS, create_output, differences
 from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
-from nnunet_oneshot.prompting import CarriedLabels
+from nnunet_oneshot.prompting import CarriedLabels, RegisteredLabels
 from nnunet_oneshot.propagators import (
     DEFAULT,
     REVERSIBLE,
@@ -36,6 +36,7 @@ from nnunet_oneshot.store import Manifest, Source, Store, ViewRecord, WorkerReco
 from sam2_propagation.download import file_sum
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.physical_space import PhysicalSpacePropagator
+from sam2_propagation.relay import RelayPropagator, candidates
 from sam2_propagation.sam2 import Sam2Propagator
 
 
@@ -126,11 +127,13 @@ def propagate(
     store = create_output(raw, output, settings, overwrite)
     preparation = 0.0
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
-        for name, propagator in _in_order(made, raw, store).items():
-            job = Job(raw, store, propagator, chosen[name], options.reverse_check and name in REVERSIBLE)
-            preparation += carry(job, _queries(raw, name, patients)[part_id::num_parts], processes)
+        _connect(made, raw, store, patients)
+        for name in sorted(made, key=_turn):
+            job = Job(raw, store, made[name], chosen[name], options.reverse_check and name in REVERSIBLE)
+            preparation += carry(job, _share(job, made, patients, (num_parts, part_id)), processes)
         whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
-        sources = {name: describe(made[name], options) for name in sorted(made, key=lambda name: name != "sam2")}
+        # Where two are as deep in what they say, the first is believed, which redraws what the others carried.
+        sources = {name: describe(made[name], options) for name in sorted(made, key=_turn, reverse=True)}
         manifest = _fused(raw, store, sources, settings, processes) if whole else None
     return Outcome(store, manifest, warnings, time.monotonic() - begin, preparation)
 
@@ -196,20 +199,23 @@ def _fused(
         return build(raw, store, sources, settings, processes)
 
 
-def _in_order(made: Mapping[str, Propagator], raw: RawDataset, store: Store) -> dict[str, Propagator]:
-    """SAM2 last: labels that others carried prompt `self` mode and are not made again.
+def _turn(name: str) -> int:
+    """Who carries labels when: relays after registration, whose labels they carry on; SAM2 last, which all prompt."""
+    return {"relay": 1, "sam2": 2}.get(name, 0)
 
-    Fusion takes them in the opposite order: where both are as deep in what they say, SAM2 is believed, which redraws
-    the boundaries that the others carried.
-    """
-    sam2 = made.get("sam2")
+
+def _connect(made: Mapping[str, Propagator], raw: RawDataset, store: Store, patients: Collection[str]) -> None:
+    """What others carried is read from the store and not made again."""
+    relay, sam2 = made.get("relay"), made.get("sam2")
+    if isinstance(relay, RelayPropagator):
+        registered = _queries(raw, "registration", patients)
+        relay.registered = RegisteredLabels(raw, store, [case.name for case in registered])
     if isinstance(sam2, Sam2Propagator):
         sam2.progress = _advance_slices
         # What is prompted looks at itself alone; the few images without a prompt encode what they draw on.
         sam2.keep_own = bool(raw.unannotated) and sam2.prompter is None
         if sam2.prompter is not None and sam2.prompter.name in made:
-            sam2.prompter = CarriedLabels(raw, store, sam2.prompter.name)
-    return dict(sorted(made.items(), key=lambda entry: entry[0] == "sam2"))
+            sam2.prompter = CarriedLabels(raw, store, sam2.prompter.name if relay is None else relay.name)
 
 
 def _advance_slices(done: float, of: int) -> None:
@@ -368,6 +374,16 @@ def _queries(dataset: RawDataset, propagator: str, patients: Collection[str]) ->
     by_space = propagator == PhysicalSpacePropagator.name
     chosen = [c for c in (*dataset.unannotated, *sparse) if (c.name in patients) == by_space]
     return sorted(chosen, key=lambda case: case.name)
+
+
+def _share(job: Job, made: Mapping[str, Propagator], patients: Collection[str], part: tuple[int, int]) -> list[Case]:
+    """One shard's queries; with the ones that may pass labels on, which relays of every shard wait for."""
+    cases, (num_parts, part_id) = _queries(job.dataset, job.propagator.name, patients), part
+    own = cases[part_id::num_parts]
+    if job.propagator.name != "registration" or "relay" not in made:
+        return own
+    wanted = {*(case.name for case in own), *candidates([case.name for case in cases])}
+    return [case for case in cases if case.name in wanted]
 
 
 def _is_sparse(dataset: RawDataset, case: Case) -> bool:

@@ -13,15 +13,16 @@ from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.intensities import Intensities
 from sam2_propagation.interface import Propagator, Support
 from sam2_propagation.registration import RegistrationPropagator
+from sam2_propagation.relay import RelayPropagator
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
 
 Number = TypeVar("Number", int, float)
 
-NAMES = ("registration", "sam2", "correspondence")
+NAMES = ("registration", "relay", "sam2", "correspondence")
 RECIPE = Recipe()
 """How the network of `correspondence` is trained."""
-DEFAULT = ("registration", "sam2")
+DEFAULT = ("registration", "relay", "sam2")
 """Fused, they were better than registration alone on three real sets and worse on the fourth, ultrasound; for each set
 the mean over the others asks for both (benchmarks/builtin_checkpoint.py)."""
 RECIPES = {"yoloseg": "sam2", "ssl_medsam2": "sam2", "oneseg": "correspondence"}
@@ -29,7 +30,7 @@ RECIPES = {"yoloseg": "sam2", "ssl_medsam2": "sam2", "oneseg": "correspondence"}
 DEFAULT_OF_SLICES = ("correspondence", "sam2")
 """In place of `DEFAULT` where people drew on some slices alone: correspondence carries these best, see
 benchmarks/slice_fusion.py."""
-NEEDS_WHOLE_LABEL = ("registration",)
+NEEDS_WHOLE_LABEL = ("registration", "relay")
 """Propagators that can only start from a case whose every voxel is labelled."""
 REVERSIBLE = ("registration",)
 """Propagators whose labels are carried back for a reverse check."""
@@ -148,6 +149,8 @@ def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
     """
     if name == "registration":
         return RegistrationPropagator()
+    if name == "relay":
+        return RelayPropagator()
     if name == "sam2":
         return _sam2(options)
     if name == "correspondence":
@@ -167,6 +170,11 @@ def make_propagators(
         OneShotError: mode self with nothing that prompts; and, like PropagationError, as of `make_propagator`.
     """
     made = {name: make_propagator(name, options) for name in dict.fromkeys(names)}
+    if "relay" in made and "registration" not in made:
+        raise OneShotError(
+            f"expected registration beside relay, which carries its labels on, found {' '.join(made)}; "
+            "add -propagator registration relay"
+        )
     sam2 = made.get("sam2")
     if isinstance(sam2, Sam2Propagator) and sam2.prompter is not None and not _any_whole(supports):
         sam2.prompter = made.get("correspondence")

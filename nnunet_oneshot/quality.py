@@ -77,10 +77,11 @@ def estimate(label: LabelVolume, opinions: Opinions) -> dict[str, float] | None:
 
 
 def by_source(names: Sequence[str], labels: Sequence[LabelVolume]) -> dict[str, list[LabelVolume]]:
-    """Labels of views named `source/view`, by source."""
+    """Labels of views named `source/view`, by source; relays' with those of registration, which they carried on."""
     grouped: dict[str, list[LabelVolume]] = {}
     for name, label in zip(names, labels, strict=True):
-        grouped.setdefault(name.split("/", 1)[0], []).append(label)
+        source = name.split("/", 1)[0]
+        grouped.setdefault("registration" if source == "relay" else source, []).append(label)
     return grouped
 
 

@@ -24,22 +24,24 @@ from sam2_propagation.registration_carry import Carried, Pair, Source, source_of
 from sam2_propagation.registration_demons import Demons
 from sam2_propagation.registration_volume import Channels, RegistrationFailed, channels_of
 
-_VOTE_POWER = 4
+VOTE_POWER = 4
 """Votes of supports are similarity to this power: one that matches clearly worse hardly counts."""
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
+    """The metric of the affine, and what drives the demons."""
+
     metric: Metric
     demons: Demons
 
 
-_VIEWS = {
-    "local": _View("correlation", Demons("local", smoothing=1.0)),
-    "information": _View("information", Demons("local", smoothing=1.0)),
-    "edges": _View("correlation", Demons("edges", smoothing=1.25)),
-    "inverse": _View("correlation", Demons("local", smoothing=1.25, forward=False)),
-    "intensity": _View("correlation", Demons("intensity", smoothing=1.0)),
+VIEWS = {
+    "local": View("correlation", Demons("local", smoothing=1.0)),
+    "information": View("information", Demons("local", smoothing=1.0)),
+    "edges": View("correlation", Demons("edges", smoothing=1.25)),
+    "inverse": View("correlation", Demons("local", smoothing=1.25, forward=False)),
+    "intensity": View("correlation", Demons("intensity", smoothing=1.0)),
 }
 
 
@@ -61,7 +63,7 @@ class RegistrationPropagator:
     """
 
     name = "registration"
-    views: tuple[str, ...] = tuple(_VIEWS)
+    views: tuple[str, ...] = tuple(VIEWS)
     default_views: tuple[str, ...] = ("local", "information", "edges")
     whole_set = False
 
@@ -100,7 +102,7 @@ class RegistrationPropagator:
     ) -> Iterator[Propagation]:
         sources, refused = _sources(supports)
         for query in queries:
-            with _threads(self.threads):
+            with limited_threads(self.threads):
                 propagations = _one_query(sources, refused, query, views)
             yield from propagations
 
@@ -151,17 +153,17 @@ def _pairs(sources: list[Source], query: Channels) -> tuple[list[Pair], list[str
 
 
 def _one_view(pairs: list[Pair], reasons: list[str], query: Image, view: str) -> Propagation:
-    good, bad, problems = _carried(pairs, _VIEWS[view])
+    good, bad, problems = _carried(pairs, VIEWS[view])
     if not good:
         scores = bad[0].scores if bad else {}
         return _failure(query, view, [*problems, *reasons], scores)
     good.sort(key=lambda carried: -carried.scores["similarity_after"])
-    weights = [carried.scores["similarity_after"] ** _VOTE_POWER for carried in good]
+    weights = [carried.scores["similarity_after"] ** VOTE_POWER for carried in good]
     label = fuse([carried.label for carried in good], weights).label
     return Propagation(query.case, view, label, scores={**good[0].scores, "supports": float(len(good))})
 
 
-def _carried(pairs: list[Pair], view: _View) -> tuple[list[Carried], list[Carried], list[str]]:
+def _carried(pairs: list[Pair], view: View) -> tuple[list[Carried], list[Carried], list[str]]:
     """Labels to use, labels that must not be used, and the reasons of all that failed."""
     good, bad, problems = [], [], []
     for pair in pairs:
@@ -184,7 +186,7 @@ def _failure(query: Image, view: str, reasons: list[str], scores: dict[str, floa
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
     """SimpleITK's thread count is a global of the process: it is put back for whoever else uses it."""
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count)

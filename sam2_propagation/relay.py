@@ -1,0 +1,222 @@
+"""The `relay` propagator: labels reach an image by way of other un-annotated images, too.
+
+What `registration` carried to some images is carried on from there to every other one, and all that arrives is put to
+the vote (a template library: Chakravarty et al., MAGeT-Brain, Human Brain Mapping 34(10), 2013; passing atlases on
+through the set: Wolz et al., LEAP, NeuroImage 49(2), 2010). An image that is unlike the annotated one, or that
+registration from there missed, is often like one of the others.
+
+The images that pass labels on, the relays, are chosen without ground truth: candidates are drawn, each carries its
+label back to the annotated images, and those whose label comes back best are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from sam2_propagation.consensus import fuse
+from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
+from sam2_propagation.registration import VIEWS, VOTE_POWER, limited_threads
+from sam2_propagation.registration_carry import Pair, Source, carried_label, source_of
+from sam2_propagation.registration_volume import (
+    Channels,
+    RegistrationFailed,
+    centred,
+    channels_of,
+    coarser,
+    working_spacing,
+)
+
+CANDIDATES = 12
+RELAYS = 6
+"""Of twelve candidates the six that are judged best; four, nine and all twelve did less well on phantoms
+(benchmarks/relay.py)."""
+_JUDGES = 3
+"""Annotated images that a candidate's label is carried back to: judging must not cost more than relaying."""
+_MOST_VOXELS = 8_000_000
+"""Of a relay that is kept in memory; larger ones are coarsened."""
+_VIEW = VIEWS["local"]
+
+
+@dataclass(frozen=True, eq=False)
+class Vote:
+    """One label (Z, Y, X) of an image and how alike the images were after registration, at most 1."""
+
+    label: LabelVolume
+    similarity: float
+
+    @property
+    def weight(self) -> float:
+        """What it counts; never nothing, since it may be all that there is."""
+        return max(self.similarity, 0.01) ** VOTE_POWER
+
+
+class Registered(Protocol):
+    """What `registration` said before."""
+
+    def cases(self) -> Sequence[str]:
+        """Every case that it was asked for, in a fixed order."""
+
+    def image(self, case: str) -> Image:
+        """The image of a case."""
+
+    def votes(self, case: str) -> list[Vote]:
+        """Its views of a case; none where registration failed."""
+
+
+class RelayPropagator:
+    """Carries labels on from images that `registration` labelled; one view, `relayed`.
+
+    Args:
+        registered: what registration said; it must have done the candidates (`candidates`) before `adapt`, and each
+            query before `propagate`.
+        threads: how many threads SimpleITK may use; 1 where several processes work side by side.
+    """
+
+    name = "relay"
+    views: tuple[str, ...] = ("relayed",)
+    default_views: tuple[str, ...] = ("relayed",)
+    whole_set = False
+
+    def __init__(self, registered: Registered | None = None, threads: int = 1) -> None:
+        self.registered = registered
+        self.threads = threads
+        self._relays: tuple[Source, ...] | None = None
+
+    @property
+    def relays(self) -> tuple[str, ...]:
+        """The cases that pass labels on, the most trusted one first; none before `adapt`."""
+        return tuple(relay.case for relay in self._relays or ())
+
+    def fit(self, images: Iterable[Image]) -> None:
+        """Nothing is learned from images: registration looks at pairs."""
+
+    def adapt(self, supports: Sequence[Support], views: Sequence[str]) -> None:
+        """Choose the relays: candidates carry their labels back to annotated images, which judge them.
+
+        Raises:
+            ValueError: nothing is known of what registration said.
+        """
+        judges = usable(supports)[:_JUDGES]
+        judged: list[tuple[float, Source]] = []
+        with limited_threads(self.threads):
+            for case in tqdm(candidates(self._known().cases()), desc="choose relays", unit="case"):
+                relay = self._candidate(case)
+                if relay is not None and judges:
+                    judged.append((max(comes_back(relay, judge) for judge in judges), relay))
+        judged.sort(key=lambda entry: -entry[0])
+        self._relays = tuple(relay for trust, relay in judged[:RELAYS] if trust > 0)
+
+    def propagate(
+        self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
+    ) -> Iterator[Propagation]:
+        """Yield one Propagation for each query: registration's views and what relays carried, by a weighted vote.
+
+        Votes weigh the similarity of images after registration to the fourth power. `scores` holds `relays`, how many
+        carried a label that could be used.
+
+        Raises:
+            ValueError: an unknown view, or `adapt` has not been called.
+        """
+        if unknown := sorted(set(views) - set(self.views)):
+            raise ValueError(f"unknown views {unknown} of relay; there are {list(self.views)}")
+        if self._relays is None:
+            raise ValueError("expected adapt() before propagate(), found no relays chosen")
+        for query in queries:
+            with limited_threads(self.threads):
+                yield self._one(query)
+
+    def _one(self, query: Image) -> Propagation:
+        votes, relayed = self._known().votes(query.case), self._relayed(query)
+        if not votes and not relayed:
+            reason = "neither registration nor any image that passes labels on gave a label"
+            return Propagation(query.case, self.views[0], None, reason=reason)
+        votes = sorted([*votes, *relayed], key=lambda vote: -vote.weight)
+        fused = fuse([vote.label for vote in votes], [vote.weight for vote in votes], query.spacing)
+        return Propagation(query.case, self.views[0], fused.label, scores={"relays": float(len(relayed))})
+
+    def _relayed(self, query: Image) -> list[Vote]:
+        try:
+            channels = channels_of(query)
+        except RegistrationFailed:
+            return []
+        found = (carried_on(relay, channels) for relay in self._relays or () if relay.case != query.case)
+        return [vote for vote in found if vote is not None]
+
+    def _candidate(self, case: str) -> Source | None:
+        known = self._known()
+        votes = known.votes(case)
+        if not votes:
+            return None
+        image = known.image(case)
+        label = fuse([vote.label for vote in votes], spacing=image.spacing).label
+        return next(iter(usable([Support(image, label)])), None)
+
+    def _known(self) -> Registered:
+        if self.registered is None:
+            raise ValueError("expected what registration said of the set, found nothing to carry on")
+        return self.registered
+
+
+def candidates(cases: Sequence[str]) -> list[str]:
+    """The cases that may pass labels on, the same ones each time, in the order given.
+
+    Drawn and not every n-th: in names such as `patient007_frame01` the kinds of images take turns.
+    """
+    if len(cases) <= CANDIDATES:
+        return list(cases)
+    return [cases[int(at)] for at in sorted(np.random.default_rng(0).permutation(len(cases))[:CANDIDATES])]
+
+
+def usable(supports: Sequence[Support]) -> list[Source]:
+    """Those that registration can start from, of at most so many voxels."""
+    sources = []
+    for support in supports:
+        try:
+            sources.append(_small(source_of(support)))
+        except RegistrationFailed:
+            continue
+    return sources
+
+
+def carried_on(relay: Source, query: Channels) -> Vote | None:
+    """A relay's label on the query's grid; None where the registration failed or looks wrong."""
+    try:
+        carried = Pair(relay, query).carry(_VIEW.metric, _VIEW.demons)
+    except RegistrationFailed:
+        return None
+    return None if carried.problem else Vote(carried.label, carried.scores["similarity_after"])
+
+
+def comes_back(relay: Source, judge: Source) -> float:
+    """Mean Dice of the judge's classes, of the relay's label carried to it."""
+    vote = carried_on(relay, judge.channels)
+    if vote is None:
+        return 0.0
+    truth = judge.channels.frame.leave(sitk.GetArrayFromImage(judge.label))
+    return float(np.mean([_dice(vote.label == value, truth == value) for value in judge.classes]))
+
+
+def _dice(first: np.ndarray, second: np.ndarray) -> float:
+    return 2 * float((first & second).sum()) / max(float(first.sum() + second.sum()), 1.0)
+
+
+def _small(source: Source) -> Source:
+    """The source on a coarser grid where it has more voxels than are kept in memory."""
+    image = source.image
+    if image.GetNumberOfPixels() <= _MOST_VOXELS:
+        return source
+    spacing = working_spacing(image, _MOST_VOXELS)
+    own = source.channels.frame.spacing
+    data = np.stack([sitk.GetArrayFromImage(coarser(centred(c, own), spacing)) for c in source.channels.data])
+    grid = coarser(image, spacing)
+    nowhere = sitk.Transform(image.GetDimension(), sitk.sitkIdentity)
+    label = centred(carried_label(source.label, source.classes, grid, nowhere), grid.GetSpacing()[::-1])
+    frame = replace(source.channels.frame, spacing=tuple(grid.GetSpacing()[::-1]))
+    channels = replace(source.channels, data=data, frame=frame)
+    return replace(source, channels=channels, label=label)
