@@ -237,7 +237,9 @@ def make_relay(row: Row, cases: Sequence[str], processes: int) -> RelayPropagato
 
 def relayed(row: Row, query: Image) -> LabelVolume | None:
     """What relays and registration together say of a query; from the working folder where it is there."""
-    path = row.work / "relay" / row.name / row.annotated / f"{query.case}.npz"
+    path = (
+        row.work / "relay" / row.name / f"{row.annotated}_of_{len(_RELAY[0].registered.cases())}" / f"{query.case}.npz"
+    )
     if not path.is_file():
         begin = time.process_time()
         (said,) = _RELAY[0].propagate([], [query], _RELAY[0].default_views)
@@ -252,7 +254,7 @@ def registered(row: Row, query: Image) -> dict[str, Any]:
     """Registration's labels and similarities by view, and its seconds; from the working folder where they are there."""
     path = row.work / "registration" / row.name / row.annotated / f"{query.case}.npz"
     views = RegistrationPropagator.default_views
-    if not path.is_file():
+    if not path.is_file() or not any(key.startswith("_similar") for key in np.load(path)):
         begin = time.process_time()
         support = _support(row.name, row.annotated)
         results = list(RegistrationPropagator(threads=1).propagate([support], [query], views))

@@ -9,7 +9,8 @@ without labels. Methods, each with its default views fused:
     registration, correspondence
     across             SAM2's mode retrieve, which no other propagator helps
     sam2               SAM2's mode self, prompted with registration's labels
-    fused              registration and sam2, all views weighing alike (`propagate` gives sam2's planes the say)
+    fused              registration and sam2, all views weighing alike (`propagate` gives sam2's planes the say, and
+                       prompts them by relays)
     all                registration, sam2 and correspondence
 
 Mean foreground Dice over cases; other labels than the annotated case's are read to score alone. Seed 0, one thread. A

@@ -41,6 +41,7 @@ from nnunet_oneshot.quality import (
     KINDS,
     REVERSE,
     Opinions,
+    by_source,
     dice_by_class,
     estimate,
     gather,
@@ -180,10 +181,8 @@ def case_rows(
 
 def views_of(store: Store, raw: RawDataset, names: Sequence[str], case: str) -> dict[str, list[np.ndarray]]:
     """Labels of all views of one case, by source."""
-    views = defaultdict(list)
-    for source, view in (name.split("/", 1) for name in names):
-        views[source].append(raw.read_label(store.view_path(source, view, case)))
-    return dict(views)
+    paths = [store.view_path(*name.split("/", 1), case) for name in names]
+    return by_source(names, [raw.read_label(path) for path in paths])
 
 
 def rows_of(label: np.ndarray, true: np.ndarray, opinions: Opinions, common: Row) -> Iterator[Row]:

@@ -37,6 +37,10 @@ _TAKEN = re.compile(rf"fused|rounds|{PhysicalSpacePropagator.name}|self_\d+")
 """Names in `pseudoTr` that are no tool's: labels in force and kept, those by place, second opinions of `refine`."""
 
 
+_REGISTERED = ("registration", "relay")
+"""Sources whose labels come from registration; what the first says is in what the second says."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What a worker needs to fuse one case."""
@@ -136,14 +140,15 @@ def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float
     """What views `SOURCE/VIEW` weigh in the best guess.
 
     SAM2's three planes, each another look, have the say where there are any: others, beside which they weigh eight
-    times as much, decide where planes differ evenly (benchmarks/builtin_checkpoint.py). Without planes the relays'
-    view weighs so much, which counts registration's views already. Views of correspondence weigh twice as much where
+    times as much, decide where planes differ evenly (benchmarks/builtin_checkpoint.py). Without SAM2 the relays' view
+    weighs so much, which counts registration's views already. Views of correspondence weigh twice as much where
     a person drew on some slices of the image itself (benchmarks/slice_fusion.py); `checked` is there to contradict
     where `joint` has drifted and has no say of its own.
     """
     planes = {f"sam2/{plane}" for plane in PLANES} & set(views)
     # A plane by itself, with its turns, is no other look than these.
-    leading = planes if len(planes) > 1 else {"relay/relayed"}
+    alone = all(name.split("/")[0] in _REGISTERED for name in views)
+    leading = planes if len(planes) > 1 else {"relay/relayed"} if alone else set()
     return [8.0 if name in leading else _weight(*name.split("/"), partly_drawn=partly_drawn) for name in views]
 
 
@@ -170,31 +175,36 @@ def _publish(task: Task, target: LabelVolume, guess: LabelVolume) -> None:
         store.write_label(task.dataset, label, path, case)
 
 
-def _collect(task: Task) -> tuple[list[str], list[LabelVolume], list[str], int]:
-    """Names and labels of the views that succeeded, distinct reasons of those that did not, number of all views."""
-    views, labels, reasons, attempted = [], [], [], 0
+def _collect(task: Task) -> tuple[list[str], list[LabelVolume], list[str], int, int]:
+    """Names and labels of views that succeeded, distinct reasons of others, how many gave a label and were attempted.
+
+    Where there are relays, registration's views do not count: an image that it missed is what relays are there for.
+    """
+    views, labels, reasons, given, attempted = [], [], [], 0, 0
     for source in task.sources:
         record = task.store.read_worker(source, task.case.name)
         if record is None:
             reasons.append(f"{source}: no label was given")
             continue
-        attempted += len(record.views)
+        if source != "registration" or "relay" not in task.sources:
+            given += sum(result.label for result in record.views.values())
+            attempted += len(record.views)
         for view, result in record.views.items():
             if result.label:
                 views.append(f"{source}/{view}")
                 labels.append(task.dataset.read_label(task.store.view_path(source, view, task.case.name)))
             elif (reason := f"{source}: {result.reason}") not in reasons:
                 reasons.append(reason)
-    return views, labels, reasons, attempted
+    return views, labels, reasons, given, attempted
 
 
 def _trusted(
-    views: list[str], labels: list[LabelVolume], reasons: list[str], attempted: int
+    views: list[str], labels: list[LabelVolume], reasons: list[str], given: int, attempted: int
 ) -> tuple[list[str], list[LabelVolume], list[str]]:
     """All as it is, or no label where most views failed: the rest would agree with itself and look like consensus."""
-    if not labels or enough_views(len(labels), attempted):
+    if not labels or enough_views(given, attempted):
         return views, labels, reasons
-    return [], [], [*reasons, f"only {len(labels)} of {attempted} views gave a label"]
+    return [], [], [*reasons, f"only {given} of {attempted} views gave a label"]
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:

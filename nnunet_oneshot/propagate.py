@@ -21,7 +21,7 @@ from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
 from nnunet_oneshot.prompting import CarriedLabels, RegisteredLabels
 from nnunet_oneshot.propagators import (
     DEFAULT,
-    REVERSIBLE,
+    REVERSE,
     PropagatorOptions,
     check_options,
     choose_views,
@@ -29,6 +29,7 @@ from nnunet_oneshot.propagators import (
     fitting_names,
     make_propagators,
     prepare,
+    reversible,
 )
 from nnunet_oneshot.quality import reverse_scores
 from nnunet_oneshot.same_patient import read_pairs, read_same_patient
@@ -42,13 +43,16 @@ from sam2_propagation.sam2 import Sam2Propagator
 
 @dataclass(frozen=True)
 class Job:
-    """One propagator at work on one dataset; workers get it once."""
+    """One propagator at work on one dataset; workers get it once.
+
+    `reverse_by` carries each of its labels back to the annotated case.
+    """
 
     dataset: RawDataset
     store: Store
     propagator: Propagator
     views: tuple[str, ...]
-    reverse_check: bool = False
+    reverse_by: Propagator | None = None
 
 
 @dataclass
@@ -129,7 +133,8 @@ def propagate(
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         _connect(made, raw, store, patients)
         for name in sorted(made, key=_turn):
-            job = Job(raw, store, made[name], chosen[name], options.reverse_check and name in REVERSIBLE)
+            back = made[REVERSE] if options.reverse_check and name == reversible(made) else None
+            job = Job(raw, store, made[name], chosen[name], back)
             preparation += carry(job, _share(job, made, patients, (num_parts, part_id)), processes)
         whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
         # Where two are as deep in what they say, the first is believed, which redraws what the others carried.
@@ -208,8 +213,7 @@ def _connect(made: Mapping[str, Propagator], raw: RawDataset, store: Store, pati
     """What others carried is read from the store and not made again."""
     relay, sam2 = made.get("relay"), made.get("sam2")
     if isinstance(relay, RelayPropagator):
-        registered = _queries(raw, "registration", patients)
-        relay.registered = RegisteredLabels(raw, store, [case.name for case in registered])
+        relay.registered = RegisteredLabels(raw, store, _passing(raw, patients))
     if isinstance(sam2, Sam2Propagator):
         sam2.progress = _advance_slices
         # What is prompted looks at itself alone; the few images without a prompt encode what they draw on.
@@ -314,7 +318,7 @@ def _carry_case(case: Case) -> None:
     begin = time.monotonic()
     image = job.dataset.read_image(case)
     results = list(job.propagator.propagate(supports, [image], job.views))
-    reverse = reverse_scores(job.propagator, supports, image, results) if job.reverse_check else {}
+    reverse = reverse_scores(job.reverse_by, supports, image, results) if job.reverse_by else {}
     _write(job, case, results, time.monotonic() - begin, reverse)
 
 
@@ -382,8 +386,13 @@ def _share(job: Job, made: Mapping[str, Propagator], patients: Collection[str], 
     own = cases[part_id::num_parts]
     if job.propagator.name != "registration" or "relay" not in made:
         return own
-    wanted = {*(case.name for case in own), *candidates([case.name for case in cases])}
+    wanted = {*(case.name for case in own), *candidates(_passing(job.dataset, patients))}
     return [case for case in cases if case.name in wanted]
+
+
+def _passing(raw: RawDataset, patients: Collection[str]) -> list[str]:
+    """The cases that may pass registration's labels on; a sparse one has better than that on its drawn slices."""
+    return sorted(case.name for case in raw.unannotated if case.name not in patients)
 
 
 def _is_sparse(dataset: RawDataset, case: Case) -> bool:

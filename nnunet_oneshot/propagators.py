@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ RECIPE = Recipe()
 """How the network of `correspondence` is trained."""
 DEFAULT = ("registration", "relay", "sam2")
 """Fused, they were better than registration alone on three real sets and worse on the fourth, ultrasound; for each set
-the mean over the others asks for both (benchmarks/builtin_checkpoint.py)."""
+the mean over the others asks for SAM2 (benchmarks/builtin_checkpoint.py), and phantoms ask for relays."""
 RECIPES = {"yoloseg": "sam2", "ssl_medsam2": "sam2", "oneseg": "correspondence"}
 """Published procedures, and the propagator that each sets up and that carries its labels alone."""
 DEFAULT_OF_SLICES = ("correspondence", "sam2")
@@ -32,8 +32,10 @@ DEFAULT_OF_SLICES = ("correspondence", "sam2")
 benchmarks/slice_fusion.py."""
 NEEDS_WHOLE_LABEL = ("registration", "relay")
 """Propagators that can only start from a case whose every voxel is labelled."""
-REVERSIBLE = ("registration",)
-"""Propagators whose labels are carried back for a reverse check."""
+REVERSIBLE = ("registration", "relay")
+"""Propagators whose labels are carried back for a reverse check: the last of them that is at work."""
+REVERSE = "registration"
+"""What carries them back."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,18 @@ def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
     raise OneShotError(f"expected a propagator of {', '.join(NAMES)}, found {name!r}; choose one of those")
 
 
+def reversible(names: Collection[str]) -> str | None:
+    """Whose labels a reverse check carries back: relays' in place of registration's, which they count already."""
+    return next((name for name in reversed(REVERSIBLE) if name in names), None)
+
+
 def make_propagators(
     names: Sequence[str], options: PropagatorOptions, supports: Sequence[Support]
 ) -> dict[str, Propagator]:
     """The propagators of those names, each once, and what prompts SAM2.
 
-    That is registration, asked for or not. Where no image is wholly labelled it has nothing to start from:
-    correspondence prompts if it is asked for, else nothing does.
+    That is registration, asked for or not; where relays are asked for, their vote (`propagate` sees to that). Where no
+    image is wholly labelled these have nothing to start from: correspondence prompts if it is asked for, else nothing.
 
     Raises:
         OneShotError: mode self with nothing that prompts; and, like PropagationError, as of `make_propagator`.
@@ -285,6 +292,6 @@ def choose_views(
         if not views:
             raise OneShotError(
                 f"expected at least one view of {name}, {offered[name]}, found none in {list(wanted)}; "
-                "add one or leave -views out"
+                f"add one, leave -views out, or name by -propagator what carries the labels without {name}"
             )
     return chosen

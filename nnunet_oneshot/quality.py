@@ -201,7 +201,7 @@ def reverse_dice(
 def reverse_scores(
     propagator: Propagator, supports: Sequence[Support], query: Image, results: Sequence[Propagation]
 ) -> dict[str, float]:
-    """The reverse check of what a propagator said of a query, by its first view; nothing where it said nothing.
+    """The reverse check of labels of a query, carried back by a propagator's first view; nothing where there are none.
 
     A label can be carried back only to an annotated case whose every voxel is labelled: the first such one is taken.
     """
@@ -210,7 +210,7 @@ def reverse_scores(
     if not said or not whole:
         return {}
     fused = fuse([result.label for result in said if result.label is not None]).label
-    return reverse_dice(propagator, whole[0], query, fused, said[0].view)
+    return reverse_dice(propagator, whole[0], query, fused, propagator.default_views[0])
 
 
 def _sigmoid(value: float) -> float:

@@ -12,14 +12,16 @@ label back to the annotated images, and those whose label comes back best are ke
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from sam2_propagation.consensus import fuse
+from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
 from sam2_propagation.registration import VIEWS, VOTE_POWER, limited_threads
 from sam2_propagation.registration_carry import Pair, Source, carried_label, source_of
@@ -36,6 +38,8 @@ CANDIDATES = 12
 RELAYS = 6
 """Of twelve candidates the six that are judged best; four, nine and all twelve did less well on phantoms
 (benchmarks/relay.py)."""
+_LEAST_TRUST = 0.5
+"""Of the best candidate's: among few images the worst are not kept for want of others."""
 _JUDGES = 3
 """Annotated images that a candidate's label is carried back to: judging must not cost more than relaying."""
 _MOST_VOXELS = 8_000_000
@@ -102,15 +106,16 @@ class RelayPropagator:
         Raises:
             ValueError: nothing is known of what registration said.
         """
-        judges = usable(supports)[:_JUDGES]
         judged: list[tuple[float, Source]] = []
         with limited_threads(self.threads):
+            judges = list(islice(usable(supports), _JUDGES))
             for case in tqdm(candidates(self._known().cases()), desc="choose relays", unit="case"):
                 relay = self._candidate(case)
                 if relay is not None and judges:
                     judged.append((max(comes_back(relay, judge) for judge in judges), relay))
         judged.sort(key=lambda entry: -entry[0])
-        self._relays = tuple(relay for trust, relay in judged[:RELAYS] if trust > 0)
+        least = _LEAST_TRUST * max((trust for trust, _ in judged), default=0.0)
+        self._relays = tuple(relay for trust, relay in judged[:RELAYS] if trust > 0 and trust >= least)
 
     def propagate(
         self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
@@ -127,26 +132,24 @@ class RelayPropagator:
             raise ValueError(f"unknown views {unknown} of relay; there are {list(self.views)}")
         if self._relays is None:
             raise ValueError("expected adapt() before propagate(), found no relays chosen")
+        return self._stream(queries)
+
+    def _stream(self, queries: Iterable[Image]) -> Iterator[Propagation]:
         for query in queries:
             with limited_threads(self.threads):
-                yield self._one(query)
+                said = self._one(query)
+            # Outside: whoever takes it must not find SimpleITK's threads limited.
+            yield said
 
     def _one(self, query: Image) -> Propagation:
-        votes, relayed = self._known().votes(query.case), self._relayed(query)
-        if not votes and not relayed:
-            reason = "neither registration nor any image that passes labels on gave a label"
+        others = [relay for relay in self._relays or () if relay.case != query.case]
+        votes, relayed = self._known().votes(query.case), _all_carried(others, query)
+        if not votes and not enough_views(len(relayed), len(others)):
+            reason = f"registration gave no label, and of {len(others)} images that pass labels on {len(relayed)} did"
             return Propagation(query.case, self.views[0], None, reason=reason)
         votes = sorted([*votes, *relayed], key=lambda vote: -vote.weight)
         fused = fuse([vote.label for vote in votes], [vote.weight for vote in votes], query.spacing)
         return Propagation(query.case, self.views[0], fused.label, scores={"relays": float(len(relayed))})
-
-    def _relayed(self, query: Image) -> list[Vote]:
-        try:
-            channels = channels_of(query)
-        except RegistrationFailed:
-            return []
-        found = (carried_on(relay, channels) for relay in self._relays or () if relay.case != query.case)
-        return [vote for vote in found if vote is not None]
 
     def _candidate(self, case: str) -> Source | None:
         known = self._known()
@@ -155,7 +158,7 @@ class RelayPropagator:
             return None
         image = known.image(case)
         label = fuse([vote.label for vote in votes], spacing=image.spacing).label
-        return next(iter(usable([Support(image, label)])), None)
+        return next(usable([Support(image, label)]), None)
 
     def _known(self) -> Registered:
         if self.registered is None:
@@ -173,15 +176,20 @@ def candidates(cases: Sequence[str]) -> list[str]:
     return [cases[int(at)] for at in sorted(np.random.default_rng(0).permutation(len(cases))[:CANDIDATES])]
 
 
-def usable(supports: Sequence[Support]) -> list[Source]:
-    """Those that registration can start from, of at most so many voxels."""
-    sources = []
+def usable(supports: Iterable[Support]) -> Iterator[Source]:
+    """Those that registration can start from, coarser where they are large."""
     for support in supports:
-        try:
-            sources.append(_small(source_of(support)))
-        except RegistrationFailed:
-            continue
-    return sources
+        with suppress(RegistrationFailed):
+            yield _small(source_of(support))
+
+
+def _all_carried(relays: Sequence[Source], query: Image) -> list[Vote]:
+    try:
+        channels = channels_of(query)
+    except RegistrationFailed:
+        return []
+    found = (carried_on(relay, channels) for relay in relays)
+    return [vote for vote in found if vote is not None]
 
 
 def carried_on(relay: Source, query: Channels) -> Vote | None:
@@ -207,7 +215,10 @@ def _dice(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _small(source: Source) -> Source:
-    """The source on a coarser grid where it has more voxels than are kept in memory."""
+    """The source on a coarser grid where it has more voxels than are kept in memory; as it is where that loses a class.
+
+    A class that is lost would be voted away by every relay.
+    """
     image = source.image
     if image.GetNumberOfPixels() <= _MOST_VOXELS:
         return source
@@ -216,7 +227,10 @@ def _small(source: Source) -> Source:
     data = np.stack([sitk.GetArrayFromImage(coarser(centred(c, own), spacing)) for c in source.channels.data])
     grid = coarser(image, spacing)
     nowhere = sitk.Transform(image.GetDimension(), sitk.sitkIdentity)
-    label = centred(carried_label(source.label, source.classes, grid, nowhere), grid.GetSpacing()[::-1])
+    carried = carried_label(source.label, source.classes, grid, nowhere)
+    if not set(source.classes) <= set(np.unique(carried).tolist()):
+        return source
+    label = centred(carried, grid.GetSpacing()[::-1])
     frame = replace(source.channels.frame, spacing=tuple(grid.GetSpacing()[::-1]))
     channels = replace(source.channels, data=data, frame=frame)
     return replace(source, channels=channels, label=label)

@@ -49,7 +49,7 @@ def test_noise_for_the_other_cases_labels_changes_no_byte(roots: Roots, tmp_path
     for output, seed in ((601, None), (602, 0)):
         folders = _truth_beside(dataset_folder, seed)
         with opened_files(*folders) as opened:
-            store = propagate(501, output, propagators=["registration"], num_processes=1).store
+            store = propagate(501, output, propagators=["registration", "relay"], num_processes=1).store
             relabel(open_dataset(501), store, predictions, 1, 1)
         assert not opened
         made.append(_labels_made(store.folder))

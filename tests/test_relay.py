@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.quality import by_source
 from sam2_propagation import relay as module
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Propagator, Support
+from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.registration_carry import source_of
 from sam2_propagation.relay import CANDIDATES, RelayPropagator, Vote, candidates
 
@@ -115,10 +118,57 @@ def test_an_image_is_not_its_own_relay_and_without_any_registration_has_the_word
     support, _, _ = pair(SHAPE)
     query, truth = moved("query", 2)
     known = Known({"query": query}, {"query": [Vote(truth, 0.5)]})
-    said = asked(known, "query", support)
+    propagator = RelayPropagator(known)
+    propagator.adapt([support], propagator.default_views)
+    assert propagator.relays == ("query",)
+    (said,) = propagator.propagate([support], [query], propagator.default_views)
     assert said.label is not None
     assert np.array_equal(said.label, truth)
     assert said.scores["relays"] == 0
+
+
+@pytest.mark.slow
+def test_one_relay_of_several_does_not_speak_for_an_image_that_registration_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    support, _, _ = pair(SHAPE)
+    moves = {name: moved(name, shift) for name, shift in (("a", 0.5), ("b", 1.0), ("c", 1.5), ("query", 2.0))}
+    known = Known(
+        {name: image for name, (image, _) in moves.items()},
+        {name: [Vote(truth, 0.9)] for name, (_, truth) in moves.items() if name != "query"},
+    )
+    assert asked(known, "query", support).label is not None
+    only_a = module.carried_on
+    monkeypatch.setattr(module, "carried_on", lambda relay, query: only_a(relay, query) if relay.case == "a" else None)
+    propagator = RelayPropagator(known)
+    monkeypatch.setattr(module, "comes_back", lambda relay, judge: 0.9)
+    propagator.adapt([support], propagator.default_views)
+    assert propagator.relays == ("a", "b", "c")
+    (said,) = propagator.propagate([support], [moves["query"][0]], propagator.default_views)
+    assert said.label is None
+    assert "of 3 images" in str(said.reason)
+
+
+@pytest.mark.slow
+def test_relays_are_pickled_to_workers_and_take_channels_and_2d_images() -> None:
+    flat, _, _ = pair((40, 44))
+    images: dict[str, Image] = {}
+    truths: dict[str, LabelVolume] = {}
+    for name, shift in (("near", 1.0), ("query", 2.0)):
+        image, label = body((40, 44))
+        data = (100 * deformed(image, 1, shift))[None]
+        images[name] = Image(name, np.stack([data, 200 - data]))
+        truths[name] = deformed(label, 0, shift)[None]
+    support = Support(Image("s", np.concatenate([flat.image.data, -flat.image.data])), flat.label)
+    propagator = RelayPropagator(Known(images, {"near": [Vote(truths["near"], 0.9)]}))
+    propagator.adapt([support], propagator.default_views)
+    assert propagator.relays == ("near",)
+    copied = pickle.loads(pickle.dumps(propagator))
+    (said,), (here,) = (p.propagate([], [images["query"]], ["relayed"]) for p in (copied, propagator))
+    assert said.label is not None
+    assert here.label is not None
+    assert np.array_equal(said.label, here.label)
+    assert dice(said.label, truths["query"]) > 0.8
 
 
 @pytest.mark.slow
@@ -127,7 +177,7 @@ def test_where_nothing_gave_a_label_the_reason_is_said() -> None:
     said = asked(Known({"q": query}), "q", support)
     assert said.label is None
     assert said.reason is not None
-    assert "passes labels on" in said.reason
+    assert "of 0 images that pass labels on" in said.reason
 
 
 def test_asking_before_choosing_is_a_mistake_of_the_caller() -> None:
@@ -155,6 +205,15 @@ def test_a_large_relay_is_kept_coarser_with_its_label_in_place(monkeypatch: pyte
         assert after[1] == pytest.approx(before[1], rel=0.15)
 
 
+def test_a_structure_too_small_for_the_coarser_grid_keeps_the_fine_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    support, _, _ = pair((20, 24, 30))
+    label = support.label.copy()
+    label[3, 3, 3] = 3
+    whole = source_of(Support(support.image, label))
+    monkeypatch.setattr(module, "_MOST_VOXELS", 1_000)
+    assert module._small(whole) is whole
+
+
 def _centre_and_volume(label: sitk.Image, value: int) -> tuple[np.ndarray, float]:
     at = np.argwhere(sitk.GetArrayFromImage(label) == value)[:, ::-1]
     points = [label.TransformContinuousIndexToPhysicalPoint(p.astype(float).tolist()) for p in at]
@@ -168,16 +227,39 @@ def test_relays_need_registration(toy: Path, call: Call) -> None:
 
 
 @pytest.mark.slow
-def test_shards_and_a_second_run_make_the_same_labels(roots: Roots) -> None:
+def test_shards_make_the_same_labels(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CANDIDATES", 2)
     write_raw(roots.raw, cases=tuple(f"case_{k}" for k in range(6)), annotated=("case_0",))
     whole = propagate(501, 601, propagators=("registration", "relay"), num_processes=1)
     assert whole.manifest is not None
-    assert any((whole.store.folder / "pseudoTr" / "relay" / "relayed").iterdir())
     assert set(whole.manifest.sources) == {"registration", "relay"}
+    records = [whole.store.read_worker("relay", f"case_{k}") for k in range(1, 6)]
+    assert any(record is not None and record.views["relayed"].scores["relays"] > 0 for record in records)
     # The second shard alone must not wait for the first.
     for part in (1, 0):
         shard = propagate(501, 602, propagators=("registration", "relay"), num_processes=1, num_parts=2, part_id=part)
     assert contents(shard.store) == contents(whole.store)
+
+
+@pytest.mark.slow
+def test_relays_label_what_registration_missed_and_that_counts(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_raw(roots.raw, cases=tuple(f"case_{k}" for k in range(4)), annotated=("case_0",))
+    carry = RegistrationPropagator.propagate
+
+    def misses(self: RegistrationPropagator, supports: Any, queries: Iterable[Image], views: Sequence[str]) -> Any:
+        for query in queries:
+            if query.case == "case_3":
+                yield from (Propagation(query.case, view, None, reason="missed") for view in views)
+            else:
+                yield from carry(self, supports, [query], views)
+
+    monkeypatch.setattr(RegistrationPropagator, "propagate", misses)
+    outcome = propagate(501, 601, propagators=("registration", "relay"), num_processes=1)
+    assert outcome.manifest is not None
+    record = outcome.manifest.cases["case_3"]
+    assert record.status == "pseudo"
+    assert record.views == ["relay/relayed"]
+    assert "missed" in str(record.reason)
 
 
 def test_relays_are_no_second_source_of_evidence() -> None:
@@ -188,10 +270,13 @@ def test_relays_are_no_second_source_of_evidence() -> None:
     }
 
 
-def test_relays_have_the_say_over_registration_but_not_over_planes() -> None:
+def test_relays_have_the_say_over_registration_but_not_over_sam2_or_what_a_person_drew() -> None:
     registration = ["registration/local", "registration/information", "registration/edges"]
     *others, relay = view_weights([*registration, "relay/relayed"])
     assert relay > sum(others)
     planes = ["sam2/axial", "sam2/coronal", "sam2/sagittal"]
     *seen, relay = view_weights([*planes, "relay/relayed"])
     assert relay < min(seen)
+    turns = ["sam2/identity", "sam2/rot90", "sam2/rot180"]
+    assert set(view_weights([*turns, "relay/relayed", *registration])) == {1.0}
+    assert view_weights(["correspondence/joint", "relay/relayed"], partly_drawn=True) == [2.0, 1.0]
