@@ -3,8 +3,9 @@
     python benchmarks/relay.py --work DIR [--sets phantom ...] [-np 2]
 
 Dice of what relays and registration's views together say of the un-annotated pool cases, relays being the best N of
-twelve candidates by what comes back to the annotated case (the default, N = 6), by how far registration's views agree
-on them, or all. Beside it each candidate's figures and its true Dice, which says how well the two tell a bad one.
+twelve candidates by what comes back to the annotated case (six by default), by how far registration's views agree
+on them, or all; "judged" is the default, which keeps registration's own vote where that comes back better. Beside it
+each candidate's figures and its true Dice, which says how well the two tell a bad one.
 `--work` may be that of `builtin_checkpoint.py`, which keeps what registration carried. Truth is read for scoring alone;
 the choice was made on phantoms.
 """
@@ -31,6 +32,7 @@ from sam2_propagation.registration_volume import channels_of
 from sam2_propagation.relay import Vote, candidates, carried_on, comes_back, usable
 
 NUMBERS = (4, 6, 9, 12)
+DEFAULT = "back 6"
 
 
 def agreement(labels: list[LabelVolume]) -> float:
@@ -47,9 +49,9 @@ def judge(task: tuple[Row, str]) -> dict[str, Any]:
     labels = list(registered(row, image)["labels"].values())
     fused = fuse(labels, spacing=image.spacing).label if labels else np.zeros(image.shape, np.int16)
     annotated, label = read_case(row.name, row.annotated)
-    sources, judges = usable([Support(image, fused)]), usable([Support(annotated, label())])
+    sources, judges = list(usable([Support(image, fused)])), list(usable([Support(annotated, label())]))
     with limited_threads(1):
-        back = comes_back(sources[0], judges[0]) if sources else 0.0
+        back = float(np.mean(list(comes_back(sources[0], judges[0]).values()))) if sources else 0.0
     classes = [int(value) for value in np.unique(truth()) if value]
     return {"case": case, "back": back, "agree": agreement(labels), "true": dice(fused, truth(), classes)}
 
@@ -72,7 +74,19 @@ def score(task: tuple[Row, str, dict[str, list[str]]]) -> dict[str, float]:
     for choice, names in choices.items():
         on = [passed[name] for name in names if name in passed]
         found[choice] = _dice([*votes, *on], image, truth(), classes)
+        if choice == DEFAULT:
+            stays = votes and _back(row, image, votes) > _back(row, image, [*votes, *on])
+            found["judged"] = _dice(votes if stays else [*votes, *on], image, truth(), classes)
     return found
+
+
+def _back(row: Row, image: Any, votes: list[Vote]) -> float:
+    """How well the vote comes back to the annotated case."""
+    label = fuse([vote.label for vote in votes], [vote.weight for vote in votes], image.spacing).label
+    annotated, truth = read_case(row.name, row.annotated)
+    sources, judges = list(usable([Support(image, label)])), list(usable([Support(annotated, truth())]))
+    with limited_threads(1):
+        return float(np.mean(list(comes_back(sources[0], judges[0]).values()))) if sources else 0.0
 
 
 def _relayed(row: Row, name: str, channels: Any) -> Vote | None:
@@ -80,7 +94,7 @@ def _relayed(row: Row, name: str, channels: Any) -> Vote | None:
     labels = list(registered(row, image)["labels"].values())
     if not labels:
         return None
-    sources = usable([Support(image, fuse(labels, spacing=image.spacing).label)])
+    sources = list(usable([Support(image, fuse(labels, spacing=image.spacing).label)]))
     return carried_on(sources[0], channels) if sources else None
 
 
@@ -135,7 +149,12 @@ def main() -> None:
     parser.add_argument("-np", type=int, default=2, help="processes, each of one thread")
     arguments = parser.parse_args()
     rows = [run_set(name, arguments.work, arguments.np) for name in arguments.sets]
-    choices = ["registration", *(f"{by} {number}" for by in ("back", "agree") for number in NUMBERS[:-1]), "all"]
+    choices = [
+        "registration",
+        "judged",
+        *(f"{by} {number}" for by in ("back", "agree") for number in NUMBERS[:-1]),
+        "all",
+    ]
     lines = [
         [row["set"], row["n"], *(f"{row['dice'][c]:.3f}" if c in row["dice"] else "-" for c in choices)]
         + [f"{row['spearman'][by]:.2f}" for by in ("back", "agree")]

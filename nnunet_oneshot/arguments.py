@@ -42,8 +42,8 @@ def add_propagation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reverse_check",
         action="store_true",
-        help="carry registered or relayed labels back to the annotated case too: some more time, and a better estimate "
-        "of their Dice",
+        help="carry registered labels back to the annotated case too: a third more time, and a better estimate of "
+        "their Dice (relay does so unasked)",
     )
     parser.add_argument(
         "-same_patient",

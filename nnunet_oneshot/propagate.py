@@ -21,7 +21,7 @@ from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
 from nnunet_oneshot.prompting import CarriedLabels, RegisteredLabels
 from nnunet_oneshot.propagators import (
     DEFAULT,
-    REVERSE,
+    REVERSIBLE,
     PropagatorOptions,
     check_options,
     choose_views,
@@ -29,7 +29,6 @@ from nnunet_oneshot.propagators import (
     fitting_names,
     make_propagators,
     prepare,
-    reversible,
 )
 from nnunet_oneshot.quality import reverse_scores
 from nnunet_oneshot.same_patient import read_pairs, read_same_patient
@@ -43,16 +42,13 @@ from sam2_propagation.sam2 import Sam2Propagator
 
 @dataclass(frozen=True)
 class Job:
-    """One propagator at work on one dataset; workers get it once.
-
-    `reverse_by` carries each of its labels back to the annotated case.
-    """
+    """One propagator at work on one dataset; workers get it once."""
 
     dataset: RawDataset
     store: Store
     propagator: Propagator
     views: tuple[str, ...]
-    reverse_by: Propagator | None = None
+    reverse_check: bool = False
 
 
 @dataclass
@@ -133,8 +129,9 @@ def propagate(
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         _connect(made, raw, store, patients)
         for name in sorted(made, key=_turn):
-            back = made[REVERSE] if options.reverse_check and name == reversible(made) else None
-            job = Job(raw, store, made[name], chosen[name], back)
+            # Relays carry their labels back by themselves, and registration's are in these.
+            reverse = options.reverse_check and name in REVERSIBLE and "relay" not in made
+            job = Job(raw, store, made[name], chosen[name], reverse)
             preparation += carry(job, _share(job, made, patients, (num_parts, part_id)), processes)
         whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
         # Where two are as deep in what they say, the first is believed, which redraws what the others carried.
@@ -318,7 +315,7 @@ def _carry_case(case: Case) -> None:
     begin = time.monotonic()
     image = job.dataset.read_image(case)
     results = list(job.propagator.propagate(supports, [image], job.views))
-    reverse = reverse_scores(job.reverse_by, supports, image, results) if job.reverse_by else {}
+    reverse = reverse_scores(job.propagator, supports, image, results) if job.reverse_check else {}
     _write(job, case, results, time.monotonic() - begin, reverse)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -32,10 +32,8 @@ DEFAULT_OF_SLICES = ("correspondence", "sam2")
 benchmarks/slice_fusion.py."""
 NEEDS_WHOLE_LABEL = ("registration", "relay")
 """Propagators that can only start from a case whose every voxel is labelled."""
-REVERSIBLE = ("registration", "relay")
-"""Propagators whose labels are carried back for a reverse check: the last of them that is at work."""
-REVERSE = "registration"
-"""What carries them back."""
+REVERSIBLE = ("registration",)
+"""Propagators whose labels are carried back for a reverse check; `relay` does so unasked."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +156,6 @@ def make_propagator(name: str, options: PropagatorOptions) -> Propagator:
     if name == "correspondence":
         return CorrespondencePropagator(options.device, RECIPE)
     raise OneShotError(f"expected a propagator of {', '.join(NAMES)}, found {name!r}; choose one of those")
-
-
-def reversible(names: Collection[str]) -> str | None:
-    """Whose labels a reverse check carries back: relays' in place of registration's, which they count already."""
-    return next((name for name in reversed(REVERSIBLE) if name in names), None)
 
 
 def make_propagators(

@@ -17,11 +17,10 @@ import numpy as np
 from nnunet_oneshot.quality_rules import FITTED
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Propagator, Support
+from sam2_propagation.relay import REVERSE_SCORE
 
 VIEWS, SOURCES, CHANGE, REVERSE = "views", "sources", "change", "reverse"
 KINDS = (VIEWS, SOURCES, CHANGE, REVERSE)
-REVERSE_SCORE = "reverse_dice"
-"""Name under which a propagator's scores hold the Dice of the label carried back: `reverse_dice`, `reverse_dice_2`."""
 _CLIP = 0.01
 
 Evidence = dict[str, dict[int, float]]
@@ -201,7 +200,7 @@ def reverse_dice(
 def reverse_scores(
     propagator: Propagator, supports: Sequence[Support], query: Image, results: Sequence[Propagation]
 ) -> dict[str, float]:
-    """The reverse check of labels of a query, carried back by a propagator's first view; nothing where there are none.
+    """The reverse check of what a propagator said of a query, by its first view; nothing where it said nothing.
 
     A label can be carried back only to an annotated case whose every voxel is labelled: the first such one is taken.
     """
@@ -210,7 +209,7 @@ def reverse_scores(
     if not said or not whole:
         return {}
     fused = fuse([result.label for result in said if result.label is not None]).label
-    return reverse_dice(propagator, whole[0], query, fused, propagator.default_views[0])
+    return reverse_dice(propagator, whole[0], query, fused, said[0].view)
 
 
 def _sigmoid(value: float) -> float:

@@ -5,13 +5,14 @@ the vote (a template library: Chakravarty et al., MAGeT-Brain, Human Brain Mappi
 through the set: Wolz et al., LEAP, NeuroImage 49(2), 2010). An image that is unlike the annotated one, or that
 registration from there missed, is often like one of the others.
 
-The images that pass labels on, the relays, are chosen without ground truth: candidates are drawn, each carries its
-label back to the annotated images, and those whose label comes back best are kept.
+Nothing of this needs a label but the annotated images': candidates are drawn, each carries its label back to these, and
+the ones whose label comes back best are the relays. Every image's own label is judged so, too: where that of
+registration alone comes back better than the vote of all, relays have misled, and it stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -45,6 +46,8 @@ _JUDGES = 3
 _MOST_VOXELS = 8_000_000
 """Of a relay that is kept in memory; larger ones are coarsened."""
 _VIEW = VIEWS["local"]
+REVERSE_SCORE = "reverse_dice"
+"""Name under which scores hold the Dice of a label carried back: `reverse_dice`, `reverse_dice_2`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +93,7 @@ class RelayPropagator:
     def __init__(self, registered: Registered | None = None, threads: int = 1) -> None:
         self.registered = registered
         self.threads = threads
+        self._judges: tuple[Source, ...] = ()
         self._relays: tuple[Source, ...] | None = None
 
     @property
@@ -108,11 +112,11 @@ class RelayPropagator:
         """
         judged: list[tuple[float, Source]] = []
         with limited_threads(self.threads):
-            judges = list(islice(usable(supports), _JUDGES))
+            self._judges = tuple(islice(usable(supports), _JUDGES))
             for case in tqdm(candidates(self._known().cases()), desc="choose relays", unit="case"):
                 relay = self._candidate(case)
-                if relay is not None and judges:
-                    judged.append((max(comes_back(relay, judge) for judge in judges), relay))
+                if relay is not None and self._judges:
+                    judged.append((max(_mean(comes_back(relay, judge)) for judge in self._judges), relay))
         judged.sort(key=lambda entry: -entry[0])
         least = _LEAST_TRUST * max((trust for trust, _ in judged), default=0.0)
         self._relays = tuple(relay for trust, relay in judged[:RELAYS] if trust > 0 and trust >= least)
@@ -123,7 +127,8 @@ class RelayPropagator:
         """Yield one Propagation for each query: registration's views and what relays carried, by a weighted vote.
 
         Votes weigh the similarity of images after registration to the fourth power. `scores` holds `relays`, how many
-        carried a label that could be used.
+        were counted (0 where registration's own label comes back better), and `reverse_dice_<value>`, the Dice of each
+        class of the label carried back to the first wholly annotated image.
 
         Raises:
             ValueError: an unknown view, or `adapt` has not been called.
@@ -147,9 +152,20 @@ class RelayPropagator:
         if not votes and not enough_views(len(relayed), len(others)):
             reason = f"registration gave no label, and of {len(others)} images that pass labels on {len(relayed)} did"
             return Propagation(query.case, self.views[0], None, reason=reason)
-        votes = sorted([*votes, *relayed], key=lambda vote: -vote.weight)
-        fused = fuse([vote.label for vote in votes], [vote.weight for vote in votes], query.spacing)
-        return Propagation(query.case, self.views[0], fused.label, scores={"relays": float(len(relayed))})
+        choices = [_voted([*votes, *relayed], query)]
+        if votes and relayed:
+            choices.append(_voted(votes, query))
+        label, back = max(((label, self._back(label, query)) for label in choices), key=lambda choice: _mean(choice[1]))
+        scores = {f"{REVERSE_SCORE}_{value}": dice for value, dice in back.items()}
+        used = 0.0 if label is not choices[0] else float(len(relayed))
+        return Propagation(query.case, self.views[0], label, scores={"relays": used, **scores})
+
+    def _back(self, label: LabelVolume, query: Image) -> dict[int, float]:
+        """How well a query's label comes back to the first annotated image, by class."""
+        source, judge = next(usable([Support(query, label)]), None), next(iter(self._judges), None)
+        if judge is None:
+            return {}
+        return dict.fromkeys(judge.classes, 0.0) if source is None else comes_back(source, judge)
 
     def _candidate(self, case: str) -> Source | None:
         known = self._known()
@@ -201,13 +217,23 @@ def carried_on(relay: Source, query: Channels) -> Vote | None:
     return None if carried.problem else Vote(carried.label, carried.scores["similarity_after"])
 
 
-def comes_back(relay: Source, judge: Source) -> float:
-    """Mean Dice of the judge's classes, of the relay's label carried to it."""
+def comes_back(relay: Source, judge: Source) -> dict[int, float]:
+    """Dice of each of the judge's classes, of the relay's label carried to it; 0 where it cannot be carried."""
     vote = carried_on(relay, judge.channels)
     if vote is None:
-        return 0.0
+        return dict.fromkeys(judge.classes, 0.0)
     truth = judge.channels.frame.leave(sitk.GetArrayFromImage(judge.label))
-    return float(np.mean([_dice(vote.label == value, truth == value) for value in judge.classes]))
+    return {value: _dice(vote.label == value, truth == value) for value in judge.classes}
+
+
+def _voted(votes: Sequence[Vote], query: Image) -> LabelVolume:
+    """By weight; where two are as deep in what they say, the more alike one is believed."""
+    ordered = sorted(votes, key=lambda vote: -vote.weight)
+    return fuse([vote.label for vote in ordered], [vote.weight for vote in ordered], query.spacing).label
+
+
+def _mean(by_class: Mapping[int, float]) -> float:
+    return float(np.mean(list(by_class.values()))) if by_class else 0.0
 
 
 def _dice(first: np.ndarray, second: np.ndarray) -> float:

@@ -16,8 +16,8 @@ def test_the_reverse_check_is_kept_with_each_view_and_counts(
     roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked of those alone whose labels can be carried back."""
-    monkeypatch.setattr(propagators, "REVERSIBLE", ("fake",))
-    monkeypatch.setattr(propagate_module, "REVERSE", "fake")
+    for module in (propagate_module, propagators):
+        monkeypatch.setattr(module, "REVERSIBLE", ("fake",))
     write_raw(roots.raw)
     options = PropagatorOptions(reverse_check=True)
     outcome = propagate(501, 601, propagators=("fake", "other"), views=("still",), options=options, num_processes=1)

@@ -128,6 +128,25 @@ def test_an_image_is_not_its_own_relay_and_without_any_registration_has_the_word
 
 
 @pytest.mark.slow
+def test_relays_that_mislead_are_not_followed_and_the_way_back_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    support, _, _ = pair(SHAPE)
+    near, near_truth = moved("near", 1)
+    query, truth = moved("query", 2)
+    known = Known({"near": near, "query": query}, {"near": [Vote(near_truth, 0.9)], "query": [Vote(truth, 0.3)]})
+    carried_on = module.carried_on
+    wrong = Vote(np.roll(truth, 4, axis=1), 0.9)
+    monkeypatch.setattr(module, "carried_on", lambda relay, to: wrong if to.case == "query" else carried_on(relay, to))
+    propagator = RelayPropagator(known)
+    propagator.adapt([support], propagator.default_views)
+    assert "near" in propagator.relays
+    (said,) = propagator.propagate([support], [query], propagator.default_views)
+    assert said.label is not None
+    assert np.array_equal(said.label, truth)
+    assert said.scores["relays"] == 0
+    assert min(said.scores["reverse_dice_1"], said.scores["reverse_dice_2"]) > 0.7
+
+
+@pytest.mark.slow
 def test_one_relay_of_several_does_not_speak_for_an_image_that_registration_missed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,7 +160,7 @@ def test_one_relay_of_several_does_not_speak_for_an_image_that_registration_miss
     only_a = module.carried_on
     monkeypatch.setattr(module, "carried_on", lambda relay, query: only_a(relay, query) if relay.case == "a" else None)
     propagator = RelayPropagator(known)
-    monkeypatch.setattr(module, "comes_back", lambda relay, judge: 0.9)
+    monkeypatch.setattr(module, "comes_back", lambda relay, judge: {1: 0.9, 2: 0.9})
     propagator.adapt([support], propagator.default_views)
     assert propagator.relays == ("a", "b", "c")
     (said,) = propagator.propagate([support], [moves["query"][0]], propagator.default_views)
