@@ -357,7 +357,7 @@ def figures(
 
 WEIGHTS = (1, 2, 4, 8)
 """Of each of SAM2's views, where each of registration's weighs 1."""
-RELAY_WEIGHTS = (0, 1, 3, 6, 12)
+RELAY_WEIGHTS = (1, 3, 8)
 """Of the relays' view, where each of registration's weighs 1 and SAM2's what they do by default."""
 _WEIGHED = (
     "sam2_alone",

@@ -121,7 +121,8 @@ class Evidence:
         chosen = PRESETS[self.preset]
         plan = Plan(self.configuration, chosen.trainer(recipe.trainer or ""), chosen.plans, self.preset)
         number = self._train(recipe, plan)
-        output = self.work / "predictions" / method
+        # Named after the labels too: predictions that are there are kept, and must not be another model's.
+        output = self.work / "predictions" / f"{method}_{number}"
         images = {c: [self.data.folder / "images" / f"{c}{self.data.ending}"] for c in self.test}
         nnunet.predict(number, plan.configuration, ("all",), plan.trainer, plan.plans, images, output, self.device)
         return output

@@ -3,9 +3,10 @@
     python benchmarks/relay.py --work DIR [--sets phantom ...] [-np 2]
 
 Dice of what relays and registration's views together say of the un-annotated pool cases, relays being the best N of
-twelve candidates by what comes back to the annotated case (six by default), by how far registration's views agree
-on them, or all; "judged" is the default, which keeps registration's own vote where that comes back better. Beside it
-each candidate's figures and its true Dice, which says how well the two tell a bad one.
+(at most) twelve candidates by what comes back to the annotated case (six by default), by how far registration's views
+agree on them, or all. "judged" is the default, which keeps registration's own vote where that of all comes back less
+than nine tenths as well ("strictly": less well). Beside it each candidate's figures and its true Dice, which says how
+well the two tell a bad one.
 `--work` may be that of `builtin_checkpoint.py`, which keeps what registration carried. Truth is read for scoring alone;
 the choice was made on phantoms.
 """
@@ -75,8 +76,10 @@ def score(task: tuple[Row, str, dict[str, list[str]]]) -> dict[str, float]:
         on = [passed[name] for name in names if name in passed]
         found[choice] = _dice([*votes, *on], image, truth(), classes)
         if choice == DEFAULT:
-            stays = votes and _back(row, image, votes) > _back(row, image, [*votes, *on])
-            found["judged"] = _dice(votes if stays else [*votes, *on], image, truth(), classes)
+            alone, together = (_back(row, image, each) if each else 0.0 for each in (votes, [*votes, *on]))
+            for name, least in (("judged", 0.9), ("judged strictly", 1.0)):
+                stays = votes and together < least * alone
+                found[name] = _dice(votes if stays else [*votes, *on], image, truth(), classes)
     return found
 
 

@@ -6,8 +6,8 @@ through the set: Wolz et al., LEAP, NeuroImage 49(2), 2010). An image that is un
 registration from there missed, is often like one of the others.
 
 Nothing of this needs a label but the annotated images': candidates are drawn, each carries its label back to these, and
-the ones whose label comes back best are the relays. Every image's own label is judged so, too: where that of
-registration alone comes back better than the vote of all, relays have misled, and it stays.
+the ones whose label comes back best are the relays. Every image's own label is judged so, too: where the vote of all
+comes back clearly worse than registration's alone, relays have misled, and registration's stays.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ RELAYS = 6
 (benchmarks/relay.py)."""
 _LEAST_TRUST = 0.5
 """Of the best candidate's: among few images the worst are not kept for want of others."""
+_MISLED = 0.9
+"""Of how well registration's own label comes back: a vote below is not followed. On phantoms, where relays mislead
+nobody, to follow only what comes back as well costs a tenth of the gain (benchmarks/relay.py)."""
 _JUDGES = 3
 """Annotated images that a candidate's label is carried back to: judging must not cost more than relaying."""
 _MOST_VOXELS = 8_000_000
@@ -127,8 +130,8 @@ class RelayPropagator:
         """Yield one Propagation for each query: registration's views and what relays carried, by a weighted vote.
 
         Votes weigh the similarity of images after registration to the fourth power. `scores` holds `relays`, how many
-        were counted (0 where registration's own label comes back better), and `reverse_dice_<value>`, the Dice of each
-        class of the label carried back to the first wholly annotated image.
+        were counted (0 where their vote comes back clearly worse than registration's own), and `reverse_dice_<value>`,
+        the Dice of each class of the label carried back to the first wholly annotated image.
 
         Raises:
             ValueError: an unknown view, or `adapt` has not been called.
@@ -152,13 +155,15 @@ class RelayPropagator:
         if not votes and not enough_views(len(relayed), len(others)):
             reason = f"registration gave no label, and of {len(others)} images that pass labels on {len(relayed)} did"
             return Propagation(query.case, self.views[0], None, reason=reason)
-        choices = [_voted([*votes, *relayed], query)]
+        label = _voted([*votes, *relayed], query)
+        back, used = self._back(label, query), len(relayed)
         if votes and relayed:
-            choices.append(_voted(votes, query))
-        label, back = max(((label, self._back(label, query)) for label in choices), key=lambda choice: _mean(choice[1]))
+            alone = _voted(votes, query)
+            without = self._back(alone, query)
+            if _mean(back) < _MISLED * _mean(without):
+                label, back, used = alone, without, 0
         scores = {f"{REVERSE_SCORE}_{value}": dice for value, dice in back.items()}
-        used = 0.0 if label is not choices[0] else float(len(relayed))
-        return Propagation(query.case, self.views[0], label, scores={"relays": used, **scores})
+        return Propagation(query.case, self.views[0], label, scores={"relays": float(used), **scores})
 
     def _back(self, label: LabelVolume, query: Image) -> dict[int, float]:
         """How well a query's label comes back to the first annotated image, by class."""
