@@ -155,6 +155,7 @@ def main() -> None:
     choices = [
         "registration",
         "judged",
+        "judged strictly",
         *(f"{by} {number}" for by in ("back", "agree") for number in NUMBERS[:-1]),
         "all",
     ]
