@@ -235,8 +235,8 @@ def make_relay(row: Row, cases: Sequence[str], processes: int) -> RelayPropagato
     return relay
 
 
-def relayed(row: Row, query: Image) -> LabelVolume | None:
-    """What relays and registration together say of a query; from the working folder where it is there."""
+def relayed(row: Row, query: Image) -> tuple[LabelVolume | None, float]:
+    """What relays and registration together say of a query, and seconds; from the working folder where it is there."""
     path = (
         row.work / "relay" / row.name / f"{row.annotated}_of_{len(_RELAY[0].registered.cases())}" / f"{query.case}.npz"
     )
@@ -247,7 +247,7 @@ def relayed(row: Row, query: Image) -> LabelVolume | None:
         label = {} if said.label is None else {"label": said.label}
         np.savez_compressed(path, seconds=time.process_time() - begin, **label)  # type: ignore[arg-type]
     with np.load(path) as kept:
-        return kept.get("label")
+        return kept.get("label"), float(kept["seconds"])
 
 
 def registered(row: Row, query: Image) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
     method = METHODS[row.method]
     in_slices = method.settings["mode"] == "slice"
     carried = {} if in_slices or not (method.prompt or method.with_registration) else registered(row, query)["labels"]
-    by_relays = relayed(row, query) if method.prompt == "relay" else None
+    by_relays, relaying = relayed(row, query) if method.prompt == "relay" else (None, 0.0)
     supports = [_sparse(row, case) if in_slices else _support(row.name, row.annotated)]
     begin = time.process_time()
     labels = _sam2(row, supports, query, _prompt(method, carried) if by_relays is None else by_relays)
@@ -304,7 +304,8 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
         labels |= {} if by_relays is None else {"relay/relayed": by_relays}
         labels |= {f"registration/{view}": label for view, label in carried.items()}
     left_out = annotated_slice(truth()) if in_slices else None
-    return {"case": case, "seconds": seconds, **figures(query, labels, truth(), left_out)}
+    scores = figures(query, labels, truth(), left_out)
+    return {"case": case, "seconds": seconds, "relaying": relaying, **scores}
 
 
 def _prompt(method: Method, labels: Mapping[str, LabelVolume]) -> LabelVolume | None:
@@ -450,6 +451,7 @@ def summary(row: Row, entries: list[dict[str, Any]], processes: int) -> dict[str
         "per_class": {c: float(np.mean([e["per_class"][c] for e in entries if c in e["per_class"]])) for c in classes},
         **voxel_shares([e["voxels"] for e in entries if e["voxels"]]),
         "median_cpu_seconds": float(np.median([e["seconds"] for e in entries])),
+        "median_cpu_seconds_relaying": float(np.median([e.get("relaying", 0.0) for e in entries])),
         "processes": processes,
         "seed": 0,
         "fused_per_case": {e["case"]: round(e["fused"], 4) for e in entries},

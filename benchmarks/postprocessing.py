@@ -45,8 +45,9 @@ def run(name: str, cases: int, preset: str, work: Path) -> dict[str, Any]:
     if (row := read_row(f"postprocessing_{title}")) is not None:
         return row
     single = one_piece([read_label(name, annotated)], None)
+    # Named METHOD_NUMBER.
     folders = sorted(path for path in (work / title / "predictions").iterdir() if any(path.glob("*.nii.gz")))
-    found = {folder.name: scores(name, folder, single) for folder in folders}
+    found = {folder.name.rpartition("_")[0]: scores(name, folder, single) for folder in folders}
     return write_row(f"postprocessing_{title}", {"set": name, "one_piece": single, "methods": found})
 
 

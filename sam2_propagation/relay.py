@@ -37,7 +37,7 @@ from sam2_propagation.registration_volume import (
 
 CANDIDATES = 12
 RELAYS = 6
-"""Of twelve candidates the six that are judged best; four, nine and all twelve did less well on phantoms
+"""The six that are judged best: on phantoms, of ten candidates, four, nine and all did less well
 (benchmarks/relay.py)."""
 _LEAST_TRUST = 0.5
 """Of the best candidate's: among few images the worst are not kept for want of others."""
