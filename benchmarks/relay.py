@@ -4,9 +4,9 @@
 
 Dice of what relays and registration's views together say of the un-annotated pool cases, relays being the best N of
 (at most) twelve candidates by what comes back to the annotated case (six by default), by how far registration's views
-agree on them, or all. "judged" is the default, which keeps registration's own vote where that of all comes back less
-than nine tenths as well ("strictly": less well). Beside it each candidate's figures and its true Dice, which says how
-well the two tell a bad one.
+agree on them, or all. "judged" is the default, which keeps registration's own vote where it comes back half as well as
+the best candidate, and that of all less than nine tenths as well as it ("strictly": less well). Beside it each
+candidate's figures and its true Dice, which says how well the two tell a bad one.
 `--work` may be that of `builtin_checkpoint.py`, which keeps what registration carried. Truth is read for scoring alone;
 the choice was made on phantoms.
 """
@@ -57,9 +57,9 @@ def judge(task: tuple[Row, str]) -> dict[str, Any]:
     return {"case": case, "back": back, "agree": agreement(labels), "true": dice(fused, truth(), classes)}
 
 
-def score(task: tuple[Row, str, dict[str, list[str]]]) -> dict[str, float]:
-    """Dice of one query by choice of relays; each candidate is carried once."""
-    row, case, choices = task
+def score(task: tuple[Row, str, dict[str, list[str]], float]) -> dict[str, float]:
+    """Dice of one query by choice of relays; each candidate is carried once. Last in the task: the best way back."""
+    row, case, choices, best = task
     image, truth = read_case(row.name, case)
     known = registered(row, image)
     votes = [Vote(label, known["similar"][view]) for view, label in known["labels"].items()]
@@ -78,7 +78,7 @@ def score(task: tuple[Row, str, dict[str, list[str]]]) -> dict[str, float]:
         if choice == DEFAULT:
             alone, together = (_back(row, image, each) if each else 0.0 for each in (votes, [*votes, *on]))
             for name, least in (("judged", 0.9), ("judged strictly", 1.0)):
-                stays = votes and together < least * alone
+                stays = alone >= 0.5 * best and together < least * alone
                 found[name] = _dice(votes if stays else [*votes, *on], image, truth(), classes)
     return found
 
@@ -126,7 +126,8 @@ def run_set(name: str, work: Path, processes: int) -> dict[str, Any]:
             if number < len(chosen)
         }
         choices["all"] = chosen
-        tasks = [(row, case, choices) for case in cases]
+        best = max(each["back"] for each in judged)
+        tasks = [(row, case, choices, best) for case in cases]
         scores = list(tqdm(workers.imap_unordered(score, tasks), name, len(tasks)))
     return write_row(
         f"relay_{name}",

@@ -7,7 +7,7 @@ registration from there missed, is often like one of the others.
 
 Nothing of this needs a label but the annotated images': candidates are drawn, each carries its label back to these, and
 the ones whose label comes back best are the relays. Every image's own label is judged so, too: where the vote of all
-comes back clearly worse than registration's alone, relays have misled, and registration's stays.
+comes back clearly worse than registration's alone, which itself comes back, relays have misled; registration's stays.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RELAYS = 6
 """The six that are judged best: on phantoms, of ten candidates, four, nine and all did less well
 (benchmarks/relay.py)."""
 _LEAST_TRUST = 0.5
-"""Of the best candidate's: among few images the worst are not kept for want of others."""
+"""Of the best candidate's: what comes back less well is no relay, and no reason not to follow the others."""
 _MISLED = 0.9
 """Of how well registration's own label comes back: a vote below is not followed. On phantoms, where relays mislead
 nobody, to follow only what comes back as well costs a tenth of the gain (benchmarks/relay.py)."""
@@ -97,6 +97,7 @@ class RelayPropagator:
         self.registered = registered
         self.threads = threads
         self._judges: tuple[Source, ...] = ()
+        self._least = 0.0
         self._relays: tuple[Source, ...] | None = None
 
     @property
@@ -121,8 +122,8 @@ class RelayPropagator:
                 if relay is not None and self._judges:
                     judged.append((max(_mean(comes_back(relay, judge)) for judge in self._judges), relay))
         judged.sort(key=lambda entry: -entry[0])
-        least = _LEAST_TRUST * max((trust for trust, _ in judged), default=0.0)
-        self._relays = tuple(relay for trust, relay in judged[:RELAYS] if trust > 0 and trust >= least)
+        self._least = _LEAST_TRUST * max((trust for trust, _ in judged), default=0.0)
+        self._relays = tuple(relay for trust, relay in judged[:RELAYS] if trust > 0 and trust >= self._least)
 
     def propagate(
         self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
@@ -160,7 +161,8 @@ class RelayPropagator:
         if votes and relayed:
             alone = _voted(votes, query)
             without = self._back(alone, query)
-            if _mean(back) < _MISLED * _mean(without):
+            # One that does not come back either is no better: it says nothing that another comes back less well.
+            if _mean(without) >= self._least and _mean(back) < _MISLED * _mean(without):
                 label, back, used = alone, without, 0
         scores = {f"{REVERSE_SCORE}_{value}": dice for value, dice in back.items()}
         return Propagation(query.case, self.views[0], label, scores={"relays": float(used), **scores})

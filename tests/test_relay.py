@@ -147,6 +147,23 @@ def test_relays_that_mislead_are_not_followed_and_the_way_back_is_said(monkeypat
 
 
 @pytest.mark.slow
+def test_a_label_that_does_not_come_back_itself_gives_way_to_relays(monkeypatch: pytest.MonkeyPatch) -> None:
+    support, _, _ = pair(SHAPE)
+    near, near_truth = moved("near", 1)
+    query, truth = moved("query", 2)
+    wrong = np.roll(truth, 8, axis=2)
+    known = Known({"near": near, "query": query}, {"near": [Vote(near_truth, 0.9)], "query": [Vote(wrong, 0.3)]})
+    propagator = RelayPropagator(known)
+    propagator.adapt([support], propagator.default_views)
+    ways_back = iter(({1: 0.0, 2: 0.0}, {1: 0.2, 2: 0.2}))
+    monkeypatch.setattr(RelayPropagator, "_back", lambda self, label, image: next(ways_back))
+    (said,) = propagator.propagate([support], [query], propagator.default_views)
+    assert said.label is not None
+    assert said.scores["relays"] == 1
+    assert dice(said.label, truth) > 0.85
+
+
+@pytest.mark.slow
 def test_one_relay_of_several_does_not_speak_for_an_image_that_registration_missed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
