@@ -37,8 +37,8 @@ class Sam2Propagator:
         mode: overrides the settings' mode.
         device: "cpu", "cuda", "mps".
         adapt: fine-tuning steps on the annotated case before it is carried; 0 for none.
-        prompter: whose labels prompt `self` mode, registration as a rule, correspondence where
-            no label is whole.
+        prompter: whose labels prompt `self` mode, those of relays or registration as a rule,
+            correspondence where no label is whole.
         batch_size: slices encoded, and (class, slice) pairs segmented, at once; lower it when memory runs out.
         seed: of insertion positions and adaptation.
         settings: everything else.
