@@ -250,11 +250,17 @@ def relayed(row: Row, query: Image) -> tuple[LabelVolume | None, float]:
         return kept.get("label"), float(kept["seconds"])
 
 
+def _has_similarities(path: Path) -> bool:
+    """False for what an older run kept, which no relay can use."""
+    with np.load(path) as kept:
+        return any(key.startswith("_similar_") for key in kept)
+
+
 def registered(row: Row, query: Image) -> dict[str, Any]:
     """Registration's labels and similarities by view, and its seconds; from the working folder where they are there."""
     path = row.work / "registration" / row.name / row.annotated / f"{query.case}.npz"
     views = RegistrationPropagator.default_views
-    if not path.is_file() or not any(key.startswith("_similar") for key in np.load(path)):
+    if not path.is_file() or not _has_similarities(path):
         begin = time.process_time()
         support = _support(row.name, row.annotated)
         results = list(RegistrationPropagator(threads=1).propagate([support], [query], views))
