@@ -229,10 +229,8 @@ def _draw_batch(usable: Sequence[tuple[Example, int]], rng: np.random.Generator,
         memory_frame=frames,
         memory_mask=corrupt(truth, draw_corruption(rng, amounts)),
         true_memory_mask=truth,
-        query=query,
-        target=target,
-        next_query=query,
-        next_target=target,
+        queries=query[:, None],
+        targets=target[:, None],
     )
 
 

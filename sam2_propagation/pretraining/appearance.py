@@ -30,6 +30,8 @@ class Look:
     Attributes:
         tones: float32 (MAX_TONES + 1,), intensity of air and of each tone.
         textures: float32 (MAX_TONES + 1, grains), amplitude of each texture in each tone.
+        clutter: strength (signed) of patches, lines and slow changes that belong to no part.
+        seen_inside: how much of that shows in the parts too, 0 to 1.
         softness: width of the boundaries in pixels (partial volume).
         gamma, noise, grainy_noise, speckle, blur, bias, bias_phase: usual meanings, 0 (gamma 1) is none.
         streak, streak_at, streak_rays: strength, centre (x, y) and number of rays of the streaks.
@@ -41,6 +43,8 @@ class Look:
 
     tones: FloatArray
     textures: FloatArray
+    clutter: tuple[float, float, float]
+    seen_inside: float
     softness: float
     gamma: float
     noise: float
@@ -68,6 +72,8 @@ def draw_look(rng: np.random.Generator) -> Look:
     return Look(
         tones=tones,
         textures=textures,
+        clutter=_draw_clutter(rng),
+        seen_inside=float(rng.uniform(0, 0.6)),
         softness=float(rng.uniform(0.4, 2.5)),
         gamma=float(np.exp(rng.normal(0, 0.25))),
         noise=float(rng.uniform(0, 0.08) * rng.integers(0, 2)),
@@ -96,6 +102,8 @@ def same_contrast(rng: np.random.Generator, look: Look, amount: float) -> Look:
         fresh,
         tones=tones.clip(0, 1),
         textures=look.textures,
+        clutter=look.clutter,
+        seen_inside=look.seen_inside,
         softness=look.softness,
         speckle=look.speckle,
         fan=look.fan,
@@ -104,6 +112,13 @@ def same_contrast(rng: np.random.Generator, look: Look, amount: float) -> Look:
     if amount > 0.5:
         return modality
     return replace(modality, blur=look.blur, bias=look.bias, gamma=look.gamma, noise=look.noise)
+
+
+def _draw_clutter(rng: np.random.Generator) -> tuple[float, float, float]:
+    """Strength of patches, lines and slow changes; none in a third of the volumes."""
+    if rng.random() < 0.33:
+        return 0.0, 0.0, 0.0
+    return float(rng.normal(0, 0.15)), float(rng.normal(0, 0.2)), float(rng.normal(0, 0.08))
 
 
 def _draw_tones(rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
@@ -122,6 +137,7 @@ def _draw_tones(rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
 def render(
     values: torch.Tensor,
     radius: torch.Tensor,
+    clutter: torch.Tensor,
     subjects: Sequence[Subject],
     looks: Sequence[Look],
     generator: torch.Generator,
@@ -131,6 +147,7 @@ def render(
     Args:
         values: (frames, parts, H, W) of `implicit_functions`.
         radius: (frames, parts) of `part_radius`.
+        clutter: (frames, 3, H, W) of `rendering.clutter`.
         subjects, looks: for each frame, whose and how.
         generator: the source of noise, on the device of `values`.
 
@@ -138,7 +155,7 @@ def render(
         float32 (frames, H, W), not yet normalised.
     """
     noise = _noises(values, generator)
-    image = _tissue(values, radius, subjects, looks, noise)
+    image = _tissue(values, radius, _structure(clutter, looks), subjects, looks, noise)
     image = _field_effects(image, looks)
     image = _ghost(image, looks)
     image = _blurred(image, looks)
@@ -177,20 +194,42 @@ def _noises(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _tissue(
     values: torch.Tensor,
     radius: torch.Tensor,
+    structure: torch.Tensor,
     subjects: Sequence[Subject],
     looks: Sequence[Look],
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """Parts painted in order with soft boundaries."""
+    """Parts painted in order with soft boundaries; `structure` (frames, H, W) shows most between them."""
     _n, n_parts, size, _ = values.shape
     tone, texture = _part_tones(subjects, looks, n_parts, values)
+    shows = _structure_shares(subjects, looks, n_parts, values)
     softness = _column(looks, "softness", values)[:, 0]
     sharpness = (4 * radius * size / 2 / softness).clamp(max=200)[..., None, None]
-    image = tone[:, 0, None, None] + _mix(texture[:, 0], noise)
+    image = tone[:, 0, None, None] + _mix(texture[:, 0], noise) + shows[:, 0] * structure
     for part in range(n_parts):
         cover = torch.sigmoid(values[:, part] * sharpness[:, part])
-        image = torch.lerp(image, tone[:, part + 1, None, None] + _mix(texture[:, part + 1], noise), cover)
+        tissue = tone[:, part + 1, None, None] + _mix(texture[:, part + 1], noise) + shows[:, part + 1] * structure
+        image = torch.lerp(image, tissue, cover)
     return image
+
+
+def _structure(clutter: torch.Tensor, looks: Sequence[Look]) -> torch.Tensor:
+    """Patches of other tissue, lines as vessels and fasciae are, and slow changes: (frames, H, W)."""
+    strength = torch.tensor([k.clutter for k in looks], device=clutter.device)[..., None, None]
+    patches = torch.sigmoid(12 * (clutter[:, 0].abs() - 0.8))
+    lines = torch.exp(-(clutter[:, 1] / 0.15).square())
+    return strength[:, 0] * patches + strength[:, 1] * lines + strength[:, 2] * clutter[:, 2]
+
+
+def _structure_shares(
+    subjects: Sequence[Subject], looks: Sequence[Look], n_parts: int, like: torch.Tensor
+) -> torch.Tensor:
+    """How much of the structure shows in air and in each part, (frames, 1 + parts, 1, 1): all of it in the body."""
+    shares = np.zeros((len(looks), n_parts + 1), np.float32)
+    for row, subject, look in zip(shares, subjects, looks, strict=True):
+        row[0] = float(look.tones[0] > 0)
+        row[1 : len(subject.parts) + 1] = [1 if p.group < 0 else look.seen_inside for p in subject.parts]
+    return torch.from_numpy(shares).to(like)[..., None, None]
 
 
 def _mix(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -123,33 +123,34 @@ def _memory(spatial: torch.Tensor, position: torch.Tensor, pointer: torch.Tensor
 
 
 def follow(model: SAM2Base, batch: Batch, hop: int = 0, soft: bool = True) -> list[Prediction]:
-    """Segment each element's query from its memories; with `hop`, then its next query with that prediction as memory.
+    """Segment each element's query from its memories; with `hop`, also those after it, each prediction a memory too.
 
     Args:
         model: in training or evaluation mode.
         batch: of `make_batch`.
-        hop: 0 for none, else how many frames the next query lies after the first, 1 to MOST_HOPS.
+        hop: 0 for the first query alone, else how many frames each query lies after the one before, 1 to MOST_HOPS.
         soft: how masks become memory, see `remember`.
     """
     features = encode(model, batch.images)
     memories = {"cond_frame_outputs": remember(model, features, batch.memory_frame, batch.memory_mask, soft)}
     first = batch.memory_frame.shape[1] + MOST_HOPS
+    queries = batch.queries.T if hop else batch.queries.T[:1]
     history: dict[int, Any] = {}
     predictions = []
-    frames = [(first, batch.query)] + ([(first + hop, batch.next_query)] if hop else [])
-    for index, frame in frames:
+    for index, frame in enumerate(queries):
+        place = first + index * hop
         with _watched_iou(model) as iou:
             output = model.track_step(
-                frame_idx=index,
+                frame_idx=place,
                 is_init_cond_frame=False,
                 **features.of(frame),
                 point_inputs=None,
                 mask_inputs=None,
                 output_dict={**memories, "non_cond_frame_outputs": history},
-                num_frames=first + MOST_HOPS + 1,
+                num_frames=first + len(queries) * MOST_HOPS + 1,
                 run_mem_encoder=bool(hop),
             )
-        history[index] = output
+        history[place] = output
         predictions.append(Prediction(output["pred_masks_high_res"][:, 0], iou[-1]))
     return predictions
 

@@ -11,9 +11,9 @@ import torch
 
 from sam2_propagation.pretraining.appearance import Look, draw_look, normalise, render, same_contrast
 from sam2_propagation.pretraining.corruption import Corruption, corrupt, draw_corruption
-from sam2_propagation.pretraining.parts import Subject, another_subject, first_subject
+from sam2_propagation.pretraining.parts import Subject, another_subject, cropped, draw_window, first_subject
 from sam2_propagation.pretraining.recipe import Difficulty, Recipe
-from sam2_propagation.pretraining.rendering import Slices, implicit_functions, paint, part_radius
+from sam2_propagation.pretraining.rendering import Slices, clutter, implicit_functions, paint, part_radius
 from sam2_propagation.pretraining.templates import draw_parts
 
 IntArray = npt.NDArray[np.int64]
@@ -45,14 +45,13 @@ class Elements:
 
     Attributes:
         memory_frame: int64 (elements, memories), the frames that memory comes from.
-        query, next_query: int64 (elements,), the frame to segment and the one after it.
+        queries: int64 (elements, queries), the frame to segment and those after it, as a tracker comes to them.
         chosen: bool (elements, 1 + parts), the parts that make up the object.
         corruption: of the memory masks.
     """
 
     memory_frame: IntArray
-    query: IntArray
-    next_query: IntArray
+    queries: IntArray
     chosen: npt.NDArray[np.bool_]
     corruption: Corruption
 
@@ -63,29 +62,38 @@ class Batch:
 
     Attributes:
         images: float32 (frames, H, W) in [0, 1].
-        memory_frame, query, next_query: int64 as in `Elements`, on the device.
+        memory_frame, queries: int64 as in `Elements`, on the device.
         memory_mask: float32 (elements, memories, H, W).
         true_memory_mask: the same before corruption.
-        target, next_target: float32 (elements, H, W).
+        targets: float32 (elements, queries, H, W); only of the first query is it known that it shows the object.
     """
 
     images: torch.Tensor
     memory_frame: torch.Tensor
     memory_mask: torch.Tensor
     true_memory_mask: torch.Tensor
-    query: torch.Tensor
-    target: torch.Tensor
-    next_query: torch.Tensor
-    next_target: torch.Tensor
+    queries: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def query(self) -> torch.Tensor:
+        """(elements,): the first frame to segment."""
+        return self.queries[:, 0]
+
+    @property
+    def target(self) -> torch.Tensor:
+        """(elements, H, W): what is to be found there."""
+        return self.targets[:, 0]
 
 
 def draw_group(rng: np.random.Generator, difficulty: Difficulty, frames: int) -> Group:
     """Slices of one volume, or of a support subject and another subject."""
     support = first_subject(rng, draw_parts(rng))
+    window = draw_window(rng, support) if rng.random() < difficulty.crop else None
     look = draw_look(rng)
     z = float(rng.uniform(-0.5, 0.4)) + _heights(rng, difficulty.gap, frames)
     if rng.random() < difficulty.one_volume:
-        return Group((support,), (0,) * frames, tuple(z), (look,) * frames)
+        return Group((cropped(support, window),), (0,) * frames, tuple(z), (look,) * frames)
     half = frames // 2
     other = another_subject(rng, support, difficulty.unlike * float(rng.uniform(0.4, 1)))
     if rng.random() < difficulty.other_contrast:
@@ -94,12 +102,13 @@ def draw_group(rng: np.random.Generator, difficulty: Difficulty, frames: int) ->
         other_look = same_contrast(rng, look, difficulty.unlike * float(rng.uniform(0.2, 1)))
     query_z = z[:half] + rng.normal(0, 0.1 * difficulty.unlike) + rng.normal(0, 0.04 * difficulty.unlike, half)
     heights = np.concatenate([z[:half], query_z])
-    return Group((support, other), (0,) * half + (1,) * half, tuple(heights), (look,) * half + (other_look,) * half)
+    subjects = (cropped(support, window), cropped(other, window))
+    return Group(subjects, (0,) * half + (1,) * half, tuple(heights), (look,) * half + (other_look,) * half)
 
 
 def _heights(rng: np.random.Generator, gap: float, frames: int) -> npt.NDArray[np.float64]:
-    """Increasing slice positions; one volume in two is seen top down."""
-    steps = np.cumsum(rng.uniform(0.02, gap, frames))
+    """Increasing slice positions, close or far apart; one volume in two is seen top down."""
+    steps = np.cumsum(rng.uniform(0.02, max(0.04, gap * rng.uniform(0.3, 1)), frames))
     return steps if rng.random() < 0.5 else steps[::-1].copy()
 
 
@@ -142,7 +151,8 @@ def render_groups(
     subjects, owner, z, looks = _flatten(groups)
     slices = Slices(subjects, owner, z)
     values = implicit_functions(slices, size, device)
-    images = render(values, part_radius(slices, device), [subjects[o] for o in owner], looks, generator)
+    fields = clutter(slices, size, device)
+    images = render(values, part_radius(slices, device), fields, [subjects[o] for o in owner], looks, generator)
     return normalise(images, owner, looks), paint(values)
 
 
@@ -167,8 +177,7 @@ def _areas(labels: torch.Tensor) -> IntArray:
 class _Element:
     memory_frame: IntArray
     amount: npt.NDArray[np.float32]
-    query: int
-    next_query: int
+    queries: IntArray
     chosen: npt.NDArray[np.bool_]
 
 
@@ -182,13 +191,23 @@ def _draw_elements(
     least = max(4.0, difficulty.min_area * recipe.size**2)
     elements = []
     for _ in range(recipe.elements):
-        query, following = rng.permutation(queries)[:2]
-        chosen = _choose_object(rng, counts, support, int(query), least, rng.random() < difficulty.absent)
+        path = _path(rng, queries)
+        chosen = _choose_object(rng, counts, support, int(path[0]), least, rng.random() < difficulty.absent)
         if chosen is None:
             continue
-        frames, amount = _draw_memories(rng, counts[:, chosen].sum(1), support, query, following, difficulty, memories)
-        elements.append(_Element(frames, amount, int(query), int(following), chosen))
+        areas = counts[:, chosen].sum(1)
+        frames, amount = _draw_memories(rng, areas, support, int(path[0]), int(path[1]), difficulty, memories)
+        elements.append(_Element(frames, amount, path, chosen))
     return elements
+
+
+def _path(rng: np.random.Generator, queries: IntArray) -> IntArray:
+    """The queries in a tracker's order: from any of them to one end of the stack, then from it to the other."""
+    start = int(rng.integers(len(queries)))
+    on, back = queries[start:], queries[:start][::-1]
+    if rng.random() < 0.5:
+        on, back = queries[: start + 1][::-1], queries[start + 1 :]
+    return np.concatenate([on, back])
 
 
 def _choose_object(
@@ -224,7 +243,7 @@ def _draw_memories(
         frames[:2] = rng.permutation(seen)[:2]
     amount = rng.uniform(0.1, 0.4, memories) * (rng.random(memories) < FRESH_CORRUPTION)
     if areas[query] >= 4 and rng.random() < difficulty.own_memory:
-        frames[0], amount[0] = query, difficulty.damage * rng.uniform(0.15, 1)
+        frames[0], amount[0] = query, difficulty.damage * rng.uniform(0.05, 1)
         if memories > 1 and areas[following] >= 4 and rng.random() < 0.7:
             frames[1], amount[1] = following, amount[0]
         elif areas[following] >= 4 and rng.random() < BEYOND_LABEL:
@@ -235,8 +254,7 @@ def _draw_memories(
 def _join(rng: np.random.Generator, drawn: list[_Element]) -> Elements:
     return Elements(
         memory_frame=np.stack([e.memory_frame for e in drawn]),
-        query=np.array([e.query for e in drawn]),
-        next_query=np.array([e.next_query for e in drawn]),
+        queries=np.stack([e.queries for e in drawn]),
         chosen=np.stack([e.chosen for e in drawn]),
         corruption=draw_corruption(rng, np.stack([e.amount for e in drawn])),
     )
@@ -245,11 +263,7 @@ def _join(rng: np.random.Generator, drawn: list[_Element]) -> Elements:
 def _gather(images: torch.Tensor, labels: torch.Tensor, elements: Elements) -> Batch:
     device = images.device
     chosen = torch.from_numpy(elements.chosen).to(device)
-    memory_frame, query, following = (
-        torch.from_numpy(a).to(device) for a in (elements.memory_frame, elements.query, elements.next_query)
-    )
-    row = torch.arange(len(chosen), device=device).view(-1, 1, 1)
-    target, next_target = (chosen[row, labels[frame]].float() for frame in (query, following))
-    true_mask = chosen[row[..., None], labels[memory_frame]].float()
-    memory_mask = corrupt(true_mask, elements.corruption)
-    return Batch(images, memory_frame, memory_mask, true_mask, query, target, following, next_target)
+    memory_frame, queries = (torch.from_numpy(a).to(device) for a in (elements.memory_frame, elements.queries))
+    row = torch.arange(len(chosen), device=device).view(-1, 1, 1, 1)
+    targets, true_mask = (chosen[row, labels[frames]].float() for frames in (queries, memory_frame))
+    return Batch(images, memory_frame, corrupt(true_mask, elements.corruption), true_mask, queries, targets)

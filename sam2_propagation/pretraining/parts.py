@@ -64,6 +64,7 @@ class Subject:
         parts: in painting order.
         lumps: float32 (parts, D, G, G), boundary lumps of each part through the stack.
         elastic: float32 (2, D, E, E), displacement (x, y) through the stack.
+        clutter: float32 (3, D, K, K), what the image holds besides the parts: patches, lines and slow changes.
         affine: float32 (2, 3), from image to anatomy coordinates.
         stretch_z, shift_z: anatomy z = stretch_z * z + shift_z.
     """
@@ -71,6 +72,7 @@ class Subject:
     parts: tuple[Part, ...]
     lumps: FloatArray
     elastic: FloatArray
+    clutter: FloatArray
     affine: FloatArray
     stretch_z: float = 1.0
     shift_z: float = 0.0
@@ -78,13 +80,15 @@ class Subject:
 
 LUMP_GRID = (3, 8, 8)
 ELASTIC_GRID = (3, 6, 6)
+CLUTTER_GRID = (8, 14, 14)
 
 
-def draw_fields(rng: np.random.Generator, n_parts: int) -> tuple[FloatArray, FloatArray]:
-    """Unit-variance lumps (parts, D, G, G) and elastic field (2, D, E, E)."""
+def draw_fields(rng: np.random.Generator, n_parts: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Unit-variance lumps (parts, D, G, G), elastic field (2, D, E, E) and clutter (3, D, K, K)."""
     lumps = rng.standard_normal((n_parts, *LUMP_GRID), dtype=np.float32)
     elastic = rng.standard_normal((2, *ELASTIC_GRID), dtype=np.float32)
-    return lumps, elastic
+    clutter = rng.standard_normal((3, *CLUTTER_GRID), dtype=np.float32)
+    return lumps, elastic, clutter
 
 
 def draw_affine(rng: np.random.Generator, strength: float) -> FloatArray:
@@ -98,23 +102,41 @@ def draw_affine(rng: np.random.Generator, strength: float) -> FloatArray:
 
 def first_subject(rng: np.random.Generator, parts: tuple[Part, ...]) -> Subject:
     """The individual that an anatomy was drawn as."""
-    lumps, elastic = draw_fields(rng, len(parts))
-    return Subject(parts, lumps, 0.04 * elastic, draw_affine(rng, 0.5))
+    lumps, elastic, clutter = draw_fields(rng, len(parts))
+    return Subject(parts, lumps, 0.04 * elastic, clutter, draw_affine(rng, 0.5))
 
 
 def another_subject(rng: np.random.Generator, subject: Subject, strength: float) -> Subject:
     """Another individual of the same anatomy; `strength` says how unlike: 0 is the same individual, 1 much."""
-    lumps, elastic = draw_fields(rng, len(subject.parts))
+    lumps, elastic, clutter = draw_fields(rng, len(subject.parts))
     keep = 1 - 0.6 * strength
+    fresh = float(np.sqrt(1 - keep**2))
     step = _compose(subject.affine, draw_affine(rng, strength))
     return Subject(
         parts=_vary_parts(rng, subject.parts, strength),
-        lumps=(keep * subject.lumps + np.sqrt(1 - keep**2) * lumps).astype(np.float32),
+        lumps=(keep * subject.lumps + fresh * lumps).astype(np.float32),
         elastic=(keep * subject.elastic + 0.055 * strength * elastic).astype(np.float32),
+        clutter=(keep * subject.clutter + fresh * clutter).astype(np.float32),
         affine=step,
         stretch_z=float(np.exp(rng.normal(0, 0.12 * strength))),
         shift_z=float(rng.normal(0, 0.08 * strength)),
     )
+
+
+def draw_window(rng: np.random.Generator, subject: Subject) -> FloatArray:
+    """A random (2, 3) affine from a part of the image to the whole of it, about one of the subject's parts."""
+    share = float(rng.uniform(0.4, 0.85))
+    part = subject.parts[int(rng.integers(len(subject.parts)))]
+    room = 1 - share
+    centre = np.clip(np.array([part.x, part.y]) + rng.normal(0, 0.1, 2), -room, room)
+    return np.array([[share, 0, centre[0]], [0, share, centre[1]]], np.float32)
+
+
+def cropped(subject: Subject, window: FloatArray | None) -> Subject:
+    """The individual seen through a window of `draw_window`, as fine or coarse as it was in the image."""
+    if window is None:
+        return subject
+    return replace(subject, affine=_compose(subject.affine, window), elastic=window[0, 0] * subject.elastic)
 
 
 def _compose(first: FloatArray, second: FloatArray) -> FloatArray:

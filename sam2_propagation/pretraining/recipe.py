@@ -21,7 +21,7 @@ class Recipe:
         learning_rate, weight_decay, warmup: of AdamW.
         decay_share: share of the steps, at the end, over which the learning rate falls to zero.
         ema: decay of the averaged weights that are exported.
-        hop_share: share of the steps where a prediction becomes memory of the next slice.
+        hop_share: share of the steps where each prediction becomes memory of the slices after it.
         soft_share: share of the steps where prompts lose the decoder's resolution before they become memory.
         weights: sha256 of the weights that the run begins with, empty for random ones.
         practised: steps behind those weights; the curriculum goes on from there.
@@ -56,6 +56,7 @@ class Difficulty:
         one_volume: share of groups whose frames are all slices of one volume.
         own_memory: share of elements whose query is its own, corrupted, memory.
         gap: largest distance of neighbouring slices, in half stacks.
+        crop: share of groups of which only a part is seen, as where the propagator looks around a label.
     """
 
     unlike: float
@@ -66,6 +67,7 @@ class Difficulty:
     one_volume: float = 0.35
     own_memory: float = 0.4
     gap: float = 0.2
+    crop: float = 0.0
 
 
 def curriculum(step: int) -> Difficulty:
@@ -80,6 +82,7 @@ def curriculum(step: int) -> Difficulty:
         damage=_ramp(step, 0, 700, 0.4, 1.0),
         absent=_ramp(step, 800, 1100, 0.0, 0.05),
         gap=_ramp(step, 0, 600, 0.06, 0.22),
+        crop=_ramp(step, 500, 900, 0.0, 0.3),
     )
 
 

@@ -50,6 +50,11 @@ def paint(values: torch.Tensor) -> torch.Tensor:
     return (order * (values > 0)).amax(dim=1)
 
 
+def clutter(slices: Slices, size: int, device: torch.device) -> torch.Tensor:
+    """The subjects' clutter fields as each frame cuts them, (frames, 3, size, size)."""
+    return _through_stack([s.clutter for s in slices.subjects], slices, size, device)
+
+
 def part_radius(slices: Slices, device: torch.device) -> torch.Tensor:
     """The smaller in-plane half axis of each part, float32 (frames, parts), in half fields of view."""
     shape = _shape_tensor(slices, device)

@@ -113,6 +113,8 @@ def train(
         RecipeMismatch: the folder's state is of another recipe or model configuration.
         PropagationError: the state or the weights to begin with are damaged, or weights of another configuration.
     """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     run = begin(recipe, device, weights)
     if has_state(folder):
         resume(run, folder, recipe)
@@ -148,8 +150,7 @@ def step_batch(recipe: Recipe, step: int, worker: Worker, device: torch.device) 
 def _step(run: Run, recipe: Recipe, steps: int, worker: Worker, device: torch.device) -> float:
     batch, hop, soft = step_batch(recipe, run.step, worker, device)
     predictions = follow(run.model, batch, hop, soft)
-    targets = (batch.target, batch.next_target)
-    losses = [mask_loss(p, t) for p, t in zip(predictions, targets, strict=False)]
+    losses = [mask_loss(p, batch.targets[:, i]) for i, p in enumerate(predictions)]
     loss = torch.stack(losses).mean()
     run.optimiser.zero_grad(set_to_none=False)
     loss.backward()
@@ -166,9 +167,9 @@ def _share_gradients(model: SAM2Base, worker: Worker) -> None:
     if worker.world == 1:
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([g.flatten() for g in gradients]).cpu()  # workers may share one GPU, where NCCL refuses
     dist.all_reduce(flat)
-    flat /= worker.world
+    flat = flat.to(gradients[0].device) / worker.world
     pieces = flat.split([g.numel() for g in gradients])
     for parameter, piece in zip(model.parameters(), pieces, strict=True):
         parameter.grad = piece.view_as(parameter)

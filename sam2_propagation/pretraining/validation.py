@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,29 @@ from sam2_propagation.pretraining.pairing import draw_group, make_batch
 from sam2_propagation.pretraining.recipe import Difficulty, Recipe
 
 VALIDATION_SEED = 2**31
-HARD = Difficulty(unlike=1, other_contrast=0, min_area=0.003, damage=1, absent=0, one_volume=0, own_memory=0, gap=0.22)
-TASKS: dict[str, Difficulty] = {
-    "slice": replace(HARD, one_volume=1),
-    "subject": HARD,
-    "contrast": replace(HARD, other_contrast=1),
-    "self": replace(HARD, own_memory=1),
+HARD = Difficulty(
+    unlike=1, other_contrast=0, min_area=0.003, damage=1, absent=0, one_volume=0, own_memory=0, gap=0.22, crop=0.3
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of task: how it is drawn, how many slices each anatomy is seen in, and how far apart predictions hop."""
+
+    difficulty: Difficulty
+    frames: int = 4
+    hop: int = 0
+
+
+TASKS: dict[str, Task] = {
+    "slice": Task(replace(HARD, one_volume=1)),
+    "subject": Task(HARD),
+    "contrast": Task(replace(HARD, other_contrast=1)),
+    "self": Task(replace(HARD, own_memory=1)),
+    "chain": Task(replace(HARD, one_volume=1, gap=0.12), frames=12, hop=1),
 }
-"""One kind of task each: another slice of the volume, another subject, another contrast, the query's own bad mask."""
+"""One kind each: another slice of the volume, another subject, another contrast, the query's own bad mask, and the last
+of six slices of which each prediction becomes memory of the next, as `slice` mode goes through a volume."""
 
 
 @torch.no_grad()
@@ -39,8 +54,8 @@ def validate(model: SAM2Base, recipe: Recipe, device: torch.device, batches: int
     was_training = model.training
     model.eval()
     scores: dict[str, float] = {}
-    for number, (name, difficulty) in enumerate(TASKS.items()):
-        pairs = [_score(model, recipe, difficulty, (VALIDATION_SEED, number, i), device) for i in range(batches)]
+    for number, (name, task) in enumerate(TASKS.items()):
+        pairs = [_score(model, recipe, task, (VALIDATION_SEED, number, i), device) for i in range(batches)]
         found, copied = (torch.cat(values) for values in zip(*pairs, strict=True))
         scores[name] = float(found.mean())
         scores[f"{name}_copied"] = float(copied.mean())
@@ -49,13 +64,14 @@ def validate(model: SAM2Base, recipe: Recipe, device: torch.device, batches: int
 
 
 def _score(
-    model: SAM2Base, recipe: Recipe, difficulty: Difficulty, seed: tuple[int, ...], device: torch.device
+    model: SAM2Base, recipe: Recipe, task: Task, seed: tuple[int, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(seed)
-    groups = [draw_group(rng, difficulty, recipe.frames) for _ in range(4)]
-    batch = make_batch(groups, rng, difficulty, recipe, 2, device)
-    found = follow(model, batch)[0].logits > 0
-    return dice_score(found, batch.target), dice_score(batch.memory_mask[:, 0], batch.target)
+    groups = [draw_group(rng, task.difficulty, task.frames) for _ in range(4)]
+    batch = make_batch(groups, rng, task.difficulty, replace(recipe, frames=task.frames), 2, device)
+    predictions = follow(model, batch, task.hop)
+    target = batch.targets[:, len(predictions) - 1]
+    return dice_score(predictions[-1].logits > 0, target), dice_score(batch.memory_mask[:, 0], target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
