@@ -22,7 +22,7 @@ from sam2_propagation.pretraining.corruption import corrupt, draw_corruption
 from sam2_propagation.pretraining.losses import dice_score, mask_loss
 from sam2_propagation.pretraining.model import CONFIGURATION, Prediction, build_model, follow
 from sam2_propagation.pretraining.pairing import Batch, NoObject, draw_group, make_batch
-from sam2_propagation.pretraining.parts import Part, Subject, another_subject, first_subject
+from sam2_propagation.pretraining.parts import Part, Subject, another_subject, cropped, draw_window, first_subject
 from sam2_propagation.pretraining.recipe import Difficulty, Recipe, curriculum, learning_rate
 from sam2_propagation.pretraining.rendering import Slices, clutter, implicit_functions, paint, part_radius
 from sam2_propagation.pretraining.state import LARGEST_FILE, load_state, save_state
@@ -206,6 +206,57 @@ def test_tasks_are_well_formed(seed: int) -> None:
     assert (batch.queries.sort().values.diff() > 0).all()
     query_group, memory_group = batch.query // SMALL.frames, batch.memory_frame // SMALL.frames
     assert (memory_group == query_group[:, None]).all()
+
+
+def test_queries_are_met_as_a_tracker_meets_them() -> None:
+    rng = np.random.default_rng(0)
+    recipe = replace(SMALL, frames=10)
+    groups = [draw_group(rng, HARD, 10) for _ in range(3)]
+    starts = set()
+    for path in make_batch(groups, rng, HARD, recipe, 2, CPU).queries.tolist():
+        first, last = min(path), max(path)
+        assert sorted(path) == list(range(first, last + 1))
+        turn = next((i for i in range(1, 5) if abs(path[i] - path[i - 1]) > 1), 5)
+        assert path[turn - 1] in (first, last)  # on to one end of the stack before the other way is gone
+        assert all(abs(path[i] - path[i - 1]) == 1 for i in range(turn + 1, 5))
+        starts.add(path[0] - first)
+    assert len(starts) > 2
+
+
+def test_a_window_shows_its_part_larger_and_nothing_anew() -> None:
+    subject = flat_subject(disc(0.3, -0.2, 0.2))
+    window = np.array([[0.5, 0, 0.3], [0, 0.5, -0.2]], np.float32)
+    whole, part = labels_of(subject, size=128), labels_of(cropped(subject, window), size=128)
+    assert int((part > 0).sum()) == pytest.approx(4 * int((whole > 0).sum()), rel=0.05)
+    rows, columns = torch.nonzero(part, as_tuple=True)
+    assert float(rows.float().mean()) == pytest.approx(63.5, abs=1)
+    assert float(columns.float().mean()) == pytest.approx(63.5, abs=1)
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_a_drawn_window_lies_within_the_image(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    window = draw_window(rng, first_subject(rng, templates.draw_parts(rng)))
+    reach = np.abs(window[:, 2]) + np.diag(window)
+    assert 0 < window[0, 0] == window[1, 1] < 1
+    assert reach.max() <= 1 + 1e-6
+
+
+def test_clutter_shows_in_the_body_in_parts_as_far_as_the_look_says_and_not_in_air() -> None:
+    body = replace(disc(0, 0, 0.8), group=-1)
+    subject = flat_subject(body, disc(0, 0, 0.35))
+    look = replace(draw_look(np.random.default_rng(0)), noise=0, grainy_noise=0, speckle=0, bias=0, streak=0, ghost=0)
+    look = replace(look, fan=(0, 2), blur=0, coarse=1, gamma=1, softness=0.5, seen_inside=0)
+    look.tones[0], look.textures[:] = 0, 0
+    bare = image_of(subject, replace(look, clutter=(0, 0, 0)), 64)
+    added = image_of(subject, replace(look, clutter=(0.3, 0.3, 0.1)), 64) - bare
+    labels = labels_of(subject)
+    assert added[labels == 1].std() > 0.05
+    assert added[labels == 2].abs().mean() < 0.1 * added[labels == 1].abs().mean()
+    assert added[:4, :4].abs().max() < 1e-3
+    inside = image_of(subject, replace(look, clutter=(0.3, 0.3, 0.1), seen_inside=0.5), 64) - bare
+    assert inside[labels == 2].std() > 0.02
 
 
 def test_an_absent_object_is_in_the_support_and_not_in_the_query() -> None:
