@@ -102,7 +102,7 @@ def through_volume(tools: Tools, own: ViewedSupport, classes: Sequence[int], ban
     votes = empty_votes(tools, classes, len(frames))
     bank = bank or remember(tools, frames, own.label, classes, own.slices)
     prompts = {c: {i: i for i in bank.slices(c)} for c in classes}
-    _track_both_ways(tools, frames, bank, prompts, votes, {i: i for i in range(len(frames))})
+    _track_both_ways(tools, frames, bank, prompts, votes, {i: i for i in range(len(frames))}, within=True)
     return votes
 
 
@@ -113,6 +113,7 @@ def _track_both_ways(
     prompts: Mapping[int, Mapping[int, int]],
     votes: Votes,
     counted: Mapping[int, int],
+    within: bool = False,
 ) -> None:
     """Track every class; those that are prompted on the same frames share a batch.
 
@@ -123,10 +124,11 @@ def _track_both_ways(
         prompts: for each class, the slice of the bank that each prompted frame is.
         votes: is added to.
         counted: the frames that are voted on, and their slice.
+        within: whether the prompted slices are the tracked volume's own.
     """
     for where, values in _grouped(prompts).items():
         prompted = {f: bank.take([(value, prompts[value][f]) for value in values]) for f in where}
-        _track_objects(tools, frames, values, prompted, votes, counted)
+        _track_objects(tools, frames, values, prompted, votes, counted, within=within)
 
 
 def _grouped(prompts: Mapping[int, Iterable[int]]) -> dict[tuple[int, ...], list[int]]:
@@ -146,11 +148,14 @@ def _track_objects(
     votes: Votes,
     counted: Mapping[int, int],
     progress: Callable[[float], None] = lambda _: None,
+    within: bool = False,
 ) -> None:
-    first, last, recent = min(prompted), max(prompted), tools.settings.recent
+    first, last, settings = min(prompted), max(prompted), tools.settings
+    least = settings.presence(within)
     for reverse, order in ((False, range(first, len(frames))), (True, range(last, -1, -1))):
         # A fresh memory for each direction, as a reset between them.
-        for frame, outcome in tools.tracker.track(frames, Memory(prompted), order, reverse, recent=recent):
+        track = tools.tracker.track(frames, Memory(prompted), order, reverse, recent=settings.recent, least_iou=least)
+        for frame, outcome in track:
             if frame in counted:
                 votes.add([(value, counted[frame]) for value in values], outcome)
                 progress(1)
@@ -230,7 +235,8 @@ def _segment_each(
         for chunk in batches(sorted(pairs, key=lambda pair: pair[1]), tools.batch_size):
             prompted = _gathered(banks, [memory[pair] for pair in chunk], count, count)
             features = query.frames.features([i for _, i in chunk])
-            votes.add(chunk, tools.tracker.step(features, Memory(prompted), count, count + 1, remember=False))
+            least = tools.settings.presence()
+            votes.add(chunk, tools.tracker.step(features, Memory(prompted), count, count + 1, False, False, least))
 
 
 def _gathered(banks: Mapping[int, Bank], keys: Sequence[Sequence[Key]], at: int, side: int) -> dict[int, Memories]:
@@ -262,7 +268,8 @@ def _track_from_own_memories(
                 if not keys:
                     continue
                 bank.prompted = _gathered(banks, [keys], i, -1 if reverse else 1)
-                outcome = tools.tracker.step(query.frames.features([i]), bank, i, count, reverse)
+                features, least = query.frames.features([i]), tools.settings.presence()
+                outcome = tools.tracker.step(features, bank, i, count, reverse, least_iou=least)
                 assert outcome.memories is not None
                 bank.tracked[i] = outcome.memories
                 tools.tracker.forget(bank, i, tools.settings.recent)

@@ -24,6 +24,10 @@ def _one_of(what: str, found: str | None, known: tuple[str | None, ...]) -> None
         raise PropagationError(f"expected {what} out of {names}, found {found!r}; choose one of those")
 
 
+LEAST_IOU_WITHIN, LEAST_IOU_ACROSS = 0.6, 0.3
+"""Chosen on phantoms, `benchmarks/presence.py`: from another subject, even good masks are predicted to be worse."""
+
+
 @dataclass(frozen=True)
 class Sam2Settings:
     """Settings of the sam2 propagator.
@@ -60,6 +64,9 @@ class Sam2Settings:
         max_conditioning: nearest prompted frames that tracking attends to; None for the checkpoint's own (mostly all).
         largest_component: keep only the largest component of each class.
         fill_hole_area: see `tracker.Tracker`.
+        least_iou: an object whose IoU the decoder predicts to be lower is taken to be absent, for checkpoints without a
+            head for its presence (see `tracker.Tracker.step`); None for LEAST_IOU_WITHIN where a volume's own slices
+            are tracked through it, and LEAST_IOU_ACROSS elsewhere.
     """
 
     mode: str | None = None
@@ -85,6 +92,7 @@ class Sam2Settings:
     max_conditioning: int | None = None
     largest_component: bool = False
     fill_hole_area: int = 0
+    least_iou: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("a mode", self.mode, (None, *MODES))
@@ -96,6 +104,12 @@ class Sam2Settings:
                 raise PropagationError(f"expected {name} of at least 1, found {getattr(self, name)}")
         if self.max_conditioning is not None and self.max_conditioning < 2:
             raise PropagationError(f"expected max_conditioning of at least 2, found {self.max_conditioning}")
+
+    def presence(self, within: bool = False) -> float:
+        """The predicted IoU from which on an object is there; `within` a volume whose own slices are tracked."""
+        if self.least_iou is not None:
+            return self.least_iou
+        return LEAST_IOU_WITHIN if within else LEAST_IOU_ACROSS
 
     def check_fit(self, case: str, shape: tuple[int, ...], sparse: bool) -> None:
         """Check that an image fits the mode.

@@ -55,7 +55,8 @@ class Outcome:
     """What a step says of B (frame, object) pairs.
 
     Attributes:
-        logits: (B, s, s) float32 mask logits, s being a quarter of the input size; -1024 where the object is absent.
+        logits: (B, s, s) float32 mask logits, s being a quarter of the input size; -1024 where a head for the object's
+            presence says that it is absent, and nowhere positive where `least_iou` does.
         predicted_iou: (B,), the decoder's own estimate of the mask's IoU.
         object_score: (B,), logit of the object's presence; 10 throughout for models without that head.
         memories: what to remember of them, or None when that was not asked for.
@@ -123,7 +124,14 @@ class Tracker:
 
     @torch.inference_mode()
     def step(
-        self, features: Features, memory: Memory, frame: int, count: int, reverse: bool = False, remember: bool = True
+        self,
+        features: Features,
+        memory: Memory,
+        frame: int,
+        count: int,
+        reverse: bool = False,
+        remember: bool = True,
+        least_iou: float = 0.0,
     ) -> Outcome:
         """Segment frame number `frame` of `count` from memory.
 
@@ -134,6 +142,9 @@ class Tracker:
             count: of frames in the sequence; it limits the number of object pointers.
             reverse: tracking towards lower numbers.
             remember: also encode what is found, for later steps.
+            least_iou: an object whose predicted IoU is lower is absent: what was found speaks against it as strongly
+                as it would have spoken for it, and it is remembered as it last was. For models without a head for an
+                object's presence; those with one say so themselves.
         """
         bank = {
             "cond_frame_outputs": {t: self._stored(m) for t, m in memory.prompted.items()},
@@ -142,6 +153,10 @@ class Tracker:
         out, iou = self._track_step(features, None, frame, bank, count, reverse, remember)
         logits = self._filled(out["pred_masks"])[:, 0]
         memories = Memories(out["maskmem_features"].to(torch.bfloat16), out["obj_ptr"]) if remember else None
+        absent = iou < (0.0 if self.model.pred_obj_scores else least_iou)
+        logits = torch.where(absent[:, None, None], -logits.abs(), logits)
+        if memories is not None and absent.any():
+            memories = _held(memories, absent, memory, frame + 1 if reverse else frame - 1)
         return Outcome(logits, iou, out["object_score_logits"][:, 0], memories)
 
     def track(
@@ -152,17 +167,19 @@ class Tracker:
         reverse: bool = False,
         keep: bool = False,
         recent: int | None = None,
+        least_iou: float = 0.0,
     ) -> Iterator[tuple[int, Outcome]]:
         """Track through the frames in `order`, passing over prompted ones, and yield each frame's outcome.
 
         `memory.tracked` grows as it goes; unless `keep`, what no later frame of this direction can look at is dropped,
-        and with `recent` all but that many of the latest.
+        and with `recent` all but that many of the latest. For `least_iou` see `step`.
         """
         for frame in order:
             if frame in memory.prompted:
                 continue
             objects = len(next(iter(memory.prompted.values())).pointers)
-            outcome = self.step(frames.features([frame]).expand(objects), memory, frame, len(frames), reverse)
+            features = frames.features([frame]).expand(objects)
+            outcome = self.step(features, memory, frame, len(frames), reverse, least_iou=least_iou)
             if outcome.memories is not None:
                 memory.tracked[frame] = outcome.memories
             if not keep:
@@ -222,6 +239,15 @@ class Tracker:
 
     def _filled(self, logits: Tensor) -> Tensor:
         return fill_holes(logits, self._fill_hole_area) if self._fill_hole_area else logits
+
+
+def _held(found: Memories, absent: Tensor, memory: Memory, before: int) -> Memories:
+    """What was found, but for absent objects what is remembered of the frame before, or of the nearest prompted one."""
+    last = memory.tracked.get(before)
+    if last is None:
+        last = memory.prompted[min(memory.prompted, key=lambda frame: abs(frame - before))]
+    features = torch.where(absent[:, None, None, None], last.features, found.features)
+    return Memories(features, torch.where(absent[:, None], last.pointers, found.pointers))
 
 
 @contextmanager

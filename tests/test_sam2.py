@@ -595,3 +595,25 @@ def test_yoloseg_prompts_the_background_too_and_takes_the_largest_positive_logit
     list(propagator.propagate([support], [p for p in pictures if p.case != "p1"], propagator.default_views))
     assert seen == [(4, [1], False), (4, [1], True)] * 3, "one reset between directions, once a view"
     assert objects == [3] * 3 * 3, "background and two classes, each an object of its own"
+
+
+def test_tracking_with_the_built_in_weights_ends_where_an_organ_ends() -> None:
+    z, y, x = np.meshgrid(np.arange(24), np.arange(64), np.arange(64), indexing="ij")
+    ball = (((z - 12) / 6) ** 2 + ((y - 30) / 14) ** 2 + ((x - 34) / 14) ** 2) < 1
+    body = ((y - 32) / 28) ** 2 + ((x - 32) / 28) ** 2 < 1
+    data = (0.3 * body + 0.5 * ball + np.random.default_rng(0).normal(0, 0.03, ball.shape)).astype(np.float32)
+    label = np.full(ball.shape, IGNORE, np.int16)
+    label[12] = ball[12]
+    support = Support(Image("ball", data[None], spacing=(3.0, 1.0, 1.0)), label, ignore=IGNORE)
+
+    def found(least_iou: float | None) -> np.ndarray:
+        propagator = Sam2Propagator(settings=Sam2Settings(mode="slice", least_iou=least_iou))
+        result = next(iter(propagator.propagate([support], [support.image], ["identity"]))).label
+        assert result is not None
+        return result == 1
+
+    stopped = found(None)
+    assert 2 * (stopped & ball).sum() / (stopped.sum() + ball.sum()) > 0.9
+    assert not stopped[:5].any()
+    assert not stopped[20:].any()
+    assert found(0.0).sum() > 1.2 * ball.sum()  # or this body would not tell

@@ -194,6 +194,32 @@ def test_an_object_that_the_score_denies_is_absent(tiny: tuple[Any, Any]) -> Non
     assert outcome.stability[0] == 1
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_the_decoder_doubts_is_absent_and_remembered_as_it_last_was(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, reverse: bool
+) -> None:
+    model, frames = tiny
+    tracker = Tracker(model)
+    memories, _ = tracker.prompt(frames.features([4]), prompt_masks(_mask(1, 4)[None], 64))
+    at = 3 if reverse else 5
+    with_head = tracker.step(frames.features([at]), Memory({4: memories}), at, FRAMES, reverse, least_iou=1.1)
+    monkeypatch.setattr(model, "pred_obj_scores", False)
+    kept = tracker.step(frames.features([at]), Memory({4: memories}), at, FRAMES, reverse, least_iou=0.0)
+    assert (with_head.logits > 0).any()  # a head for the object's presence has the word
+    assert (kept.logits > 0).any()
+    doubted = tracker.step(frames.features([at]), Memory({4: memories}), at, FRAMES, reverse, least_iou=1.1)
+    assert torch.equal(doubted.logits, -kept.logits.abs())
+    assert doubted.memories is not None
+    assert torch.equal(doubted.memories.features, memories.features)
+    assert torch.equal(doubted.memories.pointers, memories.pointers)
+    before = Memories(memories.features + 1, memories.pointers + 1)
+    bank = Memory({4: memories}, {at: before})
+    after = at - 1 if reverse else at + 1
+    later = tracker.step(frames.features([after]), bank, after, FRAMES, reverse, least_iou=1.1)
+    assert later.memories is not None
+    assert torch.equal(later.memories.features, before.features)
+
+
 def test_confidence_is_that_of_the_chosen_mask(tiny: tuple[Any, Any]) -> None:
     model, frames = tiny
     tracker = Tracker(model)

@@ -1,0 +1,88 @@
+"""When is an object not there? By the IoU that the decoder predicts; phantoms alone decide from which on.
+
+    python benchmarks/presence.py [--kinds thick_slices isotropic] [--modes slice retrieve insert] [--cases 5]
+
+Phantoms (nnunet_oneshot.phantom, seed 0), so many of a kind as queries. In mode `slice` the slice with the largest
+foreground area of each is annotated and tracked through it; in `retrieve` and `insert` another phantom is annotated.
+The built-in checkpoint, which has no head for an object's presence, one view. Mean Dice (of the other slices and the
+classes on the annotated one in mode `slice`) where masks of a predicted IoU below each threshold are dropped; 0 drops
+none. One thread. A finished row, benchmarks/results/presence_<mode>_<kind>_<cases>.json, is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from common import markdown, phantom, read_row, write_row
+from oneseg import sparse_support
+from registration import dice
+
+from nnunet_oneshot.phantom import KINDS
+from sam2_propagation.interface import Image, LabelVolume, Support
+from sam2_propagation.sam2 import Sam2Propagator
+from sam2_propagation.sam2_settings import Sam2Settings
+
+MODES = ("slice", "retrieve", "insert")
+THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+ANNOTATED = 1
+
+
+def carried(propagator: Sam2Propagator, support: Support, query: Image) -> LabelVolume:
+    """What one support's label gives a query, in its natural view."""
+    found = next(iter(propagator.propagate([support], [query], ["identity"])))
+    if found.label is None:
+        raise ValueError(f"{query.case}: {found.reason}")
+    return found.label
+
+
+def through(propagator: Sam2Propagator, kind: str, cases: int) -> Iterator[float]:
+    """Dice of each phantom's other slices."""
+    for number in range(1, cases + 1):
+        whole = phantom(KINDS[kind], number)
+        support, shown, index = sparse_support(whole.image, whole.label, suggested=False)
+        found, truth = shown.forward(carried(propagator, support, whole.image)), shown.forward(whole.label)
+        rest = np.arange(len(truth)) != index
+        yield dice(found[rest], truth[rest], [int(value) for value in np.unique(truth[index]) if value])
+
+
+def across(propagator: Sam2Propagator, kind: str, cases: int) -> Iterator[float]:
+    """Dice of each phantom, given the label of another."""
+    support = phantom(KINDS[kind], ANNOTATED)
+    for number in range(ANNOTATED + 1, ANNOTATED + cases + 1):
+        query = phantom(KINDS[kind], number)
+        yield dice(carried(propagator, support, query.image), query.label, support.classes)
+
+
+def run(mode: str, kind: str, cases: int) -> dict[str, Any]:
+    """One row, from its file if it is there."""
+    title = f"presence_{mode}_{kind}_{cases}"
+    if (row := read_row(title)) is not None:
+        return row
+    means = {}
+    for least in THRESHOLDS:
+        propagator = Sam2Propagator(settings=Sam2Settings(mode=mode, least_iou=least))
+        scored = through if mode == "slice" else across
+        means[f"{least:g}"] = round(float(np.mean(list(scored(propagator, kind, cases)))), 4)
+    return write_row(title, {"mode": mode, "kind": kind, "n": cases, "seed": 0, "dice": means})
+
+
+def main() -> None:
+    """Fill in what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", default=["thick_slices", "isotropic"], choices=list(KINDS))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--cases", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [run(mode, kind, options.cases) for mode in options.modes for kind in options.kinds]
+    head = [f"{least:g}" for least in THRESHOLDS]
+    cells = [[r["mode"], r["kind"], r["n"], *(f"{r['dice'][key]:.3f}" for key in head)] for r in rows]
+    print(markdown(["mode", "kind", "n", *head], cells))
+
+
+if __name__ == "__main__":
+    main()
