@@ -5,9 +5,9 @@
 `self` mode in small: a slice and its neighbour are memory with a mask of their own, and the slice is segmented. The
 mask is the true one, or that one damaged as the training damages it (all of a task's masks alike). Real sets: slices of
 the annotated case alone, with its own label, which is what a user has; cut to its objects with a margin of a quarter,
-as `self` mode does. `synthetic`: held-out anatomies of the recipe. Mean Dice over at most 48 tasks of objects of at least
-0.3 % of the image: of the damaged masks, of what SAM2 makes of true and of damaged ones, and of the true masks at the
-decoder's resolution, which is the most that it could. One thread, seed 0. A finished row,
+as `self` mode does. `synthetic`: held-out anatomies of the recipe. Mean Dice over at most 48 tasks of objects of at
+least 0.3 % of the image: of the damaged masks, of what SAM2 makes of true and of damaged ones, and of the true masks at
+the decoder's resolution, which is the most that it could. One thread, seed 0. A finished row,
 benchmarks/results/own_mask_<set>_<sum>.json, is not computed again.
 """
 
