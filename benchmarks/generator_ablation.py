@@ -16,7 +16,8 @@ Mean Dice on held-out synthetic tasks of the whole generator, and mean foregroun
 chaos_mr_t2 and hippocampus ($ONESHOT_DATA, or ../shared/data beside the repository): `across` (retrieve) and `self`,
 prompted with registration's fused label, one view. The default annotated case is carried to --cases other pool cases,
 whose labels score alone. One thread. A training can be resumed from WORK; finished rows, benchmarks/results/
-generator_<part>_<steps>_<seed>.json, are not computed again.
+generator<G>_<part>_<steps>_<seed>.json with G the generator of recipe.py, are not computed again; those of the
+first generator are generator_<part>_<steps>_<seed>.json.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from sam2_propagation.pretraining import appearance, pairing, training
 from sam2_propagation.pretraining.__main__ import export
 from sam2_propagation.pretraining.appearance import Look
 from sam2_propagation.pretraining.model import CONFIGURATION
-from sam2_propagation.pretraining.recipe import Difficulty, Recipe, curriculum
+from sam2_propagation.pretraining.recipe import GENERATOR, Difficulty, Recipe, curriculum
 from sam2_propagation.pretraining.templates import organs
 from sam2_propagation.pretraining.training import Schedule, Worker, train
 from sam2_propagation.pretraining.validation import TASKS, validate
@@ -57,7 +58,7 @@ BATCHES = 8
 
 def _clean(look: Look) -> Look:
     plain = {"gamma": 1.0, "noise": 0.0, "grainy_noise": 0.0, "speckle": 0.0, "blur": 0.0, "bias": 0.0, "streak": 0.0}
-    return replace(look, **plain, ghost=0.0, fan=(0.0, 2.0), window=(0.0, 0.0), coarse=1.0)
+    return replace(look, **plain, ghost=0.0, fan=(0.0, 2.0), window=(0.0, 0.0), coarse=1.0, clutter=(0.0,) * 3)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def without(part: Part) -> Iterator[None]:
 
 def trained(work: Path, name: str, steps: int, seed: int) -> tuple[Path, dict[str, float]]:
     """The exported weights of a short training, and their Dice on held-out tasks of the whole generator."""
-    folder = work / f"{name}_{steps}_{seed}"
+    folder = work / f"{GENERATOR}_{name}_{steps}_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     recipe, schedule = Recipe(seed=seed, decay_share=0.35), Schedule(steps, validation_batches=0)
     device = torch.device("cpu")
@@ -139,7 +140,7 @@ def carried(checkpoint: Path, name: str, count: int, work: Path) -> dict[str, fl
 
 def run_part(name: str, steps: int, seed: int, cases: int, work: Path) -> dict[str, Any]:
     """One row, from its file if it is there."""
-    title = f"generator_{name}_{steps}_{seed}"
+    title = f"generator{GENERATOR}_{name}_{steps}_{seed}"
     if (row := read_row(title)) is not None:
         return row
     checkpoint, synthetic = trained(work, name, steps, seed)
@@ -161,7 +162,11 @@ def main() -> None:
     rows = [run_part(part, options.steps, options.seed, options.cases, options.work) for part in options.parts]
     head = ["left out", *TASKS, *(f"{data} {mode}" for data in SETS for mode in MODES)]
     cells = [
-        [row["part"], *row["synthetic"].values(), *(row["dice"][data][mode] for data in SETS for mode in MODES)]
+        [
+            row["part"],
+            *(row["synthetic"][task] for task in TASKS),
+            *(row["dice"][data][mode] for data in SETS for mode in MODES),
+        ]
         for row in rows
     ]
     print(markdown(head, cells))

@@ -1,9 +1,10 @@
 """When is an object not there? By the IoU that the decoder predicts; phantoms alone decide from which on.
 
-    python benchmarks/presence.py [--kinds thick_slices isotropic] [--modes slice retrieve insert] [--cases 5]
+    python benchmarks/presence.py [--kinds thick_slices isotropic] [--modes slice retrieve insert self] [--cases 5]
 
 Phantoms (nnunet_oneshot.phantom, seed 0), so many of a kind as queries. In mode `slice` the slice with the largest
-foreground area of each is annotated and tracked through it; in `retrieve` and `insert` another phantom is annotated.
+foreground area of each is annotated and tracked through it; in the others another phantom is annotated, whose label
+registration carries before mode `self`.
 The built-in checkpoint, which has no head for an object's presence, one view. Mean Dice (of the other slices and the
 classes on the annotated one in mode `slice`) where masks of a predicted IoU below each threshold are dropped; 0 drops
 none. One thread. A finished row, benchmarks/results/presence_<mode>_<kind>_<cases>.json, is not computed again.
@@ -13,20 +14,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from builtin_checkpoint import Recorded
 from common import markdown, phantom, read_row, write_row
 from oneseg import sparse_support
 from registration import dice
 
 from nnunet_oneshot.phantom import KINDS
+from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Support
+from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_settings import Sam2Settings
 
-MODES = ("slice", "retrieve", "insert")
+MODES = ("slice", "retrieve", "insert", "self")
 THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 ANNOTATED = 1
 
@@ -54,7 +59,18 @@ def across(propagator: Sam2Propagator, kind: str, cases: int) -> Iterator[float]
     support = phantom(KINDS[kind], ANNOTATED)
     for number in range(ANNOTATED + 1, ANNOTATED + cases + 1):
         query = phantom(KINDS[kind], number)
+        if isinstance(propagator.prompter, Recorded):
+            propagator.prompter.label = registered(kind, number)
         yield dice(carried(propagator, support, query.image), query.label, support.classes)
+
+
+@cache
+def registered(kind: str, number: int) -> LabelVolume:
+    """What registration carries to a phantom from the annotated one, its views fused."""
+    propagator = RegistrationPropagator()
+    support, query = phantom(KINDS[kind], ANNOTATED), phantom(KINDS[kind], number).image
+    views = list(propagator.propagate([support], [query], list(propagator.default_views)))
+    return fuse([found.label for found in views if found.label is not None], spacing=query.spacing).label
 
 
 def run(mode: str, kind: str, cases: int) -> dict[str, Any]:
@@ -64,7 +80,8 @@ def run(mode: str, kind: str, cases: int) -> dict[str, Any]:
         return row
     means = {}
     for least in THRESHOLDS:
-        propagator = Sam2Propagator(settings=Sam2Settings(mode=mode, least_iou=least))
+        settings = Sam2Settings(mode=mode, least_iou=least)
+        propagator = Sam2Propagator(settings=settings, prompter=Recorded() if mode == "self" else None)
         scored = through if mode == "slice" else across
         means[f"{least:g}"] = round(float(np.mean(list(scored(propagator, kind, cases)))), 4)
     return write_row(title, {"mode": mode, "kind": kind, "n": cases, "seed": 0, "dice": means})

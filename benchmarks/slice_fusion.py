@@ -10,6 +10,7 @@ of them the slice with the largest foreground area is annotated. Mean Dice on th
     slice            SAM2's mode slice, the built-in weights
     both             unchecked and slice, each of the latter's views weighing half
     self             SAM2 looking at the volume along three planes, prompted by slice and correspondence
+    tracked_W        the same, slice weighing W in the prompt where correspondence weighs 1
     1, 2, 4, 8       unchecked and self, each of SAM2's planes weighing so much where one of correspondence weighs 1
 
 One thread. A finished row, benchmarks/results/slice_fusion_<kind>_<cases>.json, is not computed again.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,12 +30,14 @@ from oneseg import carried, sparse_support
 from registration import dice
 
 from nnunet_oneshot.phantom import KINDS
+from sam2_propagation import sam2_engine
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
 from sam2_propagation.interface import LabelVolume, Propagator, Support
 from sam2_propagation.sam2 import Sam2Propagator
 
 WEIGHTS = (1.0, 2.0, 4.0, 8.0)
+TRACKED = (1.0, 2.0)
 TAUGHT = 10
 
 
@@ -55,6 +59,10 @@ def run_case(whole: Support, correspondence: Propagator) -> dict[str, float]:
     prompter = Recorded()
     prompter.label = fuse(every).label
     itself = list(carried(Sam2Propagator(prompter=prompter), support).values())
+    prompted = {}
+    for weight in TRACKED:
+        with mock.patch.multiple(sam2_engine, _CARRIED=1.0, _TRACKED=weight):
+            prompted[f"tracked_{weight:g}"] = list(carried(Sam2Propagator(prompter=prompter), support).values())
     scores = {
         "correspondence": score((every, 1.0)),
         "unchecked": score((unchecked, 1.0)),
@@ -62,6 +70,7 @@ def run_case(whole: Support, correspondence: Propagator) -> dict[str, float]:
         "both": score((unchecked, 2.0), (tracked, 1.0)),
         "self": score((itself, 1.0)),
     }
+    scores |= {name: score((labels, 1.0)) for name, labels in prompted.items()}
     return scores | {f"{weight:g}": score((itself, weight), (unchecked, 1.0)) for weight in WEIGHTS}
 
 

@@ -235,8 +235,8 @@ def _segment_each(
         for chunk in batches(sorted(pairs, key=lambda pair: pair[1]), tools.batch_size):
             prompted = _gathered(banks, [memory[pair] for pair in chunk], count, count)
             features = query.frames.features([i for _, i in chunk])
-            least = tools.settings.presence()
-            votes.add(chunk, tools.tracker.step(features, Memory(prompted), count, count + 1, False, False, least))
+            least, bank = tools.settings.presence(), Memory(prompted)
+            votes.add(chunk, tools.tracker.step(features, bank, count, count + 1, remember=False, least_iou=least))
 
 
 def _gathered(banks: Mapping[int, Bank], keys: Sequence[Sequence[Key]], at: int, side: int) -> dict[int, Memories]:

@@ -25,7 +25,8 @@ def _one_of(what: str, found: str | None, known: tuple[str | None, ...]) -> None
 
 
 LEAST_IOU_WITHIN, LEAST_IOU_ACROSS = 0.6, 0.3
-"""Chosen on phantoms, `benchmarks/presence.py`: from another subject, even good masks are predicted to be worse."""
+"""Chosen on phantoms for the built-in weights, `benchmarks/presence.py`: from another subject or a carried label, even
+good masks are predicted to be worse."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Sam2Settings:
         fill_hole_area: see `tracker.Tracker`.
         least_iou: an object whose IoU the decoder predicts to be lower is taken to be absent, for checkpoints without a
             head for its presence (see `tracker.Tracker.step`); None for LEAST_IOU_WITHIN where a volume's own slices
-            are tracked through it, and LEAST_IOU_ACROSS elsewhere.
+            are tracked through it, 0 in `sequence`, for which none was measured, and LEAST_IOU_ACROSS elsewhere.
     """
 
     mode: str | None = None
@@ -109,6 +110,8 @@ class Sam2Settings:
         """The predicted IoU from which on an object is there; `within` a volume whose own slices are tracked."""
         if self.least_iou is not None:
             return self.least_iou
+        if self.mode == "sequence":
+            return 0.0
         return LEAST_IOU_WITHIN if within else LEAST_IOU_ACROSS
 
     def check_fit(self, case: str, shape: tuple[int, ...], sparse: bool) -> None:

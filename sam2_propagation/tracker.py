@@ -142,9 +142,9 @@ class Tracker:
             count: of frames in the sequence; it limits the number of object pointers.
             reverse: tracking towards lower numbers.
             remember: also encode what is found, for later steps.
-            least_iou: an object whose predicted IoU is lower is absent: what was found speaks against it as strongly
-                as it would have spoken for it, and it is remembered as it last was. For models without a head for an
-                object's presence; those with one say so themselves.
+            least_iou: an object whose predicted IoU is lower is absent, the surer the lower that is: its logits change
+                their sign and shrink by IoU / least_iou, and it is remembered as it last was. For models without a
+                head for an object's presence; those with one say so themselves. 0 for never.
         """
         bank = {
             "cond_frame_outputs": {t: self._stored(m) for t, m in memory.prompted.items()},
@@ -153,11 +153,10 @@ class Tracker:
         out, iou = self._track_step(features, None, frame, bank, count, reverse, remember)
         logits = self._filled(out["pred_masks"])[:, 0]
         memories = Memories(out["maskmem_features"].to(torch.bfloat16), out["obj_ptr"]) if remember else None
-        absent = iou < (0.0 if self.model.pred_obj_scores else least_iou)
-        logits = torch.where(absent[:, None, None], -logits.abs(), logits)
-        if memories is not None and absent.any():
-            memories = _held(memories, absent, memory, frame + 1 if reverse else frame - 1)
-        return Outcome(logits, iou, out["object_score_logits"][:, 0], memories)
+        outcome = Outcome(logits, iou, out["object_score_logits"][:, 0], memories)
+        if least_iou <= 0 or self.model.pred_obj_scores:
+            return outcome
+        return _without_doubted(outcome, least_iou, memory, frame + 1 if reverse else frame - 1)
 
     def track(
         self,
@@ -239,6 +238,17 @@ class Tracker:
 
     def _filled(self, logits: Tensor) -> Tensor:
         return fill_holes(logits, self._fill_hole_area) if self._fill_hole_area else logits
+
+
+def _without_doubted(outcome: Outcome, least_iou: float, memory: Memory, before: int) -> Outcome:
+    """The outcome of a step after frame `before`, objects of a low predicted IoU being absent."""
+    doubt = (1 - outcome.predicted_iou.clamp(min=0) / least_iou).clamp(min=0)
+    absent = outcome.predicted_iou < least_iou
+    if not absent.any():
+        return outcome
+    logits = torch.where(absent[:, None, None], -outcome.logits.abs() * doubt[:, None, None], outcome.logits)
+    memories = None if outcome.memories is None else _held(outcome.memories, absent, memory, before)
+    return replace(outcome, logits=logits, memories=memories)
 
 
 def _held(found: Memories, absent: Tensor, memory: Memory, before: int) -> Memories:

@@ -185,6 +185,7 @@ def test_batches_follow_from_the_seed_alone() -> None:
 
 def test_groups_do_not_depend_on_how_many_workers_share_them() -> None:
     recipe = replace(SMALL, groups=2)
+    # At a step whose images are not drowned in noise, and where every group shows an object at once.
     alone, *_ = step_batch(recipe, 3, Worker(), CPU)
     first, *_ = step_batch(recipe, 3, Worker(0, 2), CPU)
     second, *_ = step_batch(recipe, 3, Worker(1, 2), CPU)
@@ -371,6 +372,10 @@ def test_command_refuses_another_recipe_another_folder_and_a_silent_restart(
     other = refused("-o", tmp_path / "run", "--resume", "--seed", 9)
     assert "another recipe (seed = 1 there, 9 here); use that recipe or another folder" in other
     assert "found none" in refused("-o", tmp_path / "none", "--resume")
+    summary = next((tmp_path / "run").rglob("state.json"))
+    content = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**content, "generator": 1}))
+    assert "generator 1 of synthetic anatomy" in refused("-o", tmp_path / "run", "--resume")
 
 
 def test_command_refuses_the_state_of_another_model(tmp_path: Path, refused: Callable[..., str]) -> None:

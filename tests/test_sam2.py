@@ -23,7 +23,7 @@ from sam2_propagation.sam2_engine import Prompts
 from sam2_propagation.sam2_labels import largest_components
 from sam2_propagation.sam2_memory import Votes, drawn_slices
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
-from sam2_propagation.tracker import at_slice_size
+from sam2_propagation.tracker import Tracker, at_slice_size
 from sam2_propagation.views import VIEWS
 
 SHAPE = (6, 12, 14)
@@ -617,3 +617,32 @@ def test_tracking_with_the_built_in_weights_ends_where_an_organ_ends() -> None:
     assert not stopped[:5].any()
     assert not stopped[20:].any()
     assert found(0.0).sum() > 1.2 * ball.sum()  # or this body would not tell
+
+
+def test_presence_is_asked_for_more_within_a_volume_than_across_and_not_in_a_sequence() -> None:
+    default = Sam2Settings()
+    assert default.presence(within=True) > default.presence() > 0
+    assert recipe("yoloseg").presence() == 0
+    for within in (False, True):
+        assert Sam2Settings(least_iou=0.45).presence(within) == 0.45
+        assert Sam2Settings(mode="sequence", least_iou=0.45).presence(within) == 0.45
+
+
+@pytest.mark.parametrize(("mode", "least"), [("retrieve", 0.3), ("insert", 0.3), ("slice", 0.6), ("self", 0.3)])
+def test_each_mode_asks_the_tracker_for_its_own_presence(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, mode: str, least: float
+) -> None:
+    asked = set()
+    step = Tracker.step
+
+    def watched(self: Tracker, *args: Any, **options: Any) -> Any:
+        asked.add(options["least_iou"])
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(Tracker, "step", watched)
+    query, truth = _volume("query")
+    support = _sparse("query", [3]) if mode == "slice" else _support()
+    prompter = _Prompter(truth) if mode == "self" else None
+    propagator = Sam2Propagator(checkpoint, mode=mode, prompter=prompter)
+    assert next(iter(propagator.propagate([support], [query], ["identity"]))).label is not None
+    assert asked == {least}

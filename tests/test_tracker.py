@@ -208,7 +208,7 @@ def test_what_the_decoder_doubts_is_absent_and_remembered_as_it_last_was(
     assert (with_head.logits > 0).any()  # a head for the object's presence has the word
     assert (kept.logits > 0).any()
     doubted = tracker.step(frames.features([at]), Memory({4: memories}), at, FRAMES, reverse, least_iou=1.1)
-    assert torch.equal(doubted.logits, -kept.logits.abs())
+    assert torch.allclose(doubted.logits, -kept.logits.abs() * (1 - float(kept.predicted_iou[0]) / 1.1))
     assert doubted.memories is not None
     assert torch.equal(doubted.memories.features, memories.features)
     assert torch.equal(doubted.memories.pointers, memories.pointers)
@@ -218,6 +218,25 @@ def test_what_the_decoder_doubts_is_absent_and_remembered_as_it_last_was(
     later = tracker.step(frames.features([after]), bank, after, FRAMES, reverse, least_iou=1.1)
     assert later.memories is not None
     assert torch.equal(later.memories.features, before.features)
+
+
+def test_only_the_object_that_is_doubted_is_absent(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, frames = tiny
+    tracker = Tracker(model)
+    masks = prompt_masks(torch.stack([_mask(1, 4), _mask(2, 4)]), 64)
+    memories, _ = tracker.prompt(frames.features([4, 4]), masks)
+    monkeypatch.setattr(model, "pred_obj_scores", False)
+    kept = tracker.step(frames.features([5, 5]), Memory({4: memories}), 5, FRAMES)
+    between = float(kept.predicted_iou.mean())
+    assert kept.predicted_iou[0] != kept.predicted_iou[1]
+    found = tracker.step(frames.features([5, 5]), Memory({4: memories}), 5, FRAMES, least_iou=between)
+    absent = int(kept.predicted_iou.argmin())
+    assert kept.memories is not None
+    assert found.memories is not None
+    assert not (found.logits[absent] > 0).any()
+    assert torch.equal(found.logits[1 - absent], kept.logits[1 - absent])
+    assert torch.equal(found.memories.features[absent], memories.features[absent])
+    assert torch.equal(found.memories.features[1 - absent], kept.memories.features[1 - absent])
 
 
 def test_confidence_is_that_of_the_chosen_mask(tiny: tuple[Any, Any]) -> None:

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 
 from sam2_propagation.checkpoints import read_tensors
 from sam2_propagation.errors import PropagationError
-from sam2_propagation.pretraining.recipe import Recipe
+from sam2_propagation.pretraining.recipe import GENERATOR, Recipe
 
 LARGEST_FILE = 15 * 2**20
 """Bytes of tensors in one file, so that no file passes 16 MiB."""
 
 
 class RecipeMismatch(PropagationError):
-    """The folder holds a run of another recipe or of another model."""
+    """The folder holds a run of another recipe, generator or model."""
 
 
 def save_state(
@@ -34,7 +34,13 @@ def save_state(
     shards = _shards(tensors)
     for i, shard in enumerate(shards):
         save_file(shard, fresh / f"{i:03d}.safetensors")
-    summary = {"step": step, "recipe": asdict(recipe), "configuration": configuration, "files": len(shards)}
+    summary = {
+        "step": step,
+        "generator": GENERATOR,
+        "recipe": asdict(recipe),
+        "configuration": configuration,
+        "files": len(shards),
+    }
     (fresh / "state.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     _swap(folder, fresh)
 
@@ -44,7 +50,7 @@ def load_state(folder: Path, recipe: Recipe, configuration: str) -> tuple[int, d
 
     Raises:
         FileNotFoundError: there is no state.
-        RecipeMismatch: it was made with another recipe or model configuration.
+        RecipeMismatch: it was made with another recipe, generator or model configuration.
         PropagationError: one of its files is damaged or lost.
     """
     current = _current(folder)
@@ -111,6 +117,11 @@ def _shards(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]
 
 
 def _check(summary: Mapping[str, Any], recipe: Recipe, configuration: str, folder: Path) -> None:
+    if summary.get("generator") != GENERATOR:
+        raise RecipeMismatch(
+            f"{folder} was begun with generator {summary.get('generator')} of synthetic anatomy, this is {GENERATOR}; "
+            "use that version or another folder"
+        )
     wanted, found = asdict(recipe), summary["recipe"]
     changed = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
     if changed:
