@@ -74,9 +74,10 @@ def synthetic_tasks(recipe: Recipe) -> Batch:
     """Held-out anatomies whose queries remember themselves."""
     rng = np.random.default_rng((2**31, 0))
     hard = replace(HARD, own_memory=1.0, damage=0.0, min_area=LEAST)
-    groups = [draw_group(rng, hard, recipe.frames) for _ in range(2 * TASKS // recipe.elements)]
+    groups = [draw_group(rng, hard, recipe.frames) for _ in range(4 * TASKS // recipe.elements)]
     batch = make_batch(groups, rng, hard, recipe, 2, torch.device("cpu"))
-    own = torch.nonzero(batch.memory_frame[:, 0] == batch.query)[:TASKS, 0]
+    itself, neighbour = batch.memory_frame.T
+    own = torch.nonzero((itself == batch.query) & (neighbour == batch.queries[:, 1]))[:TASKS, 0]
     return _part(batch, own)
 
 

@@ -209,7 +209,7 @@ def test_tasks_are_well_formed(seed: int) -> None:
     assert (memory_group == query_group[:, None]).all()
 
 
-def test_queries_are_met_as_a_tracker_meets_them() -> None:
+def test_queries_go_to_one_end_of_the_stack_and_then_to_the_other() -> None:
     rng = np.random.default_rng(0)
     recipe = replace(SMALL, frames=10)
     groups = [draw_group(rng, HARD, 10) for _ in range(3)]

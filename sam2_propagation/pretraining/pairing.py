@@ -45,7 +45,7 @@ class Elements:
 
     Attributes:
         memory_frame: int64 (elements, memories), the frames that memory comes from.
-        queries: int64 (elements, queries), the frame to segment and those after it, as a tracker comes to them.
+        queries: int64 (elements, queries), the frame to segment and those after it, by `_path`.
         chosen: bool (elements, 1 + parts), the parts that make up the object.
         corruption: of the memory masks.
     """
@@ -202,7 +202,7 @@ def _draw_elements(
 
 
 def _path(rng: np.random.Generator, queries: IntArray) -> IntArray:
-    """The queries in a tracker's order: from any of them to one end of the stack, then from it to the other."""
+    """The queries from any of them to one end of the stack, then to the other; what is remembered goes along."""
     start = int(rng.integers(len(queries)))
     on, back = queries[start:], queries[:start][::-1]
     if rng.random() < 0.5:

@@ -124,7 +124,7 @@ def another_subject(rng: np.random.Generator, subject: Subject, strength: float)
 
 
 def draw_window(rng: np.random.Generator, subject: Subject) -> FloatArray:
-    """A random (2, 3) affine from a part of the image to the whole of it, about one of the subject's parts."""
+    """A random (2, 3) affine from a part of the image to the whole of it, near where one of the parts was drawn."""
     share = float(rng.uniform(0.4, 0.85))
     part = subject.parts[int(rng.integers(len(subject.parts)))]
     room = 1 - share
@@ -133,7 +133,7 @@ def draw_window(rng: np.random.Generator, subject: Subject) -> FloatArray:
 
 
 def cropped(subject: Subject, window: FloatArray | None) -> Subject:
-    """The individual seen through a window of `draw_window`, as fine or coarse as it was in the image."""
+    """The individual seen through a window of `draw_window`; its lumps and clutter stay as fine as in a whole image."""
     if window is None:
         return subject
     return replace(subject, affine=_compose(subject.affine, window), elastic=window[0, 0] * subject.elastic)

@@ -45,7 +45,7 @@ TASKS: dict[str, Task] = {
     "chain": Task(replace(HARD, one_volume=1, gap=0.12), frames=12, hop=1),
 }
 """One kind each: another slice of the volume, another subject, another contrast, the query's own bad mask, and the last
-of six slices of which each prediction becomes memory of the next, as `slice` mode goes through a volume."""
+of six slices of which each prediction becomes memory of the next (where an object is rightly not found it counts 1)."""
 
 
 @torch.no_grad()
