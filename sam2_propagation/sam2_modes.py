@@ -8,7 +8,7 @@ and classes go through the model in batches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,12 +16,15 @@ from sam2_propagation.embeddings import Frames, SplicedFrames
 from sam2_propagation.interface import LabelVolume
 from sam2_propagation.matching import rank_slices
 from sam2_propagation.sam2_memory import Bank, Tools, Viewed, ViewedSupport, Votes, batches, remember
-from sam2_propagation.tracker import Memories, Memory
+from sam2_propagation.tracker import Memories, Memory, Outcome
 
 Key = tuple[int, int, int]
 """(support, class, slice); the support is -1 for the query itself."""
 
 _OWN = -1
+
+Found = tuple[Sequence[tuple[int, int]], Outcome]
+"""(class, slice) pairs and what a step says of them."""
 
 
 def empty_votes(tools: Tools, classes: Sequence[int], slices: int, size: tuple[int, int] | None = None) -> Votes:
@@ -51,7 +54,8 @@ def insert(
             which = [*before, *((1, int(i)) for i in chosen), *after]
             frames = SplicedFrames([query.frames, support.image.frames], which)
             prompts = {c: {position + chosen.index(i): i for i in bank.slices(c)} for c in own}
-            _track_both_ways(tools, frames, bank, prompts, votes, {f: i for f, (s, i) in enumerate(which) if s == 0})
+            counted = {f: i for f, (s, i) in enumerate(which) if s == 0}
+            _track_both_ways(tools, frames, bank, prompts, votes, counted, "insert")
     return votes
 
 
@@ -92,7 +96,9 @@ def sequence(
     groups = _grouped({v: [at for at in banks if (v, 0) in banks[at]] for v in classes})
     for where, values in groups.items():
         prompted = {at: banks[at].take([(value, 0) for value in values]) for at in where}
-        _track_objects(tools, frames, values, prompted, votes, others, lambda done: progress(done / len(groups)))
+        _track_objects(
+            tools, frames, values, prompted, votes, others, "sequence", lambda done: progress(done / len(groups))
+        )
     return votes
 
 
@@ -102,7 +108,7 @@ def through_volume(tools: Tools, own: ViewedSupport, classes: Sequence[int], ban
     votes = empty_votes(tools, classes, len(frames))
     bank = bank or remember(tools, frames, own.label, classes, own.slices)
     prompts = {c: {i: i for i in bank.slices(c)} for c in classes}
-    _track_both_ways(tools, frames, bank, prompts, votes, {i: i for i in range(len(frames))}, within=True)
+    _track_both_ways(tools, frames, bank, prompts, votes, {i: i for i in range(len(frames))}, "slice")
     return votes
 
 
@@ -113,7 +119,7 @@ def _track_both_ways(
     prompts: Mapping[int, Mapping[int, int]],
     votes: Votes,
     counted: Mapping[int, int],
-    within: bool = False,
+    mode: str,
 ) -> None:
     """Track every class; those that are prompted on the same frames share a batch.
 
@@ -124,11 +130,11 @@ def _track_both_ways(
         prompts: for each class, the slice of the bank that each prompted frame is.
         votes: is added to.
         counted: the frames that are voted on, and their slice.
-        within: whether the prompted slices are the tracked volume's own.
+        mode: what for.
     """
     for where, values in _grouped(prompts).items():
         prompted = {f: bank.take([(value, prompts[value][f]) for value in values]) for f in where}
-        _track_objects(tools, frames, values, prompted, votes, counted, within=within)
+        _track_objects(tools, frames, values, prompted, votes, counted, mode)
 
 
 def _grouped(prompts: Mapping[int, Iterable[int]]) -> dict[tuple[int, ...], list[int]]:
@@ -147,14 +153,14 @@ def _track_objects(
     prompted: Mapping[int, Memories],
     votes: Votes,
     counted: Mapping[int, int],
+    mode: str,
     progress: Callable[[float], None] = lambda _: None,
-    within: bool = False,
 ) -> None:
     first, last, settings = min(prompted), max(prompted), tools.settings
-    least = settings.presence(within)
+    least = settings.least_share_in(mode)
     for reverse, order in ((False, range(first, len(frames))), (True, range(last, -1, -1))):
         # A fresh memory for each direction, as a reset between them.
-        track = tools.tracker.track(frames, Memory(prompted), order, reverse, recent=settings.recent, least_iou=least)
+        track = tools.tracker.track(frames, Memory(prompted), order, reverse, recent=settings.recent, least_share=least)
         for frame, outcome in track:
             if frame in counted:
                 votes.add([(value, counted[frame]) for value in values], outcome)
@@ -175,7 +181,7 @@ def retrieve(
     if tools.settings.track:
         _track_from_own_memories(tools, dict(enumerate(banks)), query, classes, memory, votes)
     else:
-        _segment_each(tools, dict(enumerate(banks)), query, memory, votes)
+        _segment_each(tools, dict(enumerate(banks)), query, memory, votes, "retrieve")
     return votes
 
 
@@ -206,7 +212,7 @@ def itself(
             matching = ranked[i][: settings.support_slices] if near and ranked else []
             support = [(s, value, j) for s, j in matching if (value, j) in banks[s]]
             memory[value, i] = [(_OWN, value, j) for j in near] + support
-    _segment_each(tools, {_OWN: own, **dict(enumerate(banks))}, query, memory, votes)
+    _segment_each(tools, {_OWN: own, **dict(enumerate(banks))}, query, memory, votes, "self")
     return votes
 
 
@@ -223,8 +229,17 @@ def _segment_each(
     query: Viewed,
     memory: Mapping[tuple[int, int], Sequence[Key]],
     votes: Votes,
+    mode: str,
 ) -> None:
-    """Segment (class, slice) pairs, each from its own memory; pairs that remember equally many slices share batches."""
+    """Segment (class, slice) pairs, each from its own memory; without objects of which the decoder is in doubt."""
+    for chunk, outcome in _present(tools, _outcomes(tools, banks, query, memory), mode):
+        votes.add(chunk, outcome)
+
+
+def _outcomes(
+    tools: Tools, banks: Mapping[int, Bank], query: Viewed, memory: Mapping[tuple[int, int], Sequence[Key]]
+) -> Iterator[Found]:
+    """What each pair's own memory says of it; pairs that remember equally many slices share batches."""
     alike: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for pair, keys in memory.items():
         alike[len(keys)].append(pair)
@@ -235,8 +250,22 @@ def _segment_each(
         for chunk in batches(sorted(pairs, key=lambda pair: pair[1]), tools.batch_size):
             prompted = _gathered(banks, [memory[pair] for pair in chunk], count, count)
             features = query.frames.features([i for _, i in chunk])
-            least, bank = tools.settings.presence(), Memory(prompted)
-            votes.add(chunk, tools.tracker.step(features, bank, count, count + 1, remember=False, least_iou=least))
+            yield chunk, tools.tracker.step(features, Memory(prompted), count, count + 1, remember=False)
+
+
+def _present(tools: Tools, outcomes: Iterable[Found], mode: str) -> Iterator[Found]:
+    """The outcomes, without objects whose predicted IoU falls too far short of the highest of their class."""
+    share = tools.settings.least_share_in(mode)
+    if not share or not tools.tracker.blind_to_absence:
+        yield from outcomes
+        return
+    best: dict[int, float] = defaultdict(float)
+    kept = list(outcomes)
+    for chunk, outcome in kept:
+        for (value, _), iou in zip(chunk, outcome.predicted_iou.tolist(), strict=True):
+            best[value] = max(best[value], iou)
+    for chunk, outcome in kept:
+        yield chunk, outcome.without_doubted(outcome.predicted_iou.new_tensor([share * best[v] for v, _ in chunk]))
 
 
 def _gathered(banks: Mapping[int, Bank], keys: Sequence[Sequence[Key]], at: int, side: int) -> dict[int, Memories]:
@@ -268,8 +297,7 @@ def _track_from_own_memories(
                 if not keys:
                     continue
                 bank.prompted = _gathered(banks, [keys], i, -1 if reverse else 1)
-                features, least = query.frames.features([i]), tools.settings.presence()
-                outcome = tools.tracker.step(features, bank, i, count, reverse, least_iou=least)
+                outcome = tools.tracker.step(query.frames.features([i]), bank, i, count, reverse)
                 assert outcome.memories is not None
                 bank.tracked[i] = outcome.memories
                 tools.tracker.forget(bank, i, tools.settings.recent)

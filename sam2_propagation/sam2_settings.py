@@ -24,9 +24,8 @@ def _one_of(what: str, found: str | None, known: tuple[str | None, ...]) -> None
         raise PropagationError(f"expected {what} out of {names}, found {found!r}; choose one of those")
 
 
-LEAST_IOU_WITHIN, LEAST_IOU_ACROSS = 0.6, 0.3
-"""Chosen on phantoms for the built-in weights, `benchmarks/presence.py`: from another subject or a carried label, even
-good masks are predicted to be worse."""
+LEAST_SHARE = {"slice": 0.7, "insert": 0.4, "retrieve": 0.4, "self": 0.0, "sequence": 0.0}
+"""For the built-in weights, `benchmarks/presence.py`. In `self` it gave nothing, in `sequence` it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,9 @@ class Sam2Settings:
         max_conditioning: nearest prompted frames that tracking attends to; None for the checkpoint's own (mostly all).
         largest_component: keep only the largest component of each class.
         fill_hole_area: see `tracker.Tracker`.
-        least_iou: an object whose IoU the decoder predicts to be lower is taken to be absent, for checkpoints without a
-            head for its presence (see `tracker.Tracker.step`); None for LEAST_IOU_WITHIN where a volume's own slices
-            are tracked through it, 0 in `sequence`, for which none was measured, and LEAST_IOU_ACROSS elsewhere.
+        least_share: an object is taken to be absent from a slice where the IoU that the decoder predicts is below this
+            share of the highest that it predicts for that object in that image (so far, where it tracks); for
+            checkpoints without a head for an object's presence. None for LEAST_SHARE of the mode.
     """
 
     mode: str | None = None
@@ -93,7 +92,7 @@ class Sam2Settings:
     max_conditioning: int | None = None
     largest_component: bool = False
     fill_hole_area: int = 0
-    least_iou: float | None = None
+    least_share: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("a mode", self.mode, (None, *MODES))
@@ -106,13 +105,9 @@ class Sam2Settings:
         if self.max_conditioning is not None and self.max_conditioning < 2:
             raise PropagationError(f"expected max_conditioning of at least 2, found {self.max_conditioning}")
 
-    def presence(self, within: bool = False) -> float:
-        """The predicted IoU from which on an object is there; `within` a volume whose own slices are tracked."""
-        if self.least_iou is not None:
-            return self.least_iou
-        if self.mode == "sequence":
-            return 0.0
-        return LEAST_IOU_WITHIN if within else LEAST_IOU_ACROSS
+    def least_share_in(self, mode: str) -> float:
+        """`least_share`, or the mode's own."""
+        return LEAST_SHARE[mode] if self.least_share is None else self.least_share
 
     def check_fit(self, case: str, shape: tuple[int, ...], sparse: bool) -> None:
         """Check that an image fits the mode.

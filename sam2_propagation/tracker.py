@@ -56,7 +56,7 @@ class Outcome:
 
     Attributes:
         logits: (B, s, s) float32 mask logits, s being a quarter of the input size; -1024 where a head for the object's
-            presence says that it is absent, and nowhere positive where `least_iou` does.
+            presence says that it is absent.
         predicted_iou: (B,), the decoder's own estimate of the mask's IoU.
         object_score: (B,), logit of the object's presence; 10 throughout for models without that head.
         memories: what to remember of them, or None when that was not asked for.
@@ -66,6 +66,16 @@ class Outcome:
     predicted_iou: Tensor
     object_score: Tensor
     memories: Memories | None = None
+
+    def without_doubted(self, least_iou: Tensor) -> Outcome:
+        """Objects whose predicted IoU is below (B,) are absent, the surer the lower it is: their logits change sign.
+
+        For models without a head for an object's presence; those with one say so themselves.
+        """
+        absent = self.predicted_iou < least_iou
+        doubt = 1 - self.predicted_iou.clamp(min=0) / least_iou.clamp(min=1e-6)
+        flipped = -self.logits.abs() * doubt[:, None, None]
+        return replace(self, logits=torch.where(absent[:, None, None], flipped, self.logits))
 
     @property
     def stability(self) -> Tensor:
@@ -100,6 +110,11 @@ class Tracker:
         model.non_overlap_masks_for_mem_enc = False
         self._position: Tensor | None = None
 
+    @property
+    def blind_to_absence(self) -> bool:
+        """Whether the model has no head for an object's presence."""
+        return not self.model.pred_obj_scores
+
     @torch.inference_mode()
     def prompt(self, features: Features, masks: Tensor) -> tuple[Memories, Outcome]:
         """Turn masks into memories.
@@ -124,14 +139,7 @@ class Tracker:
 
     @torch.inference_mode()
     def step(
-        self,
-        features: Features,
-        memory: Memory,
-        frame: int,
-        count: int,
-        reverse: bool = False,
-        remember: bool = True,
-        least_iou: float = 0.0,
+        self, features: Features, memory: Memory, frame: int, count: int, reverse: bool = False, remember: bool = True
     ) -> Outcome:
         """Segment frame number `frame` of `count` from memory.
 
@@ -142,9 +150,6 @@ class Tracker:
             count: of frames in the sequence; it limits the number of object pointers.
             reverse: tracking towards lower numbers.
             remember: also encode what is found, for later steps.
-            least_iou: an object whose predicted IoU is lower is absent, the surer the lower that is: its logits change
-                their sign and shrink by IoU / least_iou, and it is remembered as it last was. For models without a
-                head for an object's presence; those with one say so themselves. 0 for never.
         """
         bank = {
             "cond_frame_outputs": {t: self._stored(m) for t, m in memory.prompted.items()},
@@ -153,10 +158,7 @@ class Tracker:
         out, iou = self._track_step(features, None, frame, bank, count, reverse, remember)
         logits = self._filled(out["pred_masks"])[:, 0]
         memories = Memories(out["maskmem_features"].to(torch.bfloat16), out["obj_ptr"]) if remember else None
-        outcome = Outcome(logits, iou, out["object_score_logits"][:, 0], memories)
-        if least_iou <= 0 or self.model.pred_obj_scores:
-            return outcome
-        return _without_doubted(outcome, least_iou, memory, frame + 1 if reverse else frame - 1)
+        return Outcome(logits, iou, out["object_score_logits"][:, 0], memories)
 
     def track(
         self,
@@ -166,19 +168,26 @@ class Tracker:
         reverse: bool = False,
         keep: bool = False,
         recent: int | None = None,
-        least_iou: float = 0.0,
+        least_share: float = 0.0,
     ) -> Iterator[tuple[int, Outcome]]:
         """Track through the frames in `order`, passing over prompted ones, and yield each frame's outcome.
 
         `memory.tracked` grows as it goes; unless `keep`, what no later frame of this direction can look at is dropped,
-        and with `recent` all but that many of the latest. For `least_iou` see `step`.
+        and with `recent` all but that many of the latest. An object is absent
+        from a frame where its predicted IoU is below `least_share` of the highest so far, and is then remembered as it
+        last was; for models without a head for an object's presence.
         """
+        best: Tensor | None = None
         for frame in order:
             if frame in memory.prompted:
                 continue
             objects = len(next(iter(memory.prompted.values())).pointers)
             features = frames.features([frame]).expand(objects)
-            outcome = self.step(features, memory, frame, len(frames), reverse, least_iou=least_iou)
+            outcome = self.step(features, memory, frame, len(frames), reverse)
+            if least_share and self.blind_to_absence:
+                found = outcome.predicted_iou
+                best = found if best is None else torch.maximum(best, found)
+                outcome = _without_doubted(outcome, least_share * best, memory, frame + 1 if reverse else frame - 1)
             if outcome.memories is not None:
                 memory.tracked[frame] = outcome.memories
             if not keep:
@@ -240,15 +249,13 @@ class Tracker:
         return fill_holes(logits, self._fill_hole_area) if self._fill_hole_area else logits
 
 
-def _without_doubted(outcome: Outcome, least_iou: float, memory: Memory, before: int) -> Outcome:
-    """The outcome of a step after frame `before`, objects of a low predicted IoU being absent."""
-    doubt = (1 - outcome.predicted_iou.clamp(min=0) / least_iou).clamp(min=0)
+def _without_doubted(outcome: Outcome, least_iou: Tensor, memory: Memory, before: int) -> Outcome:
+    """The outcome of a step after frame `before`; what is doubted is remembered as it last was."""
     absent = outcome.predicted_iou < least_iou
-    if not absent.any():
-        return outcome
-    logits = torch.where(absent[:, None, None], -outcome.logits.abs() * doubt[:, None, None], outcome.logits)
-    memories = None if outcome.memories is None else _held(outcome.memories, absent, memory, before)
-    return replace(outcome, logits=logits, memories=memories)
+    memories = outcome.memories
+    if memories is not None and absent.any():
+        memories = _held(memories, absent, memory, before)
+    return replace(outcome.without_doubted(least_iou), memories=memories)
 
 
 def _held(found: Memories, absent: Tensor, memory: Memory, before: int) -> Memories:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -606,8 +607,8 @@ def test_tracking_with_the_built_in_weights_ends_where_an_organ_ends() -> None:
     label[12] = ball[12]
     support = Support(Image("ball", data[None], spacing=(3.0, 1.0, 1.0)), label, ignore=IGNORE)
 
-    def found(least_iou: float | None) -> np.ndarray:
-        propagator = Sam2Propagator(settings=Sam2Settings(mode="slice", least_iou=least_iou))
+    def found(least_share: float | None) -> np.ndarray:
+        propagator = Sam2Propagator(settings=Sam2Settings(mode="slice", least_share=least_share))
         result = next(iter(propagator.propagate([support], [support.image], ["identity"]))).label
         assert result is not None
         return result == 1
@@ -619,30 +620,29 @@ def test_tracking_with_the_built_in_weights_ends_where_an_organ_ends() -> None:
     assert found(0.0).sum() > 1.2 * ball.sum()  # or this body would not tell
 
 
-def test_presence_is_asked_for_more_within_a_volume_than_across_and_not_in_a_sequence() -> None:
+def test_an_object_must_be_surer_within_a_volume_than_across_and_settings_have_the_word() -> None:
     default = Sam2Settings()
-    assert default.presence(within=True) > default.presence() > 0
-    assert recipe("yoloseg").presence() == 0
-    for within in (False, True):
-        assert Sam2Settings(least_iou=0.45).presence(within) == 0.45
-        assert Sam2Settings(mode="sequence", least_iou=0.45).presence(within) == 0.45
+    assert default.least_share_in("slice") > default.least_share_in("retrieve") > default.least_share_in("self") == 0
+    assert Sam2Settings(least_share=0.45).least_share_in("self") == 0.45
 
 
-@pytest.mark.parametrize(("mode", "least"), [("retrieve", 0.3), ("insert", 0.3), ("slice", 0.6), ("self", 0.3)])
-def test_each_mode_asks_the_tracker_for_its_own_presence(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, mode: str, least: float
+def test_across_subjects_slices_of_a_low_predicted_iou_are_dropped(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = set()
-    step = Tracker.step
+    support, (query, _) = _support(), _volume("query")
+    step, calls = Tracker.step, itertools.count()
 
-    def watched(self: Tracker, *args: Any, **options: Any) -> Any:
-        asked.add(options["least_iou"])
-        return step(self, *args, **options)
+    def doubting(self: Tracker, features: Any, memory: Any, *args: Any, **options: Any) -> Any:
+        outcome = step(self, features, memory, *args, **options)
+        # Half as sure of every other slice, whose two objects make up a batch.
+        iou = torch.full_like(outcome.predicted_iou, 0.8 if next(calls) % 2 else 0.4)
+        return replace(outcome, predicted_iou=iou, logits=outcome.logits.abs())
 
-    monkeypatch.setattr(Tracker, "step", watched)
-    query, truth = _volume("query")
-    support = _sparse("query", [3]) if mode == "slice" else _support()
-    prompter = _Prompter(truth) if mode == "self" else None
-    propagator = Sam2Propagator(checkpoint, mode=mode, prompter=prompter)
-    assert next(iter(propagator.propagate([support], [query], ["identity"]))).label is not None
-    assert asked == {least}
+    monkeypatch.setattr(Tracker, "step", doubting)
+    for blind, share, whole in ((True, 0.6, False), (True, 0.4, True), (False, 0.6, True)):
+        monkeypatch.setattr(Tracker, "blind_to_absence", blind)
+        propagator = Sam2Propagator(checkpoint, settings=Sam2Settings(mode="retrieve", least_share=share), batch_size=2)
+        label = next(iter(propagator.propagate([support], [query], ["identity"]))).label
+        assert label is not None
+        assert bool((label > 0).all()) == whole
+        assert bool((label > 0).any())
