@@ -102,6 +102,8 @@ class Sam2Settings:
         for name in ("memory_slices", "repeats", "insertions"):
             if getattr(self, name) < 1:
                 raise PropagationError(f"expected {name} of at least 1, found {getattr(self, name)}")
+        if self.least_share is not None and not 0 <= self.least_share < 1:
+            raise PropagationError(f"expected least_share of at least 0 and below 1, found {self.least_share}")
         if self.max_conditioning is not None and self.max_conditioning < 2:
             raise PropagationError(f"expected max_conditioning of at least 2, found {self.max_conditioning}")
 

@@ -451,6 +451,9 @@ def test_bad_input_is_answered_in_one_sentence(checkpoint: Path) -> None:
         Sam2Propagator(checkpoint, mode="teleport")
     with pytest.raises(PropagationError, match="expected a recipe out of"):
         recipe("oneseg9")
+    for share in (-0.1, 1.0):
+        with pytest.raises(PropagationError, match="least_share of at least 0 and below 1"):
+            Sam2Settings(least_share=share)
     with pytest.raises(PropagationError, match="memory_slices of at least 1"):
         Sam2Settings(memory_slices=0)
 
