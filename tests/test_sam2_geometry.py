@@ -70,6 +70,7 @@ def _no_sam2(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"backbone_fpn": [small], "vision_pos_enc": [torch.zeros_like(small)]}
 
     model = SimpleNamespace(
+        pred_obj_scores=True,
         image_size=SIZE,
         num_feature_levels=1,
         device=torch.device("cpu"),
