@@ -105,6 +105,11 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--cases", type=int, default=5)
     options = parser.parse_args()
+    real = sorted(set(options.kinds) - set(KINDS))
+    if real and options.modes != ["slice"]:
+        parser.error(
+            f"expected --modes slice alone for real sets, found {', '.join(options.modes)} for {', '.join(real)}"
+        )
     torch.set_num_threads(1)
     rows = [run(mode, kind, options.cases) for mode in options.modes for kind in options.kinds]
     head = [f"{share:g}" for share in SHARES]

@@ -130,7 +130,7 @@ def _track_both_ways(
         prompts: for each class, the slice of the bank that each prompted frame is.
         votes: is added to.
         counted: the frames that are voted on, and their slice.
-        mode: what for.
+        mode: the one whose `least_share` counts.
     """
     for where, values in _grouped(prompts).items():
         prompted = {f: bank.take([(value, prompts[value][f]) for value in values]) for f in where}

@@ -25,7 +25,8 @@ def _one_of(what: str, found: str | None, known: tuple[str | None, ...]) -> None
 
 
 LEAST_SHARE = {"slice": 0.7, "insert": 0.4, "retrieve": 0.4, "self": 0.0, "sequence": 0.0}
-"""For the built-in weights, `benchmarks/presence.py`. In `self` it gave nothing, in `sequence` it was not measured."""
+"""For the built-in weights, by `benchmarks/presence.py` in `slice` and `retrieve`; `insert` takes the latter's. In
+`self` a trial gave nothing, and `sequence` was not measured."""
 
 
 @dataclass(frozen=True)
