@@ -10,7 +10,8 @@ so many of the pool, the annotated one included). Finished rows are small JSON f
 run again; an unfinished one goes on from what is in WORK. Rows that share labels share their labelling, and a row with
 refinement goes on from the one without, so minutes are those that the row itself took. `--table` writes docs/results.md
 of all rows that there are and names those that are not. Only "full" trains on labels of other cases, and methods from
-one slice a volume on that slice; elsewhere they are read by scoring alone.
+one slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images: of a set of
+volumes it gets all slices as one set of images; training is on the volumes again (yoloseg_volumes.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from evidence_methods import LABELS, METHODS, Method
 from evidence_table import write_results
 from oneseg import sparse_support
 from registration import read_image, read_label, voxel_shares
+from yoloseg_volumes import label_by_slices
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import train_annotated_only
@@ -108,7 +110,10 @@ class Evidence:
         chosen = LABELS[labels]
         number = chosen.number + offset
         if not list(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number}_*/oneshot.json")):
-            propagate(source, number, propagators=chosen.propagators, options=chosen.options)
+            if chosen.flat and self.data.name not in FLAT:
+                label_by_slices(source, number, chosen, self.work)
+            else:
+                propagate(source, number, propagators=chosen.propagators, options=chosen.options)
         return number
 
     def _carried(self, recipe: Method) -> Path:

@@ -18,12 +18,14 @@ class Labels:
         options: how they are set up.
         slices: what they start from is one annotated slice in every volume of the pool (the one with the largest
             foreground area across its thickest axis), not one annotated case.
+        flat: it labels 2D images alone; of volumes it is given the slices.
     """
 
     number: int
     propagators: tuple[str, ...]
     options: PropagatorOptions = field(default_factory=PropagatorOptions)
     slices: bool = False
+    flat: bool = False
 
 
 LABELS: Mapping[str, Labels] = {
@@ -32,7 +34,7 @@ LABELS: Mapping[str, Labels] = {
     "sam2_registration": Labels(603, ("sam2", "registration")),
     # The published procedures with our checkpoint: theirs cannot be had everywhere, and one checkpoint for all rows
     # compares procedures rather than weights.
-    "yoloseg": Labels(604, ("sam2",), PropagatorOptions(recipe="yoloseg", checkpoint="builtin")),
+    "yoloseg": Labels(604, ("sam2",), PropagatorOptions(recipe="yoloseg", checkpoint="builtin"), flat=True),
     "ssl_medsam2": Labels(605, ("sam2",), PropagatorOptions(recipe="ssl_medsam2", checkpoint="builtin")),
     "across": Labels(606, ("sam2",), PropagatorOptions(mode="retrieve")),
     "oneseg": Labels(607, ("correspondence",), PropagatorOptions(recipe="oneseg")),
@@ -78,7 +80,12 @@ METHODS: Mapping[str, Method] = {
     "sam2_labels": Method("SAM2 (self mode), as it is", "sam2", trainer=None),
     "sam2_stock": Method("SAM2 (self mode), then nnU-Net", "sam2"),
     "fused_stock": Method("SAM2 + registration, then nnU-Net", "sam2_registration"),
-    "yoloseg": Method("YoloSeg's labels, loss and cross patches", "yoloseg", "OneShotTrainerYoloSeg", ignore=True),
+    "yoloseg": Method(
+        "YoloSeg's labels (slice by slice in volumes), loss and cross patches",
+        "yoloseg",
+        "OneShotTrainerYoloSeg",
+        ignore=True,
+    ),
     "ssl_medsam2_once": Method("SSL-MedSAM2's labels, then nnU-Net", "ssl_medsam2"),
     "ssl_medsam2": Method("SSL-MedSAM2: the same, relabelled once by nnU-Net", "ssl_medsam2", replaced=1),
     "oneseg": Method("OneSeg's labels from the one case, then nnU-Net", "oneseg"),
