@@ -12,10 +12,10 @@ it on intensities rather than on edge profiles. Methods:
 
     copy               the annotated slice in every slice
     copy_clipped       the same between the first and the last slice that truly shows foreground, which flatters it
-    registration_2d    slice to slice: each slice's label deformed onto the next by demons
+    registration_2d    slice to slice: each slice's label deformed onto the next by demons, outwards from the drawn one
     slice              SAM2, mode slice, the built-in checkpoint, its default views fused
     correspondence     its default views fused
-    sam2               SAM2 as it is used beside correspondence: prompted by both of these, it looks along three planes
+    sam2               SAM2 as it is used beside correspondence: prompted by these three, it looks along three planes
     fused              all views of sam2 and correspondence fused, as propagate -propagator sam2 correspondence does
 
 Dice on all slices but the annotated one, voxels of the volume pooled, mean over the classes ON the annotated slice
@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from builtin_checkpoint import Recorded
 from common import RESULTS, markdown, read_row, write_row
@@ -51,6 +50,7 @@ from sam2_propagation.correspondence import CorrespondencePropagator
 from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, LabelVolume, Propagator, Support
+from sam2_propagation.registration_slices import carried_through
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.views import Presentation, present
 
@@ -115,30 +115,6 @@ def copied(seen: LabelVolume, index: int, clipped: bool) -> LabelVolume:
     return np.where(there, seen[index], 0).astype(np.int16)
 
 
-def registered(data: np.ndarray, label: LabelVolume, index: int) -> LabelVolume:
-    """Carry one slice's label through (N, Y, X) intensities by deforming it from slice to slice."""
-    out = np.zeros(data.shape, np.int16)
-    out[index] = label
-    for order in (range(index + 1, len(data)), range(index - 1, -1, -1)):
-        for at in order:
-            before = at - 1 if order.step > 0 else at + 1
-            out[at] = _deformed(data[at], data[before], out[before])
-    return out
-
-
-def _deformed(fixed: np.ndarray, moving: np.ndarray, label: np.ndarray) -> np.ndarray:
-    one, other = (sitk.GetImageFromArray(a.astype(np.float32)) for a in (fixed, moving))
-    demons = sitk.FastSymmetricForcesDemonsRegistrationFilter()
-    demons.SetNumberOfIterations(40)
-    demons.SetSmoothDisplacementField(True)
-    demons.SetStandardDeviations(2.0)
-    field = sitk.Cast(demons.Execute(one, other), sitk.sitkVectorFloat64)
-    moved = sitk.Resample(
-        sitk.GetImageFromArray(label), one, sitk.DisplacementFieldTransform(field), sitk.sitkNearestNeighbor
-    )
-    return sitk.GetArrayFromImage(moved)
-
-
 def carried(propagator: Propagator, support: Support, others: Sequence[Support] = ()) -> dict[str, LabelVolume]:
     """Labels of every view that fits and gave one; others are supports of the same set."""
     supports = [support, *others]
@@ -173,7 +149,7 @@ def run_case(
     simple: dict[str, Callable[[], LabelVolume]] = {
         "copy": lambda: shown.inverse(copied(seen, index, False)),
         "copy_clipped": lambda: shown.inverse(copied(seen, index, True)),
-        "registration_2d": lambda: shown.inverse(registered(data, seen[index], index)),
+        "registration_2d": lambda: shown.inverse(carried_through(data, seen, [index])),
         "fused": lambda: _fused(views, image),
     }
     for method in setting.methods:

@@ -9,8 +9,9 @@ of them the slice with the largest foreground area is annotated. Mean Dice on th
     unchecked        the same, `checked` without a say
     slice            SAM2's mode slice, the built-in weights
     both             unchecked and slice, each of the latter's views weighing half
-    self             SAM2 looking at the volume along three planes, prompted by slice and correspondence
-    tracked_W        the same, slice weighing W in the prompt where correspondence weighs 1
+    registered       the slice deformed from slice to slice
+    self             SAM2 looking at the volume along three planes, prompted by all three
+    C:T:R            the same, correspondence, slice and registered weighing so much in the prompt
     1, 2, 4, 8       unchecked and self, each of SAM2's planes weighing so much where one of correspondence weighs 1
 
 One thread. A finished row, benchmarks/results/slice_fusion_<kind>_<cases>.json, is not computed again.
@@ -33,11 +34,14 @@ from nnunet_oneshot.phantom import KINDS
 from sam2_propagation import sam2_engine
 from sam2_propagation.consensus import fuse
 from sam2_propagation.correspondence import CorrespondencePropagator
+from sam2_propagation.intensities import scale
 from sam2_propagation.interface import LabelVolume, Propagator, Support
+from sam2_propagation.registration_slices import carried_through
 from sam2_propagation.sam2 import Sam2Propagator
 
 WEIGHTS = (1.0, 2.0, 4.0, 8.0)
-TRACKED = (1.0, 2.0)
+PROMPTS = ((2, 1, 0), (1, 1, 1), (2, 1, 1))
+"""Beside the default, which is 3:2:2."""
 TAUGHT = 10
 
 
@@ -60,14 +64,17 @@ def run_case(whole: Support, correspondence: Propagator) -> dict[str, float]:
     prompter.label = fuse(every).label
     itself = list(carried(Sam2Propagator(prompter=prompter), support).values())
     prompted = {}
-    for weight in TRACKED:
-        with mock.patch.multiple(sam2_engine, _CARRIED=1.0, _TRACKED=weight):
-            prompted[f"tracked_{weight:g}"] = list(carried(Sam2Propagator(prompter=prompter), support).values())
+    for weights in PROMPTS:
+        named = dict(zip(("_CARRIED", "_TRACKED", "_REGISTERED"), map(float, weights), strict=True))
+        with mock.patch.multiple(sam2_engine, **named):
+            prompted[":".join(map(str, weights))] = list(carried(Sam2Propagator(prompter=prompter), support).values())
+    registered = shown.inverse(carried_through(shown.forward(scale(whole.image)).mean(axis=0), truth, [index]))
     scores = {
         "correspondence": score((every, 1.0)),
         "unchecked": score((unchecked, 1.0)),
         "slice": score((tracked, 1.0)),
         "both": score((unchecked, 2.0), (tracked, 1.0)),
+        "registered": score(([registered], 1.0)),
         "self": score((itself, 1.0)),
     }
     scores |= {name: score((labels, 1.0)) for name, labels in prompted.items()}

@@ -19,11 +19,11 @@ import argparse
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from common import markdown, phantom, read_row, write_row
 from few_slices import thick
-from oneseg import registered
 from registration import dice, read_image, read_label, split_of
 from suggest import spread
 from tqdm import tqdm
@@ -38,6 +38,30 @@ from sam2_propagation.views import present
 PHANTOM = "phantom"
 SETS = (PHANTOM, "chaos_mr_t2", "acdc_mr", "hippocampus")
 PIXELS = 64
+
+
+def registered(data: np.ndarray, label: LabelVolume, index: int) -> LabelVolume:
+    """Carry one slice's label through (N, Y, X) intensities by deforming it from slice to slice."""
+    out = np.zeros(data.shape, np.int16)
+    out[index] = label
+    for order in (range(index + 1, len(data)), range(index - 1, -1, -1)):
+        for at in order:
+            before = at - 1 if order.step > 0 else at + 1
+            out[at] = _deformed(data[at], data[before], out[before])
+    return out
+
+
+def _deformed(fixed: np.ndarray, moving: np.ndarray, label: np.ndarray) -> np.ndarray:
+    one, other = (sitk.GetImageFromArray(a.astype(np.float32)) for a in (fixed, moving))
+    demons = sitk.FastSymmetricForcesDemonsRegistrationFilter()
+    demons.SetNumberOfIterations(40)
+    demons.SetSmoothDisplacementField(True)
+    demons.SetStandardDeviations(2.0)
+    field = sitk.Cast(demons.Execute(one, other), sitk.sitkVectorFloat64)
+    moved = sitk.Resample(
+        sitk.GetImageFromArray(label), one, sitk.DisplacementFieldTransform(field), sitk.sitkNearestNeighbor
+    )
+    return sitk.GetArrayFromImage(moved)
 
 
 def read_case(name: str, case: str) -> tuple[Image, LabelVolume]:

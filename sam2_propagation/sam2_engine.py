@@ -21,6 +21,8 @@ from sam2_propagation.embeddings import EmbeddedStack, Encoder, SplicedFrames
 from sam2_propagation.intensities import ImageSlices, scale
 from sam2_propagation.interface import BoolVolume, ChannelVolume, Image, LabelVolume, Propagation, Propagator, Support
 from sam2_propagation.matching import similarity
+from sam2_propagation.registration import limited_threads
+from sam2_propagation.registration_slices import carried_through
 from sam2_propagation.sam2_labels import Finished, finish
 from sam2_propagation.sam2_memory import (
     WHOLE,
@@ -40,9 +42,9 @@ from sam2_propagation.sharing import Encoded, SharedSupports
 from sam2_propagation.tracker import Tracker
 from sam2_propagation.views import PLANES, Presentation, natural_plane, present
 
-_CARRIED, _TRACKED = 2.0, 1.0
-"""What a prompting label, and what the query's own slices are tracked into, weigh where they differ."""
-
+_CARRIED, _TRACKED, _REGISTERED = 3.0, 2.0, 2.0
+"""What a prompting label, what the query's own slices are tracked into, and what registering slice to slice makes of
+them weigh where they differ (benchmarks/slice_fusion.py)."""
 
 _ACROSS = "the annotated slices lie across this view's plane"
 
@@ -67,21 +69,27 @@ class Prompts:
         self._asked = True
         return self._label
 
-    def beside(self, own: Support, tracked: Callable[[], LabelVolume | None]) -> LabelVolume | None:
+    def beside(
+        self,
+        own: Support,
+        tracked: Callable[[], LabelVolume | None],
+        registered: Callable[[], LabelVolume | None],
+    ) -> LabelVolume | None:
         """The same fused with what the query's own annotated slices say of the others; what is drawn stays.
 
         Args:
             own: the query with its sparse label.
             tracked: gives the label that these slices are tracked into, or None.
+            registered: gives the label that they are deformed into from slice to slice, or None.
         """
         if not self._asked_beside:
-            pairs = [(self.label(), _CARRIED), (tracked(), _TRACKED)]
+            pairs = [(self.label(), _CARRIED), (tracked(), _TRACKED), (registered(), _REGISTERED)]
             given = [(label, weight) for label, weight in pairs if label is not None]
             if given:
                 fused = fuse([label for label, _ in given], [weight for _, weight in given], own.image.spacing).label
                 carried = self.label()
                 if carried is not None:
-                    # Of classes that no slice of its own shows, tracking knows nothing.
+                    # Of classes that no slice of its own shows, neither of the two knows anything.
                     fused = np.where((fused == 0) & ~np.isin(carried, [0, *own.classes]), carried, fused)
                 self._beside = _drawn_over(fused.astype(np.int16), own)
         self._asked_beside = True
@@ -193,13 +201,27 @@ class Sam2Engine:
     def _prompt(self, own: Support | None, query: Image, natural: str, prompts: Prompts) -> LabelVolume | None:
         if own is None or self.settings.mode == "self":
             return prompts.label()
-        return prompts.beside(own, lambda: self._tracked(own, query, natural))
+        return prompts.beside(
+            own, lambda: self._tracked(own, query, natural), lambda: self._registered(own, query, natural)
+        )
 
     def _tracked(self, own: Support, query: Image, natural: str) -> LabelVolume | None:
         """What the annotated slices of a volume say of the others, in the natural plane if any of them lies in it."""
-        planes = [natural, *(plane for plane in PLANES if plane != natural)] if query.shape[0] > 1 else [natural]
-        found = (self._slice(own, query, plane, natural, lambda _: None).label for plane in planes)
+        found = (self._slice(own, query, plane, natural, lambda _: None).label for plane in _planes(query, natural))
         return next((label for label in found if label is not None), None)
+
+    def _registered(self, own: Support, query: Image, natural: str) -> LabelVolume | None:
+        """The same by registering slice to slice; None where no whole slice is annotated, or there is no other."""
+        plane = next((p for p in _planes(query, natural) if shows_slices(own, p, natural, everywhere=True)), None)
+        if plane is None:
+            return None
+        shown, (label, annotated) = present(query, plane, natural), _spoken(own)
+        data = shown.forward(scale(query, self.settings.intensities)).mean(axis=0)
+        if len(data) < 2:
+            return None
+        drawn = drawn_slices(shown.forward(annotated))
+        with limited_threads(1):
+            return shown.inverse(carried_through(data, shown.forward(label), drawn.tolist()))
 
     def _window(
         self, query: Image, view: str, natural: str, prompt: LabelVolume | None, classes: Sequence[int]
@@ -380,6 +402,11 @@ def _spoken(support: Support) -> tuple[LabelVolume, BoolVolume]:
     """The label with zeros where it is silent, and where it speaks."""
     annotated = np.ones(support.label.shape, bool) if support.ignore is None else support.label != support.ignore
     return np.where(annotated, support.label, 0).astype(np.int16), annotated
+
+
+def _planes(query: Image, natural: str) -> list[str]:
+    """The planes that annotated slices may lie in, the natural one first."""
+    return [natural, *(plane for plane in PLANES if plane != natural)] if query.shape[0] > 1 else [natural]
 
 
 def shows_slices(support: Support, view: str, natural: str, everywhere: bool = False) -> bool:

@@ -17,8 +17,11 @@ import yaml
 from sam2_tiny import balls, tiny_config, tiny_model
 
 from sam2_propagation import sam2_engine
+from sam2_propagation.consensus import fuse
 from sam2_propagation.errors import PropagationError
+from sam2_propagation.intensities import scale
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
+from sam2_propagation.registration_slices import carried_through
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_engine import Prompts
 from sam2_propagation.sam2_labels import largest_components
@@ -271,11 +274,24 @@ def test_what_a_prompter_carried_outweighs_what_was_tracked(checkpoint: Path) ->
     own, (image, truth) = _sparse("query", (2,)), _volume("query")
     asked: list[np.ndarray | None] = []
     prompts = Prompts(_Prompter(truth), [own], image)
-    label = prompts.beside(own, lambda: asked.append(None) or np.zeros_like(truth))  # type: ignore[func-returns-value]
+
+    def tracked() -> np.ndarray:
+        asked.append(None)
+        return np.zeros_like(truth)
+
+    label = prompts.beside(own, tracked, lambda: None)
     assert label is not None
     assert np.array_equal(label, truth)
-    assert prompts.beside(own, lambda: asked.append(None) or None) is label  # type: ignore[func-returns-value]
+    assert prompts.beside(own, tracked, lambda: None) is label
     assert len(asked) == 1, "tracked once for all views"
+
+
+def test_tracking_and_registration_that_agree_outweigh_what_a_prompter_carried() -> None:
+    own, (image, truth) = _sparse("query", (2,)), _volume("query")
+    label = Prompts(_Prompter(truth), [own], image).beside(own, *[lambda: np.zeros_like(truth)] * 2)
+    assert label is not None
+    assert np.array_equal(label[2], truth[2]), "what is drawn stays"
+    assert not np.delete(label, 2, axis=0).any()
 
 
 def test_of_classes_that_no_own_slice_shows_tracking_knows_nothing() -> None:
@@ -287,7 +303,9 @@ def test_of_classes_that_no_own_slice_shows_tracking_knows_nothing() -> None:
     drawn[1] = np.where(carried[1] == 1, 1, 0)
     image = Image("a", np.zeros((1, 48, 48, 48), np.float32))
     own = Support(image, drawn, IGNORE)
-    label = Prompts(_Prompter(carried), [own], image).beside(own, lambda: np.where(carried == 1, 1, 0).astype(np.int16))
+    label = Prompts(_Prompter(carried), [own], image).beside(
+        own, *[lambda: np.where(carried == 1, 1, 0).astype(np.int16)] * 2
+    )
     assert label is not None
     np.testing.assert_array_equal(label[2:] == 2, carried[2:] == 2)
 
@@ -306,12 +324,15 @@ def test_adaptation_looks_at_drawn_slices_and_never_at_lines_across_them(
     assert len(taught) == 3
 
 
-def test_tracked_slices_alone_prompt_where_the_prompter_failed(checkpoint: Path) -> None:
+def test_own_slices_tracked_and_registered_prompt_where_the_prompter_failed(checkpoint: Path) -> None:
     own = _sparse("query", (2, 3))
     found = next(Sam2Propagator(checkpoint, prompter=_Prompter(None)).propagate([own], [own.image], ("coronal",)))
     tracked = next(Sam2Propagator(checkpoint, mode="slice").propagate([own], [own.image], ("axial",)))
     assert tracked.label is not None
-    again = Sam2Propagator(checkpoint, mode="self", prompter=_Prompter(tracked.label))
+    registered = carried_through(scale(own.image)[0], own.label, [2, 3])
+    assert not np.array_equal(registered, tracked.label)
+    both = _Prompter(fuse([tracked.label, registered], spacing=own.image.spacing).label)
+    again = Sam2Propagator(checkpoint, mode="self", prompter=both)
     expected = next(again.propagate([own], [own.image], ("coronal",)))
     assert np.array_equal(found.confidence, expected.confidence)
 
