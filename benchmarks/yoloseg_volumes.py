@@ -47,7 +47,7 @@ def label_by_slices(source: int, output: int, labels: Labels, work: Path) -> Non
 
 
 def cut(volumes: RawDataset, number: int) -> None:
-    """Write a raw dataset of the volumes' slices, 8-bit 2D images in mm, `CASE_zNNN`: in file-name order neighbours.
+    """Write a raw dataset of the volumes' slices, 8-bit 2D images in mm, `CASE_zNNNN`: in file-name order neighbours.
 
     Every slice of an annotated volume gets its label. Those without foreground cannot prompt, and mode `sequence` then
     leaves them out of the video; without a label they would be tracked, and what is wrongly seen there be remembered.
@@ -110,7 +110,7 @@ def _presented(volumes: RawDataset) -> Iterator[tuple[Case, Image, Presentation]
 
 
 def _name(case: str, at: int) -> str:
-    return f"{case}_z{at:03d}"
+    return f"{case}_z{at:04d}"
 
 
 def _in_plane(image: Image, shown: Presentation) -> tuple[float, float]:

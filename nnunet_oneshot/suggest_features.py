@@ -49,26 +49,26 @@ class Described:
     axis: int
 
 
-def describe(image: Image, feature: str = "both", view: str = "identity") -> Described:
+def describe(image: Image, whole: str = "edges", slices: str = "both", view: str = "identity") -> Described:
     """Vectors of an image and of its slices, slices in the order of the array.
 
     Args:
         image: 2D or 3D, any number of channels.
-        feature: a name of `FEATURES`.
+        whole, slices: names of `FEATURES`, for the whole image and for its slices.
         view: a name of `views.VIEWS`; slices are those of its plane.
     """
     shown = present(image, view)
     data = np.concatenate([scale(image, Intensities(channels=c)) for c in range(len(image.data))])
     seen = torch.from_numpy(np.ascontiguousarray(shown.forward(data)))
-    maps = FEATURES[feature](seen).transpose(0, 1)
+    maps, of_whole = FEATURES[slices](seen).transpose(0, 1), FEATURES[whole](seen)
     content = _edges(seen).mean(dim=(0, 2, 3)).numpy()
     order = slice(None, None, -1) if shown.flips[0] else slice(None)
-    slices = np.ascontiguousarray(normalised(maps.flatten(1).numpy())[order])
-    volume = F.adaptive_avg_pool3d(maps.transpose(0, 1), (_SLICES, _GRID, _GRID))
-    whole = normalised(volume.flatten()[None].numpy())[0]
+    each = np.ascontiguousarray(normalised(maps.flatten(1).numpy())[order])
+    volume = F.adaptive_avg_pool3d(of_whole, (_SLICES, _GRID, _GRID))
+    vector = normalised(volume.flatten()[None].numpy())[0]
     share = (content / max(float(content.max()), 1e-6)).astype(np.float32)
-    steps = (slices[:-1] * slices[1:]).sum(axis=1)
-    return Described(image.case, whole, slices, steps, share[order], shown.axes[0])
+    steps = (each[:-1] * each[1:]).sum(axis=1)
+    return Described(image.case, vector, each, steps, share[order], shown.axes[0])
 
 
 def alike(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
@@ -124,5 +124,7 @@ FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """From scaled channels as seen, (C, N, Y, X), to maps on a coarse grid, (C', N, G, G).
 
-`both` is the default because it suggested the best cases on two of three sets' other sets (benchmarks/suggest.py).
+Of whole images `edges` are the default: the cases that they suggested were the best on the other sets for four of five
+sets, phantoms among them (benchmarks/suggest.py). How slices are ranked was measured with `both`
+(benchmarks/suggest_slices.py).
 """

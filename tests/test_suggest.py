@@ -242,7 +242,7 @@ def test_how_an_array_is_stored_does_not_change_what_is_seen(feature: str) -> No
     data = blobs((7, 12), 3)[None].astype(np.float32)
     data[:, 0] += 100
     turned = Image("b", np.ascontiguousarray(data[:, ::-1]), direction=(1, 0, 0, 0, 1, 0, 0, 0, -1))
-    one, two = describe(Image("a", data), feature), describe(turned, feature)
+    one, two = describe(Image("a", data), feature, feature), describe(turned, feature, feature)
     np.testing.assert_allclose(one.whole, two.whole, atol=1e-5)
     np.testing.assert_allclose(one.slices[::-1], two.slices, atol=1e-5)
     np.testing.assert_allclose(one.content[::-1], two.content, atol=1e-5)
