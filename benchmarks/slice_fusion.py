@@ -40,8 +40,8 @@ from sam2_propagation.registration_slices import carried_through
 from sam2_propagation.sam2 import Sam2Propagator
 
 WEIGHTS = (1.0, 2.0, 4.0, 8.0)
-PROMPTS = ((2, 1, 0), (1, 1, 1), (2, 1, 1))
-"""Beside the default, which is 3:2:2."""
+PROMPTS = ((2, 1, 0), (1, 1, 1), (2, 1, 1), (3, 2, 2))
+"""Beside the default, which is 2:2:1."""
 TAUGHT = 10
 
 

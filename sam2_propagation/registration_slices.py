@@ -17,7 +17,8 @@ from sam2_propagation.registration_volume import Array, coarser
 
 _DEMONS = Demons("local", smoothing=1.0)
 _MOST_PIXELS = 128
-"""Side of the working grid: what SAM2 sees is no finer, and the time must not grow with the scanner's matrix."""
+"""Along each axis of the working grid: the built-in SAM2 sees no finer, and time and memory must not grow with the
+scanner's matrix."""
 
 
 def carried_through(data: Array, label: LabelVolume, drawn: Sequence[int]) -> LabelVolume:
@@ -38,7 +39,7 @@ def carried_through(data: Array, label: LabelVolume, drawn: Sequence[int]) -> La
         raise ValueError("expected at least one annotated slice, found none")
     out = np.zeros(data.shape, np.int16)
     out[list(drawn)] = label[list(drawn)]
-    images = [_picture(plane) for plane in data]
+    images = [_coarse(plane) for plane in data]
     for before, at in _steps(len(data), sorted(drawn)):
         if out[before].any():
             out[at] = _deformed(images[at], images[before], out[before])
@@ -56,12 +57,14 @@ def _steps(count: int, drawn: Sequence[int]) -> Iterator[tuple[int, int]]:
                 at += step
 
 
-def _picture(plane: Array) -> sitk.Image:
-    return sitk.GetImageFromArray(np.ascontiguousarray(plane, np.float32))
+def _coarse(plane: Array) -> sitk.Image:
+    """(Y, X) on the working grid, which keeps the slice's coordinates, in pixels; an axis that is short stays."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(plane, np.float32))
+    return coarser(image, tuple(max(1.0, size / _MOST_PIXELS) for size in image.GetSize()))
 
 
 def _deformed(fixed: sitk.Image, moving: sitk.Image, label: LabelVolume) -> LabelVolume:
-    spacing = (max(1.0, max(fixed.GetSize()) / _MOST_PIXELS),) * 2
-    field = demons_field(coarser(fixed, spacing), coarser(moving, spacing), _DEMONS)
-    move = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
-    return sitk.GetArrayFromImage(sitk.Resample(sitk.GetImageFromArray(label), fixed, move, sitk.sitkNearestNeighbor))
+    """The label (Y, X) of the slice `moving` on the slice `fixed`."""
+    move = sitk.DisplacementFieldTransform(sitk.Cast(demons_field(fixed, moving, _DEMONS), sitk.sitkVectorFloat64))
+    image = sitk.GetImageFromArray(label)
+    return sitk.GetArrayFromImage(sitk.Resample(image, image, move, sitk.sitkNearestNeighbor))

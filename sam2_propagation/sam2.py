@@ -172,7 +172,8 @@ class Sam2Propagator:
         Args:
             supports: annotated images; sparse labels only count where they speak, and those without foreground not.
             queries: images to label; one that is also a support with a sparse label is completed by mode `slice` and,
-                where there is a prompter, then by mode `self`, prompted by both.
+                where there is a prompter, then by mode `self`, prompted by both and by its slices registered to each
+                other.
             views: names out of `views`.
 
         Raises:

@@ -42,10 +42,10 @@ from sam2_propagation.sharing import Encoded, SharedSupports
 from sam2_propagation.tracker import Tracker
 from sam2_propagation.views import PLANES, Presentation, natural_plane, present
 
-_CARRIED, _TRACKED, _REGISTERED = 3.0, 2.0, 2.0
+_CARRIED, _TRACKED, _REGISTERED = 2.0, 2.0, 1.0
 """What a prompting label, what the query's own slices are tracked into, and what registering slice to slice makes of
-them weigh where they differ (benchmarks/slice_fusion.py)."""
-
+them weigh where they differ: the best of five on the mean of real sets and phantoms. Phantoms alone would leave
+registration out (benchmarks/oneseg.py, slice_fusion.py; docs/method.md)."""
 _ACROSS = "the annotated slices lie across this view's plane"
 
 
@@ -174,7 +174,7 @@ class Sam2Engine:
         own = next((s for s in supports if s.image.case == query.case and s.is_sparse), None)
         mode = self._mode(own)
         classes = sorted({c for support in supports for c in support.classes})
-        prompt = self._prompt(own, query, natural, prompts) if mode == "self" else None
+        prompt = self._prompt(own, query, scaled, natural, prompts) if mode == "self" else None
         if prompt is not None and not np.isin(prompt, classes).any():
             prompt = None
         if mode == "slice" or (own is not None and self.settings.mode is None and prompt is None):
@@ -198,11 +198,13 @@ class Sam2Engine:
         """The mode for a query, which has a sparse label of its own or not."""
         return self.settings.mode or ("slice" if own is not None and not self._prompted else self._default_mode)
 
-    def _prompt(self, own: Support | None, query: Image, natural: str, prompts: Prompts) -> LabelVolume | None:
+    def _prompt(
+        self, own: Support | None, query: Image, scaled: ChannelVolume, natural: str, prompts: Prompts
+    ) -> LabelVolume | None:
         if own is None or self.settings.mode == "self":
             return prompts.label()
         return prompts.beside(
-            own, lambda: self._tracked(own, query, natural), lambda: self._registered(own, query, natural)
+            own, lambda: self._tracked(own, query, natural), lambda: self._registered(own, query, scaled, natural)
         )
 
     def _tracked(self, own: Support, query: Image, natural: str) -> LabelVolume | None:
@@ -210,13 +212,14 @@ class Sam2Engine:
         found = (self._slice(own, query, plane, natural, lambda _: None).label for plane in _planes(query, natural))
         return next((label for label in found if label is not None), None)
 
-    def _registered(self, own: Support, query: Image, natural: str) -> LabelVolume | None:
+    def _registered(self, own: Support, query: Image, scaled: ChannelVolume, natural: str) -> LabelVolume | None:
         """The same by registering slice to slice; None where no whole slice is annotated, or there is no other."""
         plane = next((p for p in _planes(query, natural) if shows_slices(own, p, natural, everywhere=True)), None)
         if plane is None:
             return None
         shown, (label, annotated) = present(query, plane, natural), _spoken(own)
-        data = shown.forward(scale(query, self.settings.intensities)).mean(axis=0)
+        seen = shown.forward(scaled)
+        data = seen[0] if len(seen) == 1 else seen.mean(axis=0)
         if len(data) < 2:
             return None
         drawn = drawn_slices(shown.forward(annotated))

@@ -42,6 +42,14 @@ def test_a_large_slice_is_registered_on_a_coarser_grid_and_labelled_on_its_own()
     assert dice(found[5], label[5]) > 0.9
 
 
+def test_a_slice_across_thick_slices_keeps_its_few_rows() -> None:
+    """Ten rows, 256 columns: only the long axis may be registered on a coarser grid."""
+    data, label = np.full((4, 10, 256), 0.3, np.float32), np.zeros((4, 10, 256), np.int16)
+    label[:, 3:8] = 1
+    data += np.where(label > 0, 0.4, 0) + np.random.default_rng(0).normal(0, 0.02, data.shape)
+    assert dice(carried_through(data, label, [0])[3], label[3]) > 0.95
+
+
 @settings(deadline=None, max_examples=10)
 @given(drawn=st.sets(st.integers(0, 6), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_drawn_slices_stay_and_others_follow_the_nearest(drawn: set[int], seed: int) -> None:

@@ -331,7 +331,7 @@ def test_own_slices_tracked_and_registered_prompt_where_the_prompter_failed(chec
     assert tracked.label is not None
     registered = carried_through(scale(own.image)[0], own.label, [2, 3])
     assert not np.array_equal(registered, tracked.label)
-    both = _Prompter(fuse([tracked.label, registered], spacing=own.image.spacing).label)
+    both = _Prompter(fuse([tracked.label, registered], [2.0, 1.0], own.image.spacing).label)
     again = Sam2Propagator(checkpoint, mode="self", prompter=both)
     expected = next(again.propagate([own], [own.image], ("coronal",)))
     assert np.array_equal(found.confidence, expected.confidence)
