@@ -29,6 +29,7 @@ from nnunet_oneshot.suggest_features import Described, Vectors, alike, along, de
 from nnunet_oneshot.suggest_pictures import picture_of
 from nnunet_oneshot.suggest_ranking import best_slice, rank
 from sam2_propagation.correspondence import CorrespondencePropagator
+from sam2_propagation.views import natural_plane
 
 FOLDER = "suggest"
 AXES = "zyx"
@@ -113,8 +114,10 @@ def suggest(
     _check_choice(raw, slices)
     _check_folder(folder)
     processes = num_processes or default_processes()
-    pairs = [(raw, case) for case in raw.cases]
-    found = over_cases(_look_at, pairs, processes=processes if len(pairs) > 10 else 1, title="look at images")
+    check_image(raw, raw.cases[0])
+    plane = natural_plane(raw.read_image(raw.cases[0]))
+    tasks = [(raw, case, plane) for case in raw.cases]
+    found = over_cases(_look_at, tasks, processes=processes if len(tasks) > 10 else 1, title="look at images")
     described = sorted(found, key=lambda one: one.case)
     items = _collected(raw, _predicted(raw, described) if learn else described, slices)
     rows = _rows(items, count or (len(items.candidates) if slices else 5))
@@ -187,10 +190,10 @@ def _check_choice(raw: RawDataset, slices: bool) -> None:
         )
 
 
-def _look_at(pair: tuple[RawDataset, Case]) -> Described:
-    raw, case = pair
+def _look_at(task: tuple[RawDataset, Case, str]) -> Described:
+    raw, case, plane = task
     check_image(raw, case)
-    return describe(raw.read_image(case))
+    return describe(raw.read_image(case), plane=plane)
 
 
 def _predicted(raw: RawDataset, described: Sequence[Described]) -> list[Described]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from sam2_propagation.intensities import Intensities, scale
 from sam2_propagation.interface import Image
-from sam2_propagation.views import present
+from sam2_propagation.views import can_show, present
 
 Vectors = npt.NDArray[np.float32]
 """(N, D), one row a case or slice, each of mean 0 and length 1."""
@@ -49,18 +49,24 @@ class Described:
     axis: int
 
 
-def describe(image: Image, whole: str = "edges", slices: str = "both", view: str = "identity") -> Described:
+def describe(
+    image: Image, whole: str = "edges", slices: str = "both", view: str = "identity", plane: str | None = None
+) -> Described:
     """Vectors of an image and of its slices, slices in the order of the array.
 
     Args:
         image: 2D or 3D, any number of channels.
         whole, slices: names of `FEATURES`, for the whole image and for its slices.
         view: a name of `views.VIEWS`; slices are those of its plane.
+        plane: the natural plane of the set, in which the whole image is seen, so that how an image is stored does not
+            tell it from others; the image's own where None, or where it has no slices there.
     """
     shown = present(image, view)
     data = np.concatenate([scale(image, Intensities(channels=c)) for c in range(len(image.data))])
     seen = torch.from_numpy(np.ascontiguousarray(shown.forward(data)))
-    maps, of_whole = FEATURES[slices](seen).transpose(0, 1), FEATURES[whole](seen)
+    together = present(image, view, plane if can_show(image, view, plane) else None)
+    of_whole = FEATURES[whole](torch.from_numpy(np.ascontiguousarray(together.forward(data))))
+    maps = FEATURES[slices](seen).transpose(0, 1)
     content = _edges(seen).mean(dim=(0, 2, 3)).numpy()
     order = slice(None, None, -1) if shown.flips[0] else slice(None)
     each = np.ascontiguousarray(normalised(maps.flatten(1).numpy())[order])

@@ -26,6 +26,7 @@ from nnunet_oneshot.suggest_features import FEATURES, alike, along, describe, no
 from nnunet_oneshot.suggest_ranking import best_slice, rank
 from sam2_propagation.correspondence_training import Recipe
 from sam2_propagation.interface import Image
+from sam2_propagation.views import natural_plane
 
 Call = Callable[..., Answer]
 PROPAGATE = ("-d", 501, "-o", 601, "-np", 1, "-device", "cpu", "-propagator", "fake")
@@ -246,6 +247,18 @@ def test_how_an_array_is_stored_does_not_change_what_is_seen(feature: str) -> No
     np.testing.assert_allclose(one.whole, two.whole, atol=1e-5)
     np.testing.assert_allclose(one.slices[::-1], two.slices, atol=1e-5)
     np.testing.assert_allclose(one.content[::-1], two.content, atol=1e-5)
+
+
+def test_a_volume_stored_along_other_axes_is_as_alike_in_the_plane_of_the_set() -> None:
+    """Isotropic, so that nothing but the plane that is asked for says which axis slices are counted along."""
+    cube = np.random.default_rng(4).normal(100, 4, (20, 20, 20))
+    cube[4:10, 6:16, 3:9] += 200
+    image = Image("a", cube[None].astype(np.float32))
+    sideways = np.array(((0, 0, 1), (0, 1, 0), (1, 0, 0)), float)
+    turned = Image("b", np.ascontiguousarray(image.data.transpose(0, 3, 2, 1)), direction=tuple(sideways.ravel()))
+    plane = natural_plane(image)
+    assert float(describe(image).whole @ describe(turned).whole) < 0.8
+    assert float(describe(image, plane=plane).whole @ describe(turned, plane=plane).whole) > 0.999
 
 
 def test_an_empty_image_is_like_nothing_and_stops_nothing() -> None:
