@@ -28,8 +28,8 @@ the mean over the others asks for SAM2 (benchmarks/builtin_checkpoint.py), and p
 RECIPES = {"yoloseg": "sam2", "ssl_medsam2": "sam2", "oneseg": "correspondence"}
 """Published procedures, and the propagator that each sets up and that carries its labels alone."""
 DEFAULT_OF_SLICES = ("correspondence", "sam2")
-"""In place of `DEFAULT` where people drew on some slices alone: correspondence carries these best, see
-benchmarks/slice_fusion.py."""
+"""In place of `DEFAULT` where people drew on some slices alone: together they carry these best, see
+benchmarks/oneseg.py and slice_fusion.py."""
 NEEDS_WHOLE_LABEL = ("registration", "relay")
 """Propagators that can only start from a case whose every voxel is labelled."""
 REVERSIBLE = ("registration",)
