@@ -9,8 +9,8 @@ scored on that grid; and where the pool is larger than asked for, queries are a 
 names. A case's worth is the mean foreground Dice of its label over the queries other than itself.
 
 Features are vectors of how an image looks; "edges" are the default. "registered" is how alike images are after that
-same registration, for up to 24 cases that stand for the set and are chosen by "both"; it tells a case's worth best, at
-some hundred times the time, and suggested no better cases. True labels are read to carry them from each case in turn
+same registration, for up to 24 cases that stand for the set and are chosen by "both"; it tells a case's worth best,
+takes far longer, and suggested no better cases. True labels are read to carry them from each case in turn
 and to score; no feature sees one. For each set the feature that is best on the OTHER sets is named (leave one set out),
 by the correlation with worth over cases and by the suggested case's rank. Nothing is random. A finished row,
 benchmarks/results/suggest_<set>.json, is not computed again.

@@ -41,7 +41,10 @@ PIXELS = 64
 
 
 def registered(data: np.ndarray, label: LabelVolume, index: int) -> LabelVolume:
-    """Carry one slice's label through (N, Y, X) intensities by deforming it from slice to slice."""
+    """Carry one slice's label through (N, Y, X) intensities by deforming it from slice to slice.
+
+    The rows are of this; the package's own `carried_through` came later and is better, which they should be made anew with.
+    """
     out = np.zeros(data.shape, np.int16)
     out[index] = label
     for order in (range(index + 1, len(data)), range(index - 1, -1, -1)):

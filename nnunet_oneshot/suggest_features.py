@@ -65,7 +65,8 @@ def describe(
     data = np.concatenate([scale(image, Intensities(channels=c)) for c in range(len(image.data))])
     seen = torch.from_numpy(np.ascontiguousarray(shown.forward(data)))
     together = present(image, view, plane if can_show(image, view, plane) else None)
-    of_whole = FEATURES[whole](torch.from_numpy(np.ascontiguousarray(together.forward(data))))
+    same = together == shown
+    of_whole = FEATURES[whole](seen if same else torch.from_numpy(np.ascontiguousarray(together.forward(data))))
     maps = FEATURES[slices](seen).transpose(0, 1)
     content = _edges(seen).mean(dim=(0, 2, 3)).numpy()
     order = slice(None, None, -1) if shown.flips[0] else slice(None)
