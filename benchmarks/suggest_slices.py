@@ -43,7 +43,7 @@ PIXELS = 64
 def registered(data: np.ndarray, label: LabelVolume, index: int) -> LabelVolume:
     """Carry one slice's label through (N, Y, X) intensities by deforming it from slice to slice.
 
-    The rows are of this; the package's own `carried_through` came later and is better, which they should be made anew with.
+    The rows are of this. The package's own `carried_through` came later and is better: to be made anew with it.
     """
     out = np.zeros(data.shape, np.int16)
     out[index] = label
