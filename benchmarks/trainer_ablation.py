@@ -2,7 +2,7 @@
 
     python benchmarks/trainer_ablation.py --set hippocampus --cases 26 -c 2d --rows fused ignore near -o WORK
 
-Labels are those of round 0 by registration of the annotated case; nothing but the test cases' scores sees true labels.
+Labels are those of round 0 as `propagate` makes them by default; nothing but the test cases' scores sees true labels.
 Each row trains in this process with augmentation in line, so that a seed fixes it. A row that is there already is not
 trained again. The table at the end compares every row with the first one by paired differences over test cases.
 """
@@ -55,29 +55,40 @@ class Recipe:
     weighted: bool = False
 
 
+NEAR = Recipe("divergence ignored, boxes near the image", LABELLED, OFF)
+GUESS = Recipe("best guess in divergence in every draw (the default)", LABELLED, replace(OFF, guess_share=1.0))
+"""Consistency and cross patches act in divergence that has no label, so they are added to NEAR or to half the draws."""
+HALF = replace(OFF, guess_share=0.5)
+
 ROWS: Mapping[str, Recipe] = {
     "fused": Recipe("nnUNetTrainer, best guess everywhere", FUSED),
     "ignore": Recipe("nnUNetTrainer, divergence ignored", LABELLED),
-    "near": Recipe("divergence ignored, boxes near the image", LABELLED, OFF),
+    "near": NEAR,
+    "guess": GUESS,
     "consistency": Recipe("near + consistency", LABELLED, replace(OFF, end_weight=0.5)),
-    "half": Recipe("near + best guess in half of the draws", LABELLED, replace(OFF, guess_share=0.5)),
-    "half_consistency": Recipe("half + consistency", LABELLED, replace(OFF, guess_share=0.5, end_weight=0.5)),
-    "guess": Recipe("near + best guess in every draw", LABELLED, replace(OFF, guess_share=1.0)),
-    "annotated": Recipe(
-        "half + a fifth of draws annotated", LABELLED, replace(OFF, guess_share=0.5, annotated_share=0.2)
-    ),
     "three_passes": Recipe(
         "near + consistency of three full passes", LABELLED, replace(OFF, end_weight=0.5, full_passes=3)
     ),
+    "every_third": Recipe("near + consistency every third iteration", LABELLED, replace(OFF, end_weight=0.5, every=3)),
+    "half": Recipe("best guess in half of the draws", LABELLED, HALF),
+    "half_consistency": Recipe("half + consistency", LABELLED, replace(HALF, end_weight=0.5)),
     "mean_teacher": Recipe(
-        "consistency with a mean teacher", LABELLED, replace(OFF, end_weight=0.5, teacher_decay=0.99)
+        "near + consistency with a mean teacher", LABELLED, replace(OFF, end_weight=0.5, teacher_decay=0.99)
     ),
-    "every_third": Recipe("consistency every third iteration", LABELLED, replace(OFF, end_weight=0.5, every=3)),
     "cross_patch": Recipe("near + cross patches", LABELLED, replace(OFF, cross_patch=0.2)),
     "cross_patch_labels": Recipe(
         "near + cross patches with their labels", LABELLED, replace(OFF, cross_patch=0.2, cross_patch_labels=True)
     ),
-    "case_weight": Recipe("near + cases drawn by estimated quality", LABELLED, OFF, weighted=True),
+    "case_weight": replace(GUESS, what="guess + cases drawn by estimated quality", weighted=True),
+    "annotated": Recipe(
+        "guess + a fifth of draws annotated", LABELLED, replace(OFF, guess_share=1.0, annotated_share=0.2)
+    ),
+    "all": Recipe(
+        "half + mean teacher, cross patches, estimated quality, a fifth annotated",
+        LABELLED,
+        replace(HALF, end_weight=0.5, teacher_decay=0.99, cross_patch=0.2, annotated_share=0.2),
+        weighted=True,
+    ),
 }
 
 
