@@ -174,7 +174,7 @@ class Evidence:
         """A dataset of what a model says of the un-annotated cases in place of their pseudo labels; its number."""
         store, raw = open_store(number)
         said = self.work / "predictions" / f"{number}_pool_{again}"
-        images = {case.name: list(case.channels) for case in raw.unannotated}
+        images = {case.name: list(case.images) for case in raw.unannotated}
         nnunet.predict(trained, plan.configuration, ("all",), plan.trainer, plan.plans, images, said, self.device)
         drawn = store.round_path(0, "x").parent
         labels = {case.name: said if case.name in images else drawn for case in raw.cases}
