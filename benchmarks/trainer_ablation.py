@@ -24,6 +24,7 @@ import torch
 from common import DataSet, data_set, lay_out, markdown, read_row, use_folders, write_row
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
@@ -47,12 +48,14 @@ class Recipe:
         dataset: id of the labels.
         settings: of OneShotTrainer; None is nnU-Net's own trainer.
         weighted: whether cases are drawn as often as the estimated quality of their labels says.
+        balanced: whether classes with few voxels in consensus weigh more in the cross entropy.
     """
 
     what: str
     dataset: int
     settings: LossSettings | None = None
     weighted: bool = False
+    balanced: bool = False
 
 
 NEAR = Recipe("divergence ignored, boxes near the image", LABELLED, OFF)
@@ -80,6 +83,7 @@ ROWS: Mapping[str, Recipe] = {
         "near + cross patches with their labels", LABELLED, replace(OFF, cross_patch=0.2, cross_patch_labels=True)
     ),
     "case_weight": replace(GUESS, what="guess + cases drawn by estimated quality", weighted=True),
+    "balanced": replace(GUESS, what="guess + classes weighed by what is confident of them", balanced=True),
     "annotated": Recipe(
         "guess + a fifth of draws annotated", LABELLED, replace(OFF, guess_share=1.0, annotated_share=0.2)
     ),
@@ -156,6 +160,9 @@ class Ablation:
         random.seed(self.seed)
         np.random.seed(self.seed)
         torch.manual_seed(self.seed)
+        trainer.initialize()
+        if recipe.balanced:
+            weigh_classes(trainer)
         trainer.run_training()
         return trainer
 
@@ -208,6 +215,23 @@ class Ablation:
             "train_loss": [round(float(value), 3) for value in trainer.logger.get_value("train_losses", None)],
             "training_cpu_seconds": round(seconds),
         }
+
+
+def weigh_classes(trainer: Any) -> None:
+    """Weigh each class's cross entropy by the inverse root of its voxels in consensus, the mean weight being 1.
+
+    Not in the trainer itself unless it pays: nnU-Net's Dice term and its drawing of boxes treat classes alike as it is.
+    """
+    cases = nnUNetDatasetBlosc2(trainer.preprocessed_dataset_folder)
+    classes = len(trainer.label_manager.all_labels)
+    counts = np.zeros(classes)
+    for case in cases.identifiers:
+        label = np.asarray(cases.load_case(case)[1][:])
+        counts += np.bincount(label[(label >= 0) & (label < classes)].ravel(), minlength=classes)
+    weights = 1 / np.sqrt(np.maximum(counts, 1))
+    supervised = trainer.dual_loss.supervised
+    loss = supervised.loss if trainer.enable_deep_supervision else supervised
+    loss.ce.weight = torch.tensor(weights / weights.mean(), dtype=torch.float32, device=trainer.device)
 
 
 def difference(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
