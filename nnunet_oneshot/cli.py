@@ -34,6 +34,8 @@ Summary = Mapping[str, Any]
 Execute = Callable[[argparse.Namespace], Summary]
 
 _KEPT = "what is whole is kept"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The disk is full, or a user's share of it."""
 _BOLD, _RED, _PLAIN = "\033[1m", "\033[31m", "\033[0m"
 TRIAL_CASES = 5
 INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
@@ -561,7 +563,7 @@ def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str]
     except USER_ERRORS as error:
         _refuse(parser, " ".join(str(error).split()))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _DISK_FULL:
             raise
         _refuse(parser, _no_space(error))
     except NnunetFailureError as error:

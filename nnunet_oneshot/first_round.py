@@ -56,8 +56,8 @@ def judge_case(task: Task) -> tuple[str, CaseRecord]:
     dataset, store, name = task.dataset, task.store, task.case.name
     guess, label = (dataset.read_label(p) for p in (store.round_path(task.number, name), store.label_path(name)))
     ignore, target = ignore_value(dataset), label
-    if task.record.status == "pseudo":
-        # What the fusion wrote: its guess or ignore. Anything else is a person's, of whatever shape it is.
+    if task.record.status != "annotated":
+        # What the fusion or a decision wrote: the guess or ignore. Anything else is an edit, of whatever shape it is.
         agreed = label == guess if label.shape == guess.shape else np.zeros(guess.shape, bool)
         target = np.where(agreed, guess, ignore).astype(np.int16)
     store.write_label(dataset, target, target_path(store, task.number, name), task.case)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.nnunet_process import Epochs, Progress, run_job, training_environment
+from nnunet_oneshot.nnunet_process import STAGING, Epochs, Progress, run_job, training_environment
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.settings import Preset, mirrors, schedule_of
 
@@ -210,6 +211,9 @@ def train(
     """
     check_configuration(dataset, plans, configuration)
     folder = results_folder(dataset, trainer, plans, configuration) / f"fold_{fold}"
+    # A kill amid writing a checkpoint leaves one; the best one is not written again where no later epoch is better.
+    for unfinished in folder.glob("checkpoint_*.pth.part"):
+        unfinished.unlink()
     if continue_training and (folder / FINAL).is_file():
         return folder
     resume = continue_training and any((folder / f"checkpoint_{k}.pth").is_file() for k in ("latest", "best"))
@@ -273,6 +277,8 @@ def predict(
     needed = [ending, ".npz"] if save_probabilities else [ending]
     missing = {c: files for c, files in images.items() if not all((output / f"{c}{e}").is_file() for e in needed)}
     if not missing:
+        # There after a kill between the last case and this folder's removal.
+        shutil.rmtree(output / STAGING, ignore_errors=True)
         return
     output.mkdir(parents=True, exist_ok=True)
     job = {

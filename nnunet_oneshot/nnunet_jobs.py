@@ -29,11 +29,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
 from nnunet_oneshot.errors import USER_ERRORS
-from nnunet_oneshot.nnunet_process import USER_ERROR
+from nnunet_oneshot.nnunet_process import STAGING, USER_ERROR
 from nnunet_oneshot.planner import OneShotSmallPlanner, SmallFingerprintExtractor
-
-STAGING = ".unfinished"
-"""Folder inside a prediction folder for files that are still being written."""
 
 
 def prepare(

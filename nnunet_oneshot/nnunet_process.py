@@ -21,6 +21,8 @@ from nnunet_oneshot.parallel import default_processes, progress_bar
 _POLL_SECONDS = 0.3
 USER_ERROR = "bad input: "
 """What a job prints before the sentence about a mistake of the user."""
+STAGING = ".unfinished"
+"""Folder inside a prediction folder for files that are still being written."""
 _LOG_LINES = 15
 
 

@@ -23,7 +23,7 @@ from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import is_added, take_up
 from nnunet_oneshot.refine_models import Models
-from nnunet_oneshot.refine_record import Plan, Record, label_hashes, make_plan
+from nnunet_oneshot.refine_record import Plan, Record, Splits, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
 from nnunet_oneshot.round_quality import compare_rounds
@@ -40,7 +40,7 @@ from nnunet_oneshot.rounds import (
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
-from nnunet_oneshot.training_data import write_training_files
+from nnunet_oneshot.training_data import splits, write_training_files
 
 __all__ = [
     "FOLDS",
@@ -158,7 +158,14 @@ def refine(
             label changed to something that does not fit.
     """
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
-    check_arguments(configuration, rounds=rounds, min_quality=min_quality, num_folds=num_folds, min_margin=min_margin)
+    check_arguments(
+        configuration,
+        rounds=rounds,
+        min_quality=min_quality,
+        num_folds=num_folds,
+        min_margin=min_margin,
+        stop_dice=stop_dice,
+    )
     store, raw = open_store(dataset, grown=True)
     more = {"num_folds": num_folds, "warm_start": warm_start, "weight_by_quality": weight_by_quality}
     trust = {"self_opinion": opinion_of(store, self_opinion), "min_margin": min_margin}
@@ -190,6 +197,7 @@ def check_arguments(
     min_quality: float = MIN_QUALITY,
     num_folds: int = 1,
     min_margin: float = 0.0,
+    stop_dice: float = STOP_DICE,
     **others: object,
 ) -> None:
     """OneShotError where `refine` would refuse these arguments whatever the dataset is; others are not looked at."""
@@ -201,6 +209,8 @@ def check_arguments(
         raise OneShotError(f"expected -min_quality from 0 to 1, found {min_quality}; it is a Dice")
     if not 0 <= min_margin < 1:
         raise OneShotError(f"expected -min_margin from 0 to below 1, found {min_margin}; 0 asks for none")
+    if not 0 < stop_dice <= 1:
+        raise OneShotError(f"expected -stop_dice above 0 and up to 1, found {stop_dice}; it is a Dice")
     if "cascade" in configuration:
         raise OneShotError(
             f"expected a configuration of one stage (2d, 3d_fullres, 3d_lowres), found {configuration}; train the "
@@ -277,12 +287,15 @@ class _Work:
         said = [str(change) for change in taken]
         self._label_added(number)
         before, now = self.record.labels(number), self._label_hashes()
-        if before is None or before == now:
+        if before is not None and before != now:
+            changed = sorted(name for name in now if before.get(name) != now[name])
+            why = f"labels of {len(changed)} cases changed since round {number} was trained on"
+        elif not self.record.is_done(f"train-{number}") and self._folds_trained_on(number) != self._folds_now():
+            why = f"cases were dealt over the folds anew amid training on round {number}"
+        else:
             return said
-        changed = sorted(name for name in now if before.get(name) != now[name])
-        said.append(f"labels of {len(changed)} cases changed since round {number} was trained on: training it again")
         self._forget(number)
-        return said
+        return [*said, f"{why}: training it again"]
 
     def rounds(self) -> str:
         """Train and relabel until it is enough; returns why it was."""
@@ -308,7 +321,7 @@ class _Work:
         # It is written anew when the final model is there.
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
         self._preprocess()
-        self.record.note_labels(number, self._label_hashes())
+        self.record.note_labels(number, self._label_hashes(), self._folds_now())
         self.models.train(number)
         self.record.mark(f"train-{number}")
 
@@ -330,7 +343,8 @@ class _Work:
                 self._go_to(number - 1)
             manifest = self.store.read_manifest()
             cases = cases_to_predict(self.raw, manifest)
-            self.models.predict(cases, manifest, predictions, probabilities=self.plan.min_margin > 0)
+            folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
+            self.models.predict(cases, folds, predictions, probabilities=margins)
             trust = Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
             quality = self.limits.min_quality
             agreement = relabel(self.raw, self.store, predictions, number, self.processes, quality, trust).agreement
@@ -397,6 +411,15 @@ class _Work:
     def _label_hashes(self) -> dict[str, str]:
         return label_hashes(self.store, self.store.read_manifest().cases)
 
+    def _folds_now(self) -> Splits | None:
+        """How folds split the cases by the manifest; None where one model trains on all."""
+        return splits(self.store.read_manifest(), self.plan.num_folds) if self.plan.num_folds > 1 else None
+
+    def _folds_trained_on(self, number: int) -> Splits | None:
+        """How folds split the cases when round `number` was trained on; older records do not tell."""
+        noted = self.record.splits(number)
+        return self._folds_now() if noted is None else noted
+
     def _predictions(self, number: int) -> Path:
         return self.store.state_folder / "predictions" / f"{number:02d}"
 
@@ -447,7 +470,7 @@ class _Work:
         self._go_to(number)
         predictions = self.store.state_folder / "predictions" / "added"
         shutil.rmtree(predictions, ignore_errors=True)
-        self.models.predict(added, self.store.read_manifest(), predictions)
+        self.models.predict(added, self._folds_trained_on(number), predictions)
         label_by_model(self.raw, self.store, added, predictions, number, self.processes)
 
     def _forget(self, number: int) -> None:

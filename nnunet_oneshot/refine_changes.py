@@ -25,9 +25,9 @@ from nnunet_oneshot.dataset import IGNORE, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.rounds import copy_label, target_path
-from nnunet_oneshot.store import DRAWN, FINAL_WORD, LEFT_OUT, CaseRecord, Store
+from nnunet_oneshot.store import DRAWN, HUMAN_WORD, LEFT_OUT, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
-from sam2_propagation.interface import LabelVolume
+from sam2_propagation.interface import BoolVolume, LabelVolume
 
 ADDED = "the image was added after the labels were propagated"
 What = Literal["labelled", "corrected", "added"]
@@ -71,6 +71,11 @@ class Look:
     case: Case
     record: CaseRecord
     number: int
+
+    @property
+    def written(self) -> int:
+        """The round that holds what was last written of the case; no round rewrites what a person settled."""
+        return self.record.round if self.record.status in HUMAN_WORD else self.number
 
 
 def is_added(record: CaseRecord) -> bool:
@@ -120,18 +125,26 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
 
 def look_at(look: Look) -> Change | None:
     """What a person changed about a case, its new labels staged; None where nobody changed anything."""
-    if look.case.label is not None:
-        target, guess = (look.store.label_path(look.case.name), look.store.fused_path(look.case.name))
-        if change := _drawn(look, look.case.label, look.dataset.read_label(target), look.dataset.read_label(guess)):
-            return change
-    label = _edited(look)
-    return None if label is None else _correct(look, label)
+    store, name, human = look.store, look.case.name, _read_human(look)
+    # A label that a person drew whole in the source dataset is the last word on its case.
+    if human is None or look.dataset.is_sparse(human):
+        label = _edited(look, human)
+        if label is not None:
+            return _correct(look, label)
+    if human is None:
+        return None
+    return _drawn(look, human, _checked(look, store.label_path(name)), look.dataset.read_label(store.fused_path(name)))
 
 
-def _drawn(look: Look, path: Path, target: LabelVolume, guess: LabelVolume) -> Change | None:
+def _read_human(look: Look) -> LabelVolume | None:
+    """What a person drew of the case in the source dataset, ignore where nothing; None where there is no label."""
+    path = look.case.label
+    return None if path is None else checked_label(look.dataset, path, look.case, drawn=True)
+
+
+def _drawn(look: Look, human: LabelVolume, target: LabelVolume, guess: LabelVolume) -> Change | None:
     """The change of a case whose label in the source dataset is new or other than its labels in force."""
-    human = checked_label(look.dataset, path, look.case, drawn=True)
-    by_hand = np.ones(human.shape, bool) if look.dataset.ignore is None else human != look.dataset.ignore
+    by_hand = _by_hand(look, human)
     status: Literal["annotated", "sparse"] = "annotated" if by_hand.all() else "sparse"
     if look.record.status in DRAWN and np.array_equal(target[by_hand], human[by_hand]):
         return None
@@ -140,25 +153,44 @@ def _drawn(look: Look, path: Path, target: LabelVolume, guess: LabelVolume) -> C
     return Change(look.case.name, "labelled", look.record.model_copy(update=changes))
 
 
-def _edited(look: Look) -> LabelVolume | None:
-    """A label that a person changed in the pseudo-label dataset, ignore where nothing is said; None for none."""
+def _edited(look: Look, human: LabelVolume | None) -> LabelVolume | None:
+    """A label that a person changed in the pseudo-label dataset, ignore where nothing is said; None for none.
+
+    What a person drew in the source dataset, `human`, stands in it whatever the edit says there.
+    """
     store, name = look.store, look.case.name
-    if look.record.status in (*FINAL_WORD, "sparse"):
-        # The manifest says already whose word it is.
+    if look.record.status == "annotated":
+        # Its label is the source dataset's, and is changed there.
         return None
+    guess, target = store.round_path(look.written, name), target_path(store, look.written, name)
+    # What was accepted or drawn in the review is the best guess and the label to train on at once.
+    targets = [target, guess] if look.record.status in HUMAN_WORD else [target]
     # Compared as files first: reading every label of a large set would take minutes.
-    for path, written in (
-        (store.fused_path(name), store.round_path(look.number, name)),
-        (store.label_path(name), target_path(store, look.number, name)),
-    ):
-        if filecmp.cmp(path, written, shallow=False):
+    for path, written in ((store.fused_path(name), [guess]), (store.label_path(name), targets)):
+        if any(filecmp.cmp(path, known, shallow=False) for known in written):
             continue
-        label = _checked(look, path)
-        left_out = path == store.label_path(name) and look.record.status in LEFT_OUT
-        nothing_said = left_out and bool((label == ignore_value(look.dataset)).all())
-        if not nothing_said and not np.array_equal(label, look.dataset.read_label(written)):
+        label = _drawn_over(look, human, _checked(look, path))
+        before = (_drawn_over(look, human, look.dataset.read_label(known)) for known in written)
+        nothing_said = path == store.label_path(name) and _says_nothing(look, human, label)
+        if not nothing_said and not any(np.array_equal(label, known) for known in before):
             return label
     return None
+
+
+def _says_nothing(look: Look, human: LabelVolume | None, label: LabelVolume) -> bool:
+    """Whether a label to train on is ignore but for what a person drew, as that of a case that is left out."""
+    if look.record.status not in (*LEFT_OUT, "sparse"):
+        return False
+    silent = label == ignore_value(look.dataset)
+    return bool((silent if human is None else silent | _by_hand(look, human)).all())
+
+
+def _by_hand(look: Look, human: LabelVolume) -> BoolVolume:
+    return np.ones(human.shape, bool) if look.dataset.ignore is None else human != look.dataset.ignore
+
+
+def _drawn_over(look: Look, human: LabelVolume | None, label: LabelVolume) -> LabelVolume:
+    return label if human is None else np.where(_by_hand(look, human), human, label)
 
 
 def _checked(look: Look, path: Path) -> LabelVolume:
@@ -174,9 +206,12 @@ def _correct(look: Look, label: LabelVolume) -> Change:
         raise OneShotError(
             f"case {look.case.name}: expected a corrected label, found the ignore label alone; correct it or restore it"
         )
-    guess = look.dataset.read_label(look.store.round_path(look.number, look.case.name))
+    guess = look.dataset.read_label(look.store.round_path(look.written, look.case.name))
     _stage(look, label, np.where(said, label, guess))
     changes = {"status": "corrected", "round": look.number, "quality": None, "reason": "corrected by hand"}
+    if (review := look.record.review) is not None and review.get("decision") is not None:
+        # A decision of before, for example to reject the case, no longer holds.
+        changes["review"] = {**review, "decision": "corrected"}
     return Change(look.case.name, "corrected", look.record.model_copy(update=changes))
 
 
@@ -185,7 +220,8 @@ def _add(dataset: RawDataset, store: Store, case: Case, number: int) -> Change:
     shape = dataset.read_image(case).shape
     guess, target = np.zeros(shape, np.int16), np.full(shape, ignore_value(dataset), np.int16)
     look = Look(dataset, store, case, CaseRecord(status="failed", round=number, reason=ADDED), number)
-    if case.label is not None and (change := _drawn(look, case.label, target, guess)) is not None:
+    human = _read_human(look)
+    if human is not None and (change := _drawn(look, human, target, guess)) is not None:
         return change
     _stage(look, target, guess)
     return Change(case.name, "added", look.record)

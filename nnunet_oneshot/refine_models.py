@@ -10,9 +10,7 @@ from pathlib import Path
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.dataset import Case
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.refine_record import Plan
-from nnunet_oneshot.store import Manifest
-from nnunet_oneshot.training_data import splits
+from nnunet_oneshot.refine_record import Plan, Splits
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,18 @@ class Models:
                 pretrained_weights=start,
             )
 
-    def predict(self, cases: Sequence[Case], manifest: Manifest, output: Path, probabilities: bool = False) -> None:
+    def predict(self, cases: Sequence[Case], splits: Splits | None, output: Path, probabilities: bool = False) -> None:
         """Predict each case by the model that did not train on its label, where there is one; else by all folds.
 
-        With `probabilities` each case's are written too, `CASE.npz`.
+        Args:
+            cases: what to predict.
+            splits: how the folds split the cases when they were trained; None where one model trains on all.
+            output: folder for `<case><file ending>`.
+            probabilities: write each case's too, `CASE.npz`.
         """
         groups: dict[tuple[nnunet.Fold, ...], list[Case]] = {}
         for case in cases:
-            groups.setdefault(self._folds_for(case.name, manifest), []).append(case)
+            groups.setdefault(self._folds_for(case.name, splits), []).append(case)
         for folds, members in sorted(groups.items(), key=lambda group: str(group[0])):
             self._predict(folds, members, output, probabilities)
 
@@ -103,11 +105,9 @@ class Models:
             save_probabilities=probabilities,
         )
 
-    def _folds_for(self, case: str, manifest: Manifest) -> tuple[nnunet.Fold, ...]:
-        if self.plan.num_folds == 1:
-            return self.plan.folds
-        dealt = splits(manifest, self.plan.num_folds)
-        unseen = [fold for fold, split in enumerate(dealt) if case in split["val"] and case not in split["train"]]
+    def _folds_for(self, case: str, splits: Splits | None) -> tuple[nnunet.Fold, ...]:
+        numbered = enumerate(splits or [])
+        unseen = [fold for fold, split in numbered if case in split["val"] and case not in split["train"]]
         return tuple(unseen[:1]) or self.plan.folds
 
     def _kept(self, number: int) -> Path:

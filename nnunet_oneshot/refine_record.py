@@ -15,6 +15,8 @@ from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store
 
 _HASH = 16
+Splits = list[dict[str, list[str]]]
+"""nnU-Net's splits: each fold's cases, `train` and `val`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def begun_plan(folder: Path) -> Plan | None:
 
 
 class Record:
-    """The steps that are done, and the labels that each training began with."""
+    """The steps that are done, and the labels and the deal over folds that each training began with."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -133,15 +135,25 @@ class Record:
         content["in_place"] = number
         self._store.write_json(content, self.path)
 
-    def note_labels(self, number: int, labels: Mapping[str, str]) -> None:
-        """The labels that the training of a round begins with, as hashes by case."""
+    def note_labels(self, number: int, labels: Mapping[str, str], splits: Splits | None) -> None:
+        """The labels that the training of a round begins with, as hashes by case, and how folds split the cases.
+
+        A decision can move cases between folds and leave every label as it is: what the models there are trained on
+        is then no longer what splits_final.json says. `splits` is None where one model trains on all cases.
+        """
         content = self._content()
         content.setdefault("labels", {})[str(number)] = dict(labels)
+        if splits is not None:
+            content.setdefault("splits", {})[str(number)] = splits
         self._store.write_json(content, self.path)
 
     def labels(self, number: int) -> dict[str, str] | None:
         """The labels that the training of a round began with, None where it has not begun."""
         return self._content().get("labels", {}).get(str(number))
+
+    def splits(self, number: int) -> Splits | None:
+        """How folds split the cases when the training of a round began; None where that is not noted."""
+        return self._content().get("splits", {}).get(str(number))
 
     def forget_from(self, number: int) -> None:
         """Training on round `number`'s labels, and all that came of it, is to be done again."""
@@ -152,7 +164,8 @@ class Record:
             for step, value in content["done"].items()
             if "-" not in step or int(step.split("-")[1]) < first[step.split("-")[0]]
         }
-        content["labels"] = {n: labels for n, labels in content.get("labels", {}).items() if int(n) < number}
+        for key in ("labels", "splits"):
+            content[key] = {n: noted for n, noted in content.get(key, {}).items() if int(n) < number}
         self._store.write_json(content, self.path)
 
     def _content(self) -> dict[str, Any]:

@@ -127,24 +127,31 @@ def trial(
     processes = num_processes or default_processes()
     names, left = fitting_names(propagators, [raw.support(case) for case in raw.annotated])
     checked = replace(options or PropagatorOptions(), reverse_check=bool({*names} & {*REVERSIBLE}))
-    chosen = _choose(raw, cases, processes)
+    to_label = _to_label(raw)
+    chosen = _choose(raw, to_label, cases, processes)
     _make_place(place)
     with nnunet_folders(place):
-        _lay_out(raw, [raw.case(c.case) for c in chosen])
+        _lay_out(raw, [c.case for c in chosen], to_label)
         outcome = propagate(raw.id, output, propagators=names, views=views, options=checked, num_processes=processes)
         small = open_dataset(raw.id)
         found = [_found(small, outcome.store, entry) for entry in chosen]
         _draw(small, outcome.store, found, place / "trial.png")
-    result = _expect(raw, outcome, found, processes, place)
+    result = _expect(len(to_label), outcome, found, processes, place)
     result.warnings = [*warnings, *left]
     content = {**asdict(result), "folder": str(place)}
     (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def _choose(raw: RawDataset, count: int, processes: int) -> list[Chosen]:
-    """Un-annotated cases that span the set; sparse ones too where no other is un-annotated."""
-    by_name = {case.name: case for case in raw.unannotated or raw.cases}
+def _to_label(raw: RawDataset) -> Sequence[Case]:
+    """The un-annotated cases; where there are none, those that a person drew in part."""
+    drawn = ((case, case.label) for case in raw.annotated)
+    return raw.unannotated or [c for c, path in drawn if path is not None and raw.is_sparse(raw.read_label(path))]
+
+
+def _choose(raw: RawDataset, to_label: Sequence[Case], count: int, processes: int) -> list[Chosen]:
+    """Cases that span those to label."""
+    by_name = {case.name: case for case in to_label}
     tasks = [(raw, by_name[name]) for name in evenly(sorted(by_name))]
     workers = processes if len(tasks) > 20 else 1
     features = dict(over_cases(_statistics, tasks, processes=workers, title="look at images"))
@@ -172,12 +179,13 @@ def _make_place(place: Path) -> None:
     (place / MARK).write_text("{}\n", encoding="utf-8")
 
 
-def _lay_out(raw: RawDataset, cases: Sequence[Case]) -> None:
-    """A raw dataset of a few cases and the annotated ones that refers to their files."""
+def _lay_out(raw: RawDataset, chosen: Sequence[str], to_label: Sequence[Case]) -> None:
+    """A raw dataset without the cases to label that are not chosen; it refers to the files of all others."""
+    left_out = {case.name for case in to_label} - set(chosen)
     folder = Path(os.environ["nnUNet_raw"]) / raw.name
     folder.mkdir()
     entries: dict[str, dict[str, Any]] = {}
-    for case in {c.name: c for c in (*raw.annotated, *cases)}.values():
+    for case in (c for c in raw.cases if c.name not in left_out):
         entries[case.name] = {"images": [str(path.resolve()) for path in case.images]}
         if case.label is not None:
             entries[case.name]["label"] = str(case.label.resolve())
@@ -206,8 +214,8 @@ def _seconds(store: Store, case: str) -> float:
     return round(sum(record.seconds for record in records if record is not None), 2)
 
 
-def _expect(raw: RawDataset, outcome: Outcome, found: list[TrialCase], processes: int, place: Path) -> Trial:
-    size = len(raw.unannotated) or len(found)
+def _expect(size: int, outcome: Outcome, found: list[TrialCase], processes: int, place: Path) -> Trial:
+    """What to expect of `size` images to label, by what was found of a few."""
     shares = np.array([case.share for case in found])
     rated = [(case.share, case.quality["mean"]) for case in found if case.quality is not None]
     known = sum(share for share, _ in rated)

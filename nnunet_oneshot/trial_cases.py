@@ -49,7 +49,7 @@ def choose(features: Mapping[str, Features], count: int) -> list[Chosen]:
     names = sorted(features)
     distances = _distances(np.stack([features[name] for name in names]))
     medoids = _medoids(distances, min(count, len(names)))
-    nearest = distances[:, medoids].argmin(axis=1)
+    nearest = _nearest(distances, medoids)
     chosen = [Chosen(names[m], float((nearest == i).mean())) for i, m in enumerate(medoids)]
     return sorted(chosen, key=lambda c: (-c.share, c.case))
 
@@ -80,17 +80,25 @@ def _medoids(distances: Features, count: int) -> list[int]:
     """K-medoids from a farthest-first start at the most central case; deterministic."""
     medoids = [int(distances.sum(axis=1).argmin())]
     while len(medoids) < count:
-        medoids.append(int(distances[:, medoids].min(axis=1).argmax()))
+        far = distances[:, medoids].min(axis=1)
+        # Where all that are left are like a chosen one, the farthest could be that one itself.
+        far[medoids] = -1
+        medoids.append(int(far.argmax()))
     for _ in range(_PASSES):
-        nearest = distances[:, medoids].argmin(axis=1)
-        moved = [_centre(distances, np.flatnonzero(nearest == i), m) for i, m in enumerate(medoids)]
+        nearest = _nearest(distances, medoids)
+        moved = [_centre(distances, np.flatnonzero(nearest == i)) for i in range(count)]
         if moved == medoids:
             break
         medoids = moved
     return medoids
 
 
-def _centre(distances: Features, members: npt.NDArray[np.intp], medoid: int) -> int:
-    if not members.size:
-        return medoid
+def _nearest(distances: Features, medoids: Sequence[int]) -> npt.NDArray[np.intp]:
+    """Each case's medoid, as position in `medoids`; a medoid is its own, also where another one is just like it."""
+    nearest = distances[:, medoids].argmin(axis=1)
+    nearest[medoids] = np.arange(len(medoids))
+    return nearest
+
+
+def _centre(distances: Features, members: npt.NDArray[np.intp]) -> int:
     return int(members[distances[np.ix_(members, members)].sum(axis=1).argmin()])

@@ -18,6 +18,7 @@ from tiny_dataset import write_dataset
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.errors import NnunetFailureError, OneShotError
+from nnunet_oneshot.nnunet_process import STAGING
 from nnunet_oneshot.settings import PRESETS, SMALL_PLANS
 
 NAME = "Dataset901_Tiny"
@@ -93,6 +94,46 @@ def test_plans_configurations_and_folds_that_do_not_exist_are_named(roots: Path)
         nnunet.predict(901, "2d", [0, 1], "OneShotTrainer", "nnUNetPlans", {}, roots / "out", "cpu")
     assert not nnunet.is_trained(901, "2d", 0, "OneShotTrainer", "nnUNetPlans")
     assert not (roots / "nnUNet_results" / NAME).exists()
+
+
+def make_trained(roots: Path) -> Path:
+    """What nnU-Net leaves of one trained fold, as far as it is looked at; returns the model's folder."""
+    write_dataset(roots / "nnUNet_raw", NAME, cases=1)
+    folder = roots / "nnUNet_preprocessed" / NAME
+    folder.mkdir()
+    (folder / "nnUNetPlans.json").write_text(json.dumps({"configurations": {"2d": {"data_identifier": "x"}}}))
+    model = nnunet.results_folder(901, "OneShotTrainer", "nnUNetPlans", "2d")
+    (model / "fold_0").mkdir(parents=True)
+    (model / "fold_0" / nnunet.FINAL).write_bytes(b"")
+    (model / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    return model
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_checkpoint_that_a_kill_left_half_written_is_removed(
+    roots: Path, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    monkeypatch.setattr(nnunet, "run_job", lambda *_: None)
+    fold = make_trained(roots) / "fold_0"
+    if not trained:
+        (fold / nnunet.FINAL).unlink()
+    (fold / "checkpoint_best.pth").write_bytes(b"whole")
+    (fold / "checkpoint_best.pth.part").write_bytes(b"ha")
+    nnunet.train(901, "2d", 0, "OneShotTrainer", "nnUNetPlans", "cpu")
+    assert not list(fold.glob("*.part"))
+    assert (fold / "checkpoint_best.pth").is_file()
+
+
+def test_half_written_predictions_are_removed_where_all_are_whole(roots: Path, no_jobs: Callable[[], None]) -> None:
+    """A kill may hit the moment between the last case and the staging folder's removal."""
+    make_trained(roots)
+    out = roots / "out"
+    (out / STAGING).mkdir(parents=True)
+    (out / STAGING / "case_000.nii.gz").write_bytes(b"ha")
+    (out / "case_000.nii.gz").write_bytes(b"whole")
+    no_jobs()
+    nnunet.predict(901, "2d", [0], "OneShotTrainer", "nnUNetPlans", {"case_000": [roots / "image"]}, out, "cpu")
+    assert [path.name for path in out.iterdir()] == ["case_000.nii.gz"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -355,11 +356,12 @@ def test_a_full_disk_is_said_before_anything_is_predicted(fake: FakeNnunet, monk
     assert len(fake.trained) == 2, "nothing was lost"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=["no space", "quota"])
 def test_a_disk_that_fills_up_ends_with_one_sentence(
-    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Answer]
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Answer], number: int
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "label.nii.gz")
+        raise OSError(number, os.strerror(number), "label.nii.gz")
 
     monkeypatch.setattr(Store, "write_label", full)
     answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1)
@@ -400,6 +402,9 @@ def test_other_settings_are_refused(fake: FakeNnunet) -> None:
         ({"num_folds": 6}, "-num_folds from 1 to 5"),
         ({"min_quality": 1.5}, "-min_quality from 0 to 1"),
         ({"min_margin": 1.0}, "-min_margin from 0 to below 1"),
+        ({"stop_dice": 95.0}, "-stop_dice above 0 and up to 1, found 95.0"),
+        ({"stop_dice": float("nan")}, "-stop_dice above 0 and up to 1, found nan"),
+        ({"stop_dice": 0.0}, "-stop_dice above 0 and up to 1, found 0.0"),
     ],
 )
 def test_bad_settings_are_named(fake: FakeNnunet, bad: dict[str, Any], match: str) -> None:

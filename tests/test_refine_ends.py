@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import Answer
 from fake_propagator import FakePropagator
-from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, read, write_image, write_raw
+from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
 
 from nnunet_oneshot import cli, nnunet
@@ -19,7 +19,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refine_record import Record
-from nnunet_oneshot.review.decisions import decide
+from nnunet_oneshot.review.decisions import correct, decide
 from nnunet_oneshot.settings import Preset
 from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import splits
@@ -90,7 +90,7 @@ def test_a_plan_that_was_not_trained_to_an_end_gives_way(fake: FakeNnunet) -> No
 def test_run_refuses_bad_arguments_before_anything_is_labelled(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
     write_raw(roots.raw)
     monkeypatch.setattr(run_module, "propagate", lambda *_, **__: pytest.fail("labelled first"))
-    for bad in ({"rounds": -1}, {"num_folds": 9}, {"min_margin": 1.0}, {"min_quality": -0.1}):
+    for bad in ({"rounds": -1}, {"num_folds": 9}, {"min_margin": 1.0}, {"min_quality": -0.1}, {"stop_dice": 95.0}):
         with pytest.raises(OneShotError, match=f"-{next(iter(bad))}"):
             run_module.run(501, 601, "2d", training={"trainer": None, **bad})
     with pytest.raises(OneShotError, match="expected a configuration of one stage"):
@@ -155,6 +155,150 @@ def test_a_correction_survives_a_kill_amid_taking_it_up(
     np.testing.assert_array_equal(read(store.label_path("case_3")), edited)
     assert (read(store.fused_path("case_3"))[2] == 1).all()
     assert not list(store.state_folder.glob("taken*"))
+
+
+def settle(roots: Roots, status: str) -> None:
+    """Give case_3 a status, as people do: by a decision, or by slices drawn in the source dataset."""
+    store, raw = open_store(601)
+    if status == "sparse":
+        drawn = np.full_like(label_array(3), IGNORE)
+        drawn[1] = label_array(3)[1]
+        write_image(roots.raw / "Dataset501_toy" / "labelsTr" / "case_3.nii.gz", drawn)
+        run(rounds=1)
+    elif status == "corrected":
+        correct(raw, store, "case_3", label_array(1).astype(np.int16))
+    elif status == "corrected by file":
+        drawn = label_array(1)
+        drawn[3] = IGNORE
+        write_image(store.label_path("case_3"), drawn)
+        run(rounds=1)
+    else:
+        decide(raw, store, "case_3", {"accepted": "accept", "rejected": "reject"}[status])  # type: ignore[arg-type]
+
+
+DECIDED = ("accepted", "rejected", "corrected")
+
+
+@pytest.mark.parametrize("where", ["labelsTr", "pseudoTr/fused"])
+@pytest.mark.parametrize(
+    ("status", "rounds"),
+    [*((status, 1) for status in (*DECIDED, "corrected by file", "sparse")), *((status, None) for status in DECIDED)],
+)
+def test_a_correction_is_a_persons_word_whatever_was_said_before(
+    fake: FakeNnunet, roots: Roots, status: str, rounds: int | None, where: str
+) -> None:
+    """After a round, and before the first refinement."""
+    if rounds is not None:
+        run(rounds=rounds)
+    settle(roots, status)
+    store, _ = open_store(601)
+    edited = np.roll(label_array(0), 2, axis=1)
+    write_image(store.folder / where / "case_3.nii.gz", edited)
+    assert "case_3: corrected by hand" in run(rounds=1).taken_up
+    if status == "sparse":
+        # The source dataset says what a person drew there.
+        edited[1] = label_array(3)[1]
+    run(rounds=3)
+    assert store.read_manifest().cases["case_3"].status == "corrected"
+    for path in (store.label_path("case_3"), store.fused_path("case_3"), store.round_path(3, "case_3")):
+        np.testing.assert_array_equal(read(path), edited)
+    assert run(rounds=3).taken_up == []
+
+
+@pytest.mark.parametrize("status", [*DECIDED, "corrected by file", "sparse"])
+def test_what_was_said_of_a_case_is_no_edit_of_it(fake: FakeNnunet, roots: Roots, status: str) -> None:
+    """In the round in which it was said, and in every other one."""
+    run(rounds=2)
+    settle(roots, status)
+    for limits in ({"rounds": 2}, {"rounds": 3}, {"rounds": 1}):
+        assert not [line for line in run(**limits).taken_up if "corrected by hand" in line]
+    assert open_store(601)[0].read_manifest().cases["case_3"].status == status.split()[0]
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("where", ["labelsTr", "pseudoTr/fused"])
+@pytest.mark.parametrize("status", ["accepted", "corrected"])
+def test_a_second_correction_is_seen_after_a_fall_back(fake: FakeNnunet, roots: Roots, status: str, where: str) -> None:
+    """The round in force then holds a program's label of the case."""
+    run(rounds=2)
+    settle(roots, status)
+    assert run(rounds=2, all_rounds=False).round == 0
+    store, _ = open_store(601)
+    assert not (read(store.round_path(0, "case_3")) == read(store.fused_path("case_3"))).all()
+    assert run(rounds=0).taken_up == []
+    edited = np.roll(label_array(0), 2, axis=1)
+    write_image(store.folder / where / "case_3.nii.gz", edited)
+    assert run(rounds=0).taken_up[0] == "case_3: corrected by hand"
+    for path in (store.label_path("case_3"), store.fused_path("case_3")):
+        np.testing.assert_array_equal(read(path), edited)
+
+
+@pytest.mark.parametrize("where", ["labelsTr", "pseudoTr/fused"])
+@pytest.mark.parametrize("status", [*DECIDED, "sparse"])
+@pytest.mark.parametrize(
+    ("label", "match"), [(label_array(0, (4, 9, 8)), "shape"), (label_array(0) * 4, r"expected label values.*found")]
+)
+def test_a_correction_that_does_not_fit_is_bad_input_whatever_was_said_before(
+    fake: FakeNnunet, roots: Roots, status: str, where: str, label: np.ndarray, match: str
+) -> None:
+    run(rounds=1)
+    settle(roots, status)
+    path = open_store(601)[0].folder / where / "case_3.nii.gz"
+    write_image(path, label)
+    with pytest.raises(OneShotError, match=f"{where}.*{match}"):
+        run(rounds=1)
+
+
+def test_a_second_correction_that_says_ignore_leaves_the_guess_of_the_first(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=1)
+    settle(roots, "corrected")
+    store, _ = open_store(601)
+    edited = read(store.label_path("case_3"))
+    edited[:2], edited[2] = IGNORE, 1
+    write_image(store.label_path("case_3"), edited)
+    run(rounds=1)
+    np.testing.assert_array_equal(read(store.label_path("case_3")), edited)
+    expected = np.where(edited == IGNORE, label_array(1), edited)
+    np.testing.assert_array_equal(read(store.fused_path("case_3")), expected)
+
+
+def test_a_rejected_case_that_is_corrected_is_no_longer_called_rejected(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=1)
+    settle(roots, "rejected")
+    store, _ = open_store(601)
+    write_image(store.label_path("case_3"), np.roll(label_array(0), 2, axis=1))
+    run(rounds=1)
+    assert (store.read_manifest().cases["case_3"].review or {})["decision"] == "corrected"
+
+
+@pytest.mark.parametrize("case", ["case_0", "bad_3"])
+def test_a_correction_before_the_first_refinement_is_seen_where_little_was_said(
+    roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Of a case with one drawn slice, and of one without a label."""
+    human = make_sparse(write_raw(roots.raw, cases=("case_0", "case_1", "case_2", "bad_3")))
+    propagate(501, 601, propagators=("sam2",), views=("still", "shifted"), num_processes=1)
+    replace_nnunet(roots, monkeypatch)
+    store, _ = open_store(601)
+    edited = np.roll(label_array(0), 2, axis=1)
+    write_image(store.label_path(case), edited)
+    assert run(rounds=1).taken_up == [f"{case}: corrected by hand"]
+    expected = np.where(human != IGNORE, human, edited) if case == "case_0" else edited
+    np.testing.assert_array_equal(read(store.label_path(case)), expected)
+
+
+def test_an_edit_of_drawn_slices_alone_is_undone(fake: FakeNnunet, roots: Roots) -> None:
+    """They are changed where they were drawn; the rest does not become a person's word by it."""
+    run(rounds=1)
+    settle(roots, "sparse")
+    store, _ = open_store(601)
+    before = read(store.label_path("case_3"))
+    edited = before.copy()
+    edited[1] = 0
+    write_image(store.label_path("case_3"), edited)
+    run(rounds=1)
+    assert store.read_manifest().cases["case_3"].status == "sparse"
+    np.testing.assert_array_equal(read(store.label_path("case_3")), before)
 
 
 @pytest.mark.parametrize("action", ["flag", "comment"])
@@ -290,6 +434,44 @@ def test_models_of_labels_that_no_longer_count_are_never_brought_back(fake: Fake
     assert training_in_place(fake) == "5"
     names = {p.name for p in (fake.folder(store.folder.name) / "oneshot_rounds").iterdir() if any(p.iterdir())}
     assert names == {"00", "01", "01_superseded_1", "02_superseded_1"}
+
+
+# --- folds --------------------------------------------------------------------------------------------------------
+
+
+def correct_to_what_it_is(case: str) -> None:
+    """The label stays byte by byte, and yet its case counts as annotated: others are dealt over the folds anew."""
+    store, raw = open_store(601)
+    before = store.label_path(case).read_bytes()
+    correct(raw, store, case, read(store.fused_path(case)).astype(np.int16))
+    assert store.label_path(case).read_bytes() == before
+
+
+def test_a_correction_that_changes_nothing_leaves_new_labels_out_of_fold(fake: FakeNnunet) -> None:
+    fake.say = lambda case, _: label_array(int(case[-1]))
+    run(rounds=2, num_folds=2)
+    store, trained = open_store(601)[0], len(fake.trained)
+    dealt = splits(store.read_manifest(), 2)
+    correct_to_what_it_is("case_1")
+    assert splits(store.read_manifest(), 2) != dealt
+    run(rounds=3, num_folds=2)
+    asked = {key: cases for key, cases in fake.predicted.items() if key[0] > trained - 2}
+    assert sorted(case for cases in asked.values() for case in cases) == ["case_2", "case_3", "case_4"]
+    for (trainings, fold), cases in asked.items():
+        assert trainings <= trained, "nothing was trained again"
+        assert not set(cases) & set(dealt[fold]["train"])
+
+
+def test_folds_that_are_dealt_anew_amid_a_training_are_all_trained_again(fake: FakeNnunet) -> None:
+    """Else two of them would belong to no deal of the cases, and nobody knew which did not see a case."""
+    fake.say, fake.stop_at = (lambda case, _: label_array(int(case[-1]))), 15
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=2, num_folds=2)
+    assert [fold for fold, _ in fake.trained] == [0, 1, 0, 1, 0]
+    correct_to_what_it_is("case_1")
+    said = run(rounds=2, num_folds=2).taken_up
+    assert said == ["cases were dealt over the folds anew amid training on round 2: training it again"]
+    assert [fold for fold, _ in fake.trained[5:]] == [0, 1]
 
 
 # --- one rule for two rounds --------------------------------------------------------------------------------------

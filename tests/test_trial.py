@@ -13,7 +13,7 @@ import pytest
 from conftest import Answer
 from fake_propagator import FakePropagator
 from PIL import Image as Picture
-from raw_datasets import Roots, image_array, write_image, write_raw
+from raw_datasets import Roots, image_array, make_sparse, write_image, write_raw
 
 from nnunet_oneshot import cli
 from nnunet_oneshot import trial as trial_module
@@ -99,6 +99,31 @@ def test_more_cases_than_there_are_means_all(ready: Roots) -> None:
     assert {case.case for case in attempt(50).cases} == set(CASES[1:])
 
 
+def test_of_a_set_of_slices_a_few_cases_are_tried(roots: Roots, fakes: dict[str, FakePropagator], here: Path) -> None:
+    """Every case has one drawn slice, but for one that is drawn whole and has nothing to label."""
+    folder = write_raw(roots.raw, cases=CASES, annotated=CASES)
+    for case in CASES[1:]:
+        make_sparse(folder, case)
+    result = trial(501, 601, 3, propagators=("sam2",), views=("still",), num_processes=1)
+    tried = {case.case for case in result.cases}
+    assert len(tried) == 3
+    assert tried <= set(CASES[1:])
+    assert set(fakes["sam2"].asked) == tried, "no other case is labelled"
+    assert result.set_size == 7
+    laid_out = json.loads((result.folder / "nnUNet_raw" / "Dataset501_toy" / "dataset.json").read_text())["dataset"]
+    assert set(laid_out) == tried | {"case_0"}
+
+
+def test_a_partly_drawn_case_teaches_where_others_have_no_label(
+    roots: Roots, fakes: dict[str, FakePropagator], here: Path
+) -> None:
+    make_sparse(write_raw(roots.raw, cases=CASES))
+    result = trial(501, 601, 2, propagators=("sam2",), views=("still",), num_processes=1)
+    assert {case.case for case in result.cases} <= set(CASES[1:])
+    assert all(case.reason is None for case in result.cases)
+    assert result.set_size == 7
+
+
 def test_a_case_that_fails_is_told_and_is_to_be_annotated(
     roots: Roots, fakes: dict[str, FakePropagator], here: Path
 ) -> None:
@@ -141,8 +166,18 @@ def test_like_cases_are_one_group() -> None:
     assert choose(features, 3) == chosen
 
 
-def test_images_alike_in_all_choose_without_warning() -> None:
-    assert len(choose({name: np.ones(3) for name in "abc"}, 2)) == 2
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_images_alike_in_all_are_each_chosen_once(count: int) -> None:
+    chosen = choose({name: np.ones(3) for name in "abcde"}, count)
+    assert len({entry.case for entry in chosen}) == len(chosen) == count
+    assert sum(entry.share for entry in chosen) == pytest.approx(1)
+    assert min(entry.share for entry in chosen) > 0
+
+
+def test_copies_of_an_image_are_each_chosen_once() -> None:
+    features = {f"{name}{i}": np.array([value, 0.0]) for name, value in (("a", 0.0), ("b", 9.0)) for i in range(4)}
+    for count in range(1, 9):
+        assert len({entry.case for entry in choose(features, count)}) == count
 
 
 def test_statistics_ignore_a_scanners_scale() -> None:
