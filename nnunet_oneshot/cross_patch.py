@@ -127,22 +127,26 @@ class CrossPatch(BasicTransform):
         self.use_labels = use_labels
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
-        """Draw the exchange, or none."""
+        """Draw the exchange and the reference that takes part in it, or neither."""
         # nnU-Net's workers seed numpy's global state, and its own steps draw from it.
         random = np.random.RandomState(np.random.randint(2**31))
         if random.uniform() >= self.probability:
-            return {"exchange": None}
-        return {"exchange": draw_exchange(data_dict["segmentation"][0], self.ignore, self.size, random)}
+            return {"exchange": None, "reference": None}
+        exchange = draw_exchange(data_dict["segmentation"][0], self.ignore, self.size, random)
+        return {"exchange": exchange, "reference": None if exchange is None else self._next_reference()}
 
     def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
         """Apply what was drawn."""
-        exchange = params["exchange"]
+        exchange, reference = params["exchange"], params["reference"]
         if exchange is None:
             return data_dict
-        batch = next(self.references)
-        reference = {"image": batch["data"][0], "segmentation": batch["target"][0]}
         with torch.no_grad():
             return {**data_dict, **apply_exchange(data_dict, reference, exchange, self.ignore, self.use_labels)}
+
+    def _next_reference(self) -> dict[str, Tensor]:
+        """Image (C, [Z,] Y, X) and segmentation (K, [Z,] Y, X)."""
+        batch = next(self.references)
+        return {"image": batch["data"][0], "segmentation": batch["target"][0]}
 
 
 def before_targets(transforms: ComposeTransforms) -> int:

@@ -7,6 +7,7 @@ the same grid here, and only where the preprocessed label says ignore.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ def fill_labels(
 ) -> list[str]:
     """Write the filled label of every case that has a best guess; files newer than both their sources are kept.
 
+    A file whose label has changed since and whose best guess is gone is removed. Several trainings may do this at once.
+
     Args:
         preprocessed: nnU-Net's folder of preprocessed cases.
         guesses: `pseudoTr/fused` of the raw dataset.
@@ -68,16 +71,20 @@ def fill_labels(
         processes: cases at once.
 
     Returns:
-        The cases that have no best guess, or none but background where their label says ignore, as where nothing was
-        carried: they keep their ignore voxels.
+        The cases that stay as nnU-Net preprocessed them: none of their voxels is ignored, or they have no best guess,
+        or none but background where their label says ignore, as where nothing was carried.
     """
     output = filled_folder(preprocessed)
     tasks = [
         FillTask(preprocessed, case, guesses / f"{case}{ending}", output / f"{case}.b2nd", plans, configuration, ignore)
         for case in cases
     ]
-    due = [task for task in tasks if task.guess.is_file() and not _is_fresh(task)]
+    stale = [task for task in tasks if not _is_fresh(task)]
+    for task in stale:
+        if not task.guess.is_file():
+            task.output.unlink(missing_ok=True)
     output.mkdir(exist_ok=True)
+    due = [task for task in stale if task.guess.is_file()]
     for _ in over_cases(_fill, due, processes=processes, title="best guesses"):
         pass
     return [task.case for task in tasks if not task.output.is_file()]
@@ -98,10 +105,12 @@ def to_grid(
 
 
 def _is_fresh(task: FillTask) -> bool:
+    """Whether the filled label is there and as new as the label and, where there still is one, the best guess."""
     if not task.output.is_file():
         return False
     written = task.output.stat().st_mtime_ns
-    return all(source.stat().st_mtime_ns <= written for source in (task.guess, _label_file(task)))
+    sources = [_label_file(task), *([task.guess] if task.guess.is_file() else [])]
+    return all(source.stat().st_mtime_ns <= written for source in sources)
 
 
 def _label_file(task: FillTask) -> Path:
@@ -110,16 +119,24 @@ def _label_file(task: FillTask) -> Path:
 
 def _fill(task: FillTask) -> None:
     seg = blosc2.open(urlpath=str(_label_file(task)), mode="r")[:]
+    ignored = seg == task.ignore
+    if ignored.any() and (placed := _placed_guess(task))[ignored].any():
+        _write(task, np.where(ignored, placed, seg).astype(np.int16))
+    else:
+        task.output.unlink(missing_ok=True)
+
+
+def _placed_guess(task: FillTask) -> np.ndarray:
+    """The best guess (1, Z, Y, X) on the preprocessed grid."""
     guess, _ = task.plans.image_reader_writer_class().read_seg(str(task.guess))
     properties = load_pickle(str(task.preprocessed / f"{task.case}.pkl"))
-    placed = to_grid(guess, properties, task.plans, task.configuration)
-    ignored = seg == task.ignore
-    if ignored.any() and not placed[ignored].any():
-        task.output.unlink(missing_ok=True)
-        return
-    filled = np.where(ignored, placed, seg).astype(np.int16)
+    return to_grid(guess, properties, task.plans, task.configuration)
+
+
+def _write(task: FillTask, filled: np.ndarray) -> None:
     blocks, chunks = comp_blosc2_params(filled.shape, tuple(task.configuration.patch_size), filled.itemsize)
-    part = task.output.with_suffix(".part.b2nd")
-    part.unlink(missing_ok=True)
-    blosc2.asarray(np.ascontiguousarray(filled), urlpath=str(part), chunks=chunks, blocks=blocks)
-    os.replace(part, task.output)
+    # A folder of its own: another fold that starts meanwhile, maybe on another machine, writes the same case.
+    with tempfile.TemporaryDirectory(prefix="part_", dir=task.output.parent) as folder:
+        part = Path(folder) / task.output.name
+        blosc2.asarray(np.ascontiguousarray(filled), urlpath=str(part), chunks=chunks, blocks=blocks)
+        os.replace(part, task.output)

@@ -100,6 +100,9 @@ class DualComponentLoss(nn.Module):
 
     A call that nothing was announced for is exactly nnU-Net's loss, so validation and batches without divergence cost
     and mean what they do in nnU-Net. The term has nnU-Net's deep supervision weights where its loss has any.
+
+    `last_supervised` and `last_consistency` are both parts of the last call, detached, the second one without its
+    weight; it is None where no views were compared.
     """
 
     def __init__(self, supervised: nn.Module, ignore: int, regions: bool) -> None:
@@ -108,6 +111,7 @@ class DualComponentLoss(nn.Module):
         deep = isinstance(supervised, DeepSupervisionWrapper)
         self.supervised = supervised
         self.consistency = DeepSupervisionWrapper(term, supervised.weight_factors) if deep else term
+        self.last_supervised: Tensor | None = None
         self.last_consistency: Tensor | None = None
         self._announced: ShownViews | None = None
 
@@ -119,11 +123,11 @@ class DualComponentLoss(nn.Module):
         """Scalar loss of the network's output and nnU-Net's target."""
         loss: Tensor = self.supervised(output, target)
         shown, self._announced = self._announced, None
-        self.last_consistency = None
+        if shown is not None and shown.supervised:
+            loss = torch.stack([loss, *(self.supervised(view, target) for view in shown.outputs)]).mean()
+        self.last_supervised, self.last_consistency = loss.detach(), None
         if shown is None:
             return loss
-        if shown.supervised:
-            loss = torch.stack([loss, *(self.supervised(view, target) for view in shown.outputs)]).mean()
         outputs, where = [select(output, shown.samples), *shown.outputs], select(target, shown.samples)
         term = torch.stack([self.consistency(one, other, where) for one, other in combinations(outputs, 2)]).mean()
         self.last_consistency = term.detach()

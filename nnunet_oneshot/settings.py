@@ -100,7 +100,7 @@ class LossSettings:
         cross_patch_labels: whether consensus pasted into the annotated case keeps its labels; YoloSeg ignores them.
         full_passes: passes of an iteration that learn, each of another view (YoloSeg: 3). With 1 the batch is compared
             with one view of its samples with divergence, which the network is asked about without gradient.
-        every: iterations from one comparison of views to the next.
+        every: iterations from one comparison of views to the next, counted over the whole training.
         teacher_decay: who is asked about that view: a running mean of the network's weights with this decay (mean
             teacher, as a rule .99), or with 0 the network itself. A resumed training starts a new mean.
     """
@@ -116,6 +116,12 @@ class LossSettings:
     teacher_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        shares = {name: getattr(self, name) for name in ("ramp_start", "guess_share", "annotated_share", "cross_patch")}
+        outside = [f"{name} {share}" for name, share in shares.items() if not 0 <= share <= 1]
+        if outside:
+            raise OneShotError(f"expected {', '.join(shares)} in [0, 1], found {', '.join(outside)}; correct it")
+        if not 0 <= self.end_weight < float("inf"):
+            raise OneShotError(f"expected an end_weight of 0 or more, found {self.end_weight}; correct it")
         if self.full_passes < 1 or self.every < 1 or not 0 <= self.teacher_decay < 1:
             raise OneShotError(
                 "expected full_passes and every of 1 or more and a teacher_decay in [0, 1), found "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Crop:
         padding = np.maximum(drawn - final, drawn - np.array(shape))
         start = np.array(shape) + padding // 2 + padding % 2 - drawn
         return np.asarray(start + drawn // 2)
+
+
+def any_ignored(dataset: nnUNetBaseDataset, cases: Iterable[str], ignore: int) -> bool:
+    """Whether the preprocessed label of any of the cases has a voxel of value `ignore`; read until one has."""
+    return any(bool((dataset.load_case(case)[1][:] == ignore).any()) for case in cases)
 
 
 class TrainingCases:

@@ -55,13 +55,22 @@ class ViewChoice:
     mirror_axes: tuple[int, ...]
     rotations: bool
 
+    @property
+    def count(self) -> int:
+        """How many different views there are, the identity left out."""
+        return self._turns * 2 ** len(self.mirror_axes) - 1
+
     def draw(self, random: Random, count: int = 1) -> list[TrainingView]:
         """So many different views, none the identity, all equally likely; fewer where there are no more."""
+        numbers = random.sample(range(1, self.count + 1), min(count, self.count))
+        return [self._view(*divmod(number, self._turns)) for number in numbers]
+
+    @property
+    def _turns(self) -> int:
+        """Quarter turns, none included, that flips do not reach."""
         # Both in-plane flips together are the half turn, so that one quarter turn reaches what is left.
         half_turn_by_flips = {self.dimensions - 2, self.dimensions - 1} <= set(self.mirror_axes)
-        turns = (2 if half_turn_by_flips else 4) if self.rotations else 1
-        others = range(1, turns * 2 ** len(self.mirror_axes))
-        return [self._view(*divmod(number, turns)) for number in random.sample(others, min(count, len(others)))]
+        return (2 if half_turn_by_flips else 4) if self.rotations else 1
 
     def _view(self, bits: int, quarter_turns: int) -> TrainingView:
         flip = tuple(axis for position, axis in enumerate(self.mirror_axes) if bits >> position & 1)

@@ -108,3 +108,19 @@ def test_it_happens_as_often_as_asked_and_repeats_from_a_seed(probability: float
     first, again = run(), run()
     assert low <= sum(not torch.equal(made, divergent["segmentation"]) for made in first) <= high
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_a_drawn_exchange_applies_again_to_the_same_sample() -> None:
+    """Drawing is apart from applying: nothing is drawn, and no reference taken, while an exchange is applied."""
+    step = CrossPatch(references(), IGNORE, (2, 2), 1.0, True)
+    np.random.seed(0)
+    divergent = sample((8, 8), IGNORE)
+    drawn = step.get_parameters(**divergent)
+    while drawn["exchange"] is None:
+        drawn = step.get_parameters(**divergent)
+    step.references = iter([])
+    before = np.random.get_state(legacy=False)["state"]["pos"]
+    first, second = (step.apply(divergent, **drawn)["segmentation"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, divergent["segmentation"])
+    assert np.random.get_state(legacy=False)["state"]["pos"] == before

@@ -108,6 +108,39 @@ def test_refreshed_guesses_replace_the_old_ones_and_fresh_files_stay(trainer: An
     assert file.stat().st_mtime_ns == before
 
 
+def test_a_label_that_changed_after_its_guess_went_is_not_filled_as_before(trainer: Any) -> None:
+    fill(trainer)
+    guesses, preprocessed = raw_folder() / "pseudoTr" / "fused", Path(trainer.preprocessed_dataset_folder)
+    for case in CASES[1:]:
+        (guesses / f"{case}.nii.gz").unlink()
+    written = (filled_folder(preprocessed) / "case_001.b2nd").stat().st_mtime_ns
+    os.utime(preprocessed / "case_001_seg.b2nd", ns=(written + 1, written + 1))
+    assert fill(trainer) == ["case_000", "case_001"]
+    assert [file.name for file in filled_folder(preprocessed).iterdir()] == ["case_002.b2nd"]
+
+
+def test_a_label_without_an_ignored_voxel_is_not_copied(trainer: Any) -> None:
+    write_guess(raw_folder(), "case_000", 1)
+    assert fill(trainer) == ["case_000"]
+
+
+def test_two_trainings_that_start_at_once_fill_the_same_cases(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one begins and ends while the first one has written, but not yet named, its file."""
+    write = blosc2.asarray
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        write(*arguments, **options)
+        monkeypatch.setattr(blosc2, "asarray", write)
+        fill(trainer)
+
+    monkeypatch.setattr(blosc2, "asarray", interrupted)
+    assert fill(trainer) == ["case_000"]
+    own, filled = stored(trainer, "case_001")
+    assert (filled[own == IGNORE] == 1).mean() > 0.9
+    folder = filled_folder(Path(trainer.preprocessed_dataset_folder))
+    assert sorted(file.name for file in folder.iterdir()) == ["case_001.b2nd", "case_002.b2nd"]
+
+
 @pytest.mark.parametrize(("share", "ignored"), [(0.0, True), (1.0, False)])
 def test_the_trainer_draws_guesses_as_its_settings_say(trainer: Any, share: float, ignored: bool) -> None:
     trainer.loss_settings = replace(LossSettings(), guess_share=share)

@@ -186,6 +186,8 @@ def test_an_announced_view_adds_its_weighted_term_once(levels: int) -> None:
     dual = loss(output, target)
     assert loss.last_consistency is not None
     assert loss.last_consistency.item() > 0
+    assert loss.last_supervised is not None
+    assert torch.equal(loss.last_supervised, plain)
     assert dual.item() == pytest.approx(plain.item() + 0.25 * loss.last_consistency.item())
     assert torch.equal(loss(output, target), plain)
 
@@ -255,6 +257,8 @@ def test_three_full_passes_are_yolosegs_loss(levels: int) -> None:
     loss.announce(show_views(network_or_finest, data, views, torch.tensor([1]), 0.5, learn=True))
     found = loss(network_or_finest(data), target)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.last_supervised is not None
+    assert loss.last_supervised.item() == pytest.approx(sum(base(x, target).item() for x in (one, two, three)) / 3)
     assert torch.allclose(torch.autograd.grad(found, network.weights)[0], wanted, atol=1e-6)
 
 
@@ -312,6 +316,10 @@ def test_several_views_are_different_and_never_more_than_there_are() -> None:
         ({"full_passes": 0}, "full_passes"),
         ({"every": 0}, "every"),
         ({"teacher_decay": 1.0}, "teacher_decay"),
+        ({"ramp_start": -0.1}, "found ramp_start -0.1;"),
+        ({"guess_share": 2.0, "cross_patch": float("nan")}, "found guess_share 2.0, cross_patch nan;"),
+        ({"annotated_share": 1.1}, "found annotated_share 1.1;"),
+        ({"end_weight": -1.0}, "end_weight of 0 or more, found -1.0"),
         ({"full_passes": 3, "teacher_decay": 0.9}, "a teacher does not learn"),
     ],
 )

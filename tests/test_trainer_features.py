@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,11 @@ def test_nnunets_flags_do_what_they_do_for_its_own_trainer(write: Write, tmp_pat
     assert not list(fold.glob("*.pth"))
     run_training(*arguments, device=cpu)
     assert (fold / "checkpoint_final.pth").is_file()
+    assert "cases have pseudo labels" not in newest_log(fold)
     run_training(*arguments, only_run_validation=True, export_validation_probabilities=True, device=cpu)
     assert (fold / "validation" / "summary.json").is_file()
     assert [file.name for file in (fold / "validation").glob("*.npz")] == ["case_001.npz"]
+    assert "1 of 1 validation cases have pseudo labels (not the truth)" in newest_log(fold)
     kept = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
     one = get_trainer_from_args("901", "2d", 1, "Quick", SMALL_PLANS, device=cpu)
     maybe_load_checkpoint(one, False, False, str(fold / "checkpoint_final.pth"))
@@ -222,6 +225,35 @@ def test_nnunets_flags_do_what_they_do_for_its_own_trainer(write: Write, tmp_pat
     (fold / "checkpoint_final.pth").unlink()
     run_training(*arguments, continue_training=True, device=cpu)
     assert (fold / "checkpoint_final.pth").is_file()
-    said = max(fold.glob("training_log*.txt"), key=lambda file: file.stat().st_mtime_ns).read_text()
+    said = newest_log(fold)
     assert "Epoch 1" in said
     assert "Epoch 0" not in said
+
+
+def newest_log(fold: Path) -> str:
+    return max(fold.glob("training_log*.txt"), key=lambda file: file.stat().st_mtime_ns).read_text()
+
+
+def test_cross_patches_are_made_in_the_loaders_workers(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the annotated case has a core, so that a core in another case's sample came in a cross patch."""
+    preprocessed = write(cases=3) / f"{SMALL_PLANS}_2d"
+    for case in ("case_001", "case_002"):
+        file = preprocessed / f"{case}_seg.b2nd"
+        seg = blosc2.open(urlpath=str(file), mode="r")[:]
+        file.unlink()
+        blosc2.asarray(np.where(seg == 2, 1, seg), urlpath=str(file))
+    one = trainer()
+    one.loss_settings = replace(EVERYTHING, guess_share=0.0, annotated_share=0.0, cross_patch=1.0)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    one.on_train_start()
+    one.on_train_epoch_start()
+    try:
+        batches = [next(one.dataloader_train) for _ in range(3)]
+        outputs = [one.train_step(batch) for batch in batches]
+    finally:
+        one.dataloader_train._finish()
+        one.dataloader_val._finish()
+    assert len(one.dataloader_train._processes) == 0
+    assert all(np.isfinite(output["loss"]) for output in outputs)
+    finest = [(key, label) for batch in batches for key, label in zip(batch["keys"], batch["target"][0], strict=True)]
+    assert any((label == 2).any() for key, label in finest if key != "case_000")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_dataset import LABELS, preprocess_in_process, write_dataset
+from torch._dynamo import OptimizedModule
 
 import _nnunet_oneshot_path
 from nnunet_oneshot.case_selection import by_author, dealt_split, drawn_by_weight, usable_split
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.losses import ramp
 from nnunet_oneshot.settings import PRESETS, SMALL_PLANS, OneShotBlock, parse_block, preset, schedule_of
 
 pytestmark = [
@@ -89,9 +94,24 @@ def test_it_learns_from_consensus_and_compares_views_in_divergence(make: Make, c
         trainer.on_validation_epoch_start()
         result = trainer.validation_step(next(trainer.dataloader_val))
     assert np.isfinite(result["loss"])
-    log = Path(trainer.log_file).read_text()
-    assert "consistency" in log
-    assert "flips along axes" in log
+    assert "flips along axes" in Path(trainer.log_file).read_text()
+
+
+def test_the_log_gives_both_parts_of_the_loss_and_how_much_has_no_label(make: Make) -> None:
+    trainer = late(make(fold="all"))
+    outputs = steps(trainer, 4)
+    for number, output in enumerate(outputs):
+        weight = ramp(0.9 + number / 200, trainer.loss_settings)
+        assert output["loss"] == pytest.approx(output["supervised"] + weight * output["consistency"], rel=1e-4)
+    trainer.on_train_epoch_end(outputs)
+    said = r"supervised loss (\S+), consistency (\S+) \(weight (\S+)\), (\S+)% of voxels without a label"
+    supervised, consistency, weight, share = map(float, *re.findall(said, Path(trainer.log_file).read_text()))
+    means = {key: np.mean([output[key] for output in outputs]) for key in outputs[0]}
+    assert supervised == pytest.approx(means["supervised"], abs=1e-4)
+    assert consistency == pytest.approx(means["consistency"], abs=1e-4)
+    assert weight == pytest.approx(ramp(0.9 + 4 / 200, trainer.loss_settings), abs=1e-3)
+    assert share == pytest.approx(100 * means["divergence"], abs=0.01)
+    assert share > 0
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -174,6 +194,62 @@ def test_views_are_compared_every_so_many_iterations(make: Make) -> None:
     assert [output["consistency"] > 0 for output in outputs] == [False, False, True] * 2
 
 
+def test_iterations_between_comparisons_may_be_more_than_an_epoch_has(make: Make) -> None:
+    trainer = late(make(annotated=[]), every=4)
+    trainer.num_iterations_per_epoch = 2
+    compared = []
+    for trainer.current_epoch in (7, 8, 9):
+        trainer.on_train_epoch_start()
+        compared += [output["consistency"] > 0 for output in steps(trainer, 2)]
+    assert compared == [False, True] + [False] * 3 + [True]
+
+
+@pytest.mark.parametrize(
+    ("axes", "passes", "said"),
+    [
+        (None, 1, "nothing: this configuration has neither flips nor rotations"),
+        ((0,), 3, "consistency of 2 full passes (3 asked for, there are no more views), weight"),
+    ],
+)
+def test_the_log_promises_no_more_views_than_there_are(
+    make: Make, monkeypatch: pytest.MonkeyPatch, axes: Any, passes: int, said: str
+) -> None:
+    """As in a trainer that switches mirroring off, or one axis of it."""
+    hook = "configure_rotation_dummyDA_mirroring_and_inital_patch_size"
+    nnunets = getattr(nnUNetTrainer, hook)
+    monkeypatch.setattr(nnUNetTrainer, hook, lambda one: ((0.0, 0.0), *nnunets(one)[1:3], axes))
+    trainer = late(make(annotated=[]), full_passes=passes)
+    assert (steps(trainer, 1)[0]["consistency"] > 0) is (axes is not None)
+    assert said in Path(trainer.log_file).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize(
+    "settings", [{}, {"full_passes": 3}, {"teacher_decay": 0.9}], ids=["view", "passes", "teacher"]
+)
+def test_a_compiled_network_learns_what_it_learns_otherwise(
+    make: Make, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """nnU-Net compiles on CUDA alone; `eager` runs the same wrappers without a compiler."""
+    plain = seeded_late(make("OneShotTrainer_tiny", annotated=[]), settings)
+    expected = steps(plain, 2)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda _: True)
+    compiled = seeded_late(again("OneShotTrainer_tiny"), settings)
+    found = steps(compiled, 2)
+    assert isinstance(compiled.network, OptimizedModule)
+    for one, other in zip(found, expected, strict=True):
+        assert one["consistency"] > 0
+        assert {k: float(v) for k, v in one.items()} == pytest.approx({k: float(v) for k, v in other.items()}, rel=1e-3)
+
+
+def seeded_late(trainer: Any, settings: dict[str, Any]) -> Any:
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return late(trainer, **settings)
+
+
 def test_a_mean_teacher_is_asked_instead_and_follows_slowly(make: Make) -> None:
     trainer = late(make("OneShotTrainer_tiny", annotated=[]), teacher_decay=0.9)
     asked: list[Any] = []
@@ -225,15 +301,40 @@ def test_consistency_is_off_during_the_first_tenth(make: Make) -> None:
     assert trainer.train_step(next(trainer.dataloader_train))["consistency"] == 0.0
 
 
-@pytest.mark.parametrize("change", [{"oneshot": None}, {"labels": {"background": 0, "ball": 1, "core": 2}}])
-def test_without_block_or_divergence_it_trains_exactly_as_nnunet(make: Make, change: dict[str, Any]) -> None:
-    plain = make("nnUNetTrainer_tiny", cases=5, annotated=[f"case_{n:03d}" for n in range(5)], **change)
-    losses, ours = seeded_steps(plain), again("OneShotTrainer_tiny")
+def seeded_validation(trainer: Any) -> torch.Tensor:
+    """Data of a validation batch from a fixed seed."""
+    np.random.seed(0)
+    return next(trainer.dataloader_val)["data"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fold"),
+    [({}, 0), ({}, "all"), ({"oneshot": None}, 0), ({"labels": {"background": 0, "ball": 1, "core": 2}}, 0)],
+)
+def test_without_block_or_divergence_it_trains_exactly_as_nnunet(make: Make, change: dict[str, Any], fold: Any) -> None:
+    """Also where `propagate` made the dataset, whose labels have an ignore value, of cases that are all annotated."""
+    plain = make("nnUNetTrainer_tiny", fold=fold, cases=5, annotated=[f"case_{n:03d}" for n in range(5)], **change)
+    losses, ours = seeded_steps(plain), again("OneShotTrainer_tiny", fold=fold)
     assert seeded_steps(ours) == losses
+    assert torch.equal(seeded_validation(ours), seeded_validation(plain))
     trained, expected = ours.network.state_dict(), plain.network.state_dict()
     assert all(torch.equal(trained[key], expected[key]) for key in expected)
     assert "training" in ours._introduction()
     assert ours._introduction() in Path(ours.log_file).read_text()
+
+
+def test_one_ignored_voxel_is_enough_for_the_dual_component_loss(make: Make) -> None:
+    everyone = [f"case_{number:03d}" for number in range(4)]
+    trainer = start(make(fold="all", drawn="scribbles", annotated=everyone))
+    assert "best guess" in trainer._introduction()
+
+
+def test_validation_that_is_left_out_says_nothing_of_its_labels(make: Make) -> None:
+    trainer = start(make(fold="all"))
+    trainer.perform_actual_validation()
+    log = Path(trainer.log_file).read_text()
+    assert "skipped" in log
+    assert "cases have pseudo labels" not in log
 
 
 @pytest.mark.parametrize("fold", [0, "all"])

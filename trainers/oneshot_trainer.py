@@ -30,7 +30,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
 from nnunet_oneshot.losses import DualComponentLoss, ShownViews, divergence, ramp, select, show_views
 from nnunet_oneshot.settings import LossSettings, parse_block
-from nnunet_oneshot.training_cases import Crop, TrainingCases
+from nnunet_oneshot.training_cases import Crop, TrainingCases, any_ignored
 from nnunet_oneshot.training_views import ViewChoice, rotation_obstacle
 
 
@@ -60,7 +60,8 @@ class WholeCheckpoints(nnUNetTrainer):
 class OneShotTrainer(WholeCheckpoints):
     """Dual-component loss and trust in cases, as the "oneshot" block of dataset.json says.
 
-    Without that block, or without an ignore label, it trains exactly as nnUNetTrainer.
+    Without that block, without an ignore label, or where every case is annotated and no voxel is ignored, it trains
+    exactly as nnUNetTrainer.
     """
 
     loss_settings = LossSettings()
@@ -80,6 +81,7 @@ class OneShotTrainer(WholeCheckpoints):
         self.view_choice = ViewChoice(len(self.configuration_manager.patch_size), (), False)
         self._drawn_size = tuple(self.configuration_manager.patch_size)
         self._apart: dict[str, list[dict]] = {}
+        self._all_labelled = False
         self._random = Random(12345 + self.local_rank)
         self._iteration = 0
 
@@ -136,7 +138,8 @@ class OneShotTrainer(WholeCheckpoints):
         weighted = drawn_by_weight(training.identifiers, self.block.case_weight)
         training.identifiers = with_share(weighted, self.block.annotated, self.loss_settings.annotated_share)
         self._check_supervision(training.identifiers)
-        if self.dual_loss is None:
+        self._all_labelled = self._are_all_labelled(training, {*training.identifiers, *validation.identifiers})
+        if self.dual_loss is None or self._all_labelled:
             return training, validation
         self._fill_labels(sorted(set(training.identifiers)))
         final = tuple(self.configuration_manager.patch_size)
@@ -148,6 +151,8 @@ class OneShotTrainer(WholeCheckpoints):
     def on_train_start(self):
         super().on_train_start()
         self.print_to_log_file(self._introduction())
+        if self.is_ddp and self.block is not None:
+            self.print_to_log_file("DDP: pseudo dice against annotated and against pseudo labels is not logged apart")
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
@@ -161,7 +166,8 @@ class OneShotTrainer(WholeCheckpoints):
         # The target is still on the CPU here, so that looking at it does not wait for the GPU.
         mask = self._divergence(batch["target"])
         samples = mask.flatten(1).any(1).nonzero()[:, 0]
-        if weight > 0 and len(samples) and self._iteration % self.loss_settings.every == 0:
+        due = weight > 0 and self._iterations_done() % self.loss_settings.every == 0
+        if due and self._any_divergence(samples):
             batch = {**batch, "data": batch["data"].to(self.device, non_blocking=True)}
             if (shown := self._shown_views(batch["data"], samples, weight)) is not None:
                 self.dual_loss.announce(shown)
@@ -169,7 +175,23 @@ class OneShotTrainer(WholeCheckpoints):
         if self._teacher is not None:
             self._teacher.update_parameters(self._bare_network())
         term = self.dual_loss.last_consistency
-        return {**result, "consistency": 0.0 if term is None else term.item(), "divergence": mask.float().mean().item()}
+        return {
+            **result,
+            "supervised": self.dual_loss.last_supervised.item(),
+            "consistency": 0.0 if term is None else term.item(),
+            "divergence": mask.float().mean().item(),
+        }
+
+    def _any_divergence(self, samples: Tensor) -> bool:
+        """Whether the batch, or with full passes under DDP any process's batch, has samples with divergence.
+
+        Each full pass calls nnU-Net's loss, whose batch Dice gathers from all processes: all make them, or none.
+        """
+        if not self.is_ddp or self.loss_settings.full_passes == 1:
+            return len(samples) > 0
+        most = torch.tensor(len(samples), device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return bool(most > 0)
 
     def _shown_views(self, data: Tensor, samples: Tensor, weight: float) -> ShownViews | None:
         """What the batch's output is compared with; None where the configuration allows no view."""
@@ -196,11 +218,14 @@ class OneShotTrainer(WholeCheckpoints):
         super().on_train_epoch_end(train_outputs)
         if self.dual_loss is None:
             return
-        term, share = (
-            float(np.mean([output[key] for output in train_outputs])) for key in ("consistency", "divergence")
+        supervised, term, share = (
+            float(np.mean([output[key] for output in train_outputs]))
+            for key in ("supervised", "consistency", "divergence")
         )
+        # Not called divergence: where best guesses fill it, there is less without a label than there is divergence.
         self.print_to_log_file(
-            f"consistency {term:.4f} (weight {self._consistency_weight():.3f}), divergence {share:.2%} of voxels"
+            f"supervised loss {supervised:.4f}, consistency {term:.4f} (weight {self._consistency_weight():.3f}), "
+            f"{share:.2%} of voxels without a label"
         )
 
     def _annotated_in_training(self) -> list[str]:
@@ -248,16 +273,19 @@ class OneShotTrainer(WholeCheckpoints):
         self._apart = {}
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's, for the samples with a person's label and with a pseudo label apart where a batch holds both."""
-        authors = by_author(batch["keys"], self.block.annotated) if self.block is not None else {}
+        """nnU-Net's, for the samples with a person's label and with a pseudo label apart where a batch holds both.
+
+        Once for the whole batch under DDP, where nnU-Net's batch Dice gathers from all processes in every call.
+        """
+        if self.block is None or self.is_ddp:
+            return super().validation_step(batch)
+        authors = by_author(batch["keys"], self.block.annotated)
         results = []
         for author, positions in authors.items():
             index = torch.tensor(positions)
             part = {"data": batch["data"][index], "target": select(batch["target"], index), "keys": positions}
             results.append(super().validation_step(part))
             self._apart.setdefault(author, []).append(results[-1])
-        if not results:
-            return super().validation_step(batch)
         counts = {key: sum(result[key] for result in results) for key in ("tp_hard", "fp_hard", "fn_hard")}
         shares = [len(positions) / len(batch["keys"]) for positions in authors.values()]
         loss = sum(share * result["loss"] for share, result in zip(shares, results, strict=True))
@@ -269,6 +297,15 @@ class OneShotTrainer(WholeCheckpoints):
             whose = "pseudo labels (not the truth)" if author == "pseudo" else "annotated labels"
             self.print_to_log_file(f"Pseudo dice against {whose}: {_dice(results)}")
 
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        if self.block is not None:
+            _, validation = self.do_split()
+            pseudo = set(validation) - set(self.block.annotated)
+            self.print_to_log_file(
+                f"{len(pseudo)} of {len(validation)} validation cases have pseudo labels (not the truth)"
+            )
+        super().perform_actual_validation(save_probabilities)
+
     def _has_splits(self) -> bool:
         return isfile(join(self.preprocessed_dataset_folder_base, "splits_final.json"))
 
@@ -277,12 +314,21 @@ class OneShotTrainer(WholeCheckpoints):
         return divergence(finest, self.label_manager.ignore_label, self.label_manager.has_regions)
 
     def _consistency_weight(self) -> float:
-        done = self.current_epoch + self._iteration / self.num_iterations_per_epoch
-        return ramp(done / self.num_epochs, self.loss_settings)
+        return ramp(self._iterations_done() / (self.num_iterations_per_epoch * self.num_epochs), self.loss_settings)
+
+    def _iterations_done(self) -> int:
+        """Of the whole training, also of a resumed one."""
+        return self.current_epoch * self.num_iterations_per_epoch + self._iteration
 
     def _rotation_obstacle(self, augmentation: tuple[float, float]) -> str | None:
         plan = self.configuration_manager
         return rotation_obstacle(plan.patch_size, plan.spacing, plan.pool_op_kernel_sizes, augmentation)
+
+    def _are_all_labelled(self, dataset: nnUNetBaseDataset, cases: set[str]) -> bool:
+        """Whether every case is annotated and no voxel is ignored; labels are read only where every case is."""
+        if self.dual_loss is None or self.block is None or not cases <= set(self.block.annotated):
+            return False
+        return not any_ignored(dataset, sorted(cases), self.label_manager.ignore_label)
 
     def _check_supervision(self, cases: list[str]) -> None:
         """nnU-Net lists the voxels of each class beside each case: one labelled voxel anywhere is enough to train."""
@@ -298,21 +344,29 @@ class OneShotTrainer(WholeCheckpoints):
             return 'dataset.json has no "oneshot" block: training exactly as nnUNetTrainer does'
         if self.dual_loss is None:
             return "dataset.json has no ignore label, so there is no divergence: training with nnU-Net's loss alone"
+        if self._all_labelled:
+            return "every case is annotated and no voxel is ignored: training as nnUNetTrainer does"
         return (
             f"Round {self.block.round}: {len(self.block.annotated)} annotated, {len(self.block.left_out)} left out; "
-            f"in divergence the best guess for {self.loss_settings.guess_share:.0%} of the draws, where there is none "
-            f"{self._compared()}, weight rising to {self.loss_settings.end_weight}"
+            f"in divergence the best guess for {self.loss_settings.guess_share:.0%} of the draws; without one, "
+            f"{self._compared()}"
         )
 
     def _compared(self) -> str:
-        settings = self.loss_settings
-        what = (
-            f"consistency of {settings.full_passes} full passes"
-            if settings.full_passes > 1
-            else "consistency of one view"
+        """What divergence without a best guess teaches, as far as the configuration has views to compare."""
+        settings, views = self.loss_settings, self.view_choice.count
+        if settings.end_weight == 0:
+            return "nothing"
+        if views == 0:
+            return "nothing: this configuration has neither flips nor rotations, so no views to compare"
+        passes = min(settings.full_passes, views + 1)
+        what = f"consistency of {passes} full passes" if passes > 1 else "consistency of one view"
+        fewer = (
+            "" if passes == settings.full_passes else f" ({settings.full_passes} asked for, there are no more views)"
         )
         teacher = f" and a running mean of weights (decay {settings.teacher_decay})" if settings.teacher_decay else ""
-        return f"{what}{teacher}" + ("" if settings.every == 1 else f" every {settings.every} iterations")
+        every = "" if settings.every == 1 else f" every {settings.every} iterations"
+        return f"{what}{fewer}{teacher}{every}, weight rising to {settings.end_weight}"
 
 
 def _dice(results: list[dict]) -> list[float]:
