@@ -2,8 +2,9 @@
 
 A step shows a few annotated slices twice, as two subjects of one anatomy: each with an affine and elastic warp and
 another contrast of its own. The model is to segment the second from memories of the first, or from its own slices with
-masks as a registration would have left them, which is what `retrieve` and `self` ask of it. Only the supports' own
-labels are seen. What is learnt and how it is charged for is shared with the pretraining of the built-in checkpoint.
+masks as a registration would have left them, which is what `retrieve` and `self` ask of it; for `self`, which looks at
+a window around the label, half of the steps look through such a window. Only the supports' own labels are seen. What is
+learnt and how it is charged for is shared with the pretraining of the built-in checkpoint.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _LONGEST_GRADIENT = 1.0
 _GRID = 5
 _STRONG, _WEAK = 1.0, 0.3
 _OWN_MEMORY = 0.5
+_THROUGH_WINDOW = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +47,21 @@ class Example:
     Attributes:
         images: float32 (N, S, S) in [0, 1].
         labels: int64 (N, S, S).
+        window: the same slices, cut to the part that `self` looks at; None where that is never asked for.
     """
 
     images: Tensor
     labels: Tensor
+    window: Example | None = None
 
     def classes(self, index: int) -> list[int]:
         """Label values that slice `index` shows well enough."""
         values, counts = self.labels[index].unique(return_counts=True)
         return [int(v) for v, n in zip(values, counts, strict=True) if v > 0 and n >= LEAST_PIXELS]
+
+
+Usable = tuple[Example, int, frozenset[int]]
+"""An example, one of its slices, and the label values that this slice shows well enough."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,8 @@ def adapt(
     model.eval()
 
 
-def usable_slices(model: SAM2Base, examples: Sequence[Example]) -> list[tuple[Example, int]]:
-    """Each example and slice that can be learnt from; nothing is changed.
+def usable_slices(model: SAM2Base, examples: Sequence[Example]) -> list[Usable]:
+    """Each example and slice that can be learnt from, whole slices counting; nothing is changed.
 
     Raises:
         PropagationError: too little foreground, or a model with an object score head.
@@ -134,7 +142,7 @@ def usable_slices(model: SAM2Base, examples: Sequence[Example]) -> list[tuple[Ex
         raise PropagationError(
             "expected a checkpoint without object scores for -adapt, found one with them; use builtin, or no -adapt"
         )
-    usable = [(e, i) for e in examples for i in range(len(e.images)) if e.classes(i)]
+    usable = [(e, i, frozenset(shown)) for e in examples for i in range(len(e.images)) if (shown := e.classes(i))]
     if not usable:
         raise PropagationError(
             f"expected annotated slices with at least {LEAST_PIXELS} pixels of a class for -adapt, found none; leave "
@@ -191,11 +199,11 @@ def _rate(step: int, steps: int) -> float:
 def _step(
     model: SAM2Base,
     optimiser: torch.optim.Optimizer,
-    usable: Sequence[tuple[Example, int]],
+    usable: Sequence[Usable],
     rng: np.random.Generator,
     rate: float,
 ) -> float:
-    batch = _draw_batch(usable, rng, model.device)
+    batch = draw_batch(usable, rng, model.device)
     prediction = follow(model, batch)[0]
     loss = mask_loss(prediction, batch.target)
     optimiser.zero_grad()
@@ -207,17 +215,26 @@ def _step(
     return float(loss.detach())
 
 
-def _draw_batch(usable: Sequence[tuple[Example, int]], rng: np.random.Generator, device: torch.device) -> Batch:
-    """Two subjects of a few neighbouring slices, and tasks over them."""
-    chosen, index = usable[int(rng.integers(len(usable)))]
-    near = sorted((i for e, i in usable if e is chosen), key=lambda i: abs(i - index))[:_SLICES]
-    pairs = [
-        apply_warp(chosen.images[near], chosen.labels[near], draw_warp(rng, len(near), strength))
-        for strength in (_WEAK, _STRONG)
-    ]
-    images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs, strict=True))
+def draw_batch(usable: Sequence[Usable], rng: np.random.Generator, device: torch.device) -> Batch:
+    """Two subjects of a few neighbouring slices, and tasks over them, whose memory masks and targets are never empty.
+
+    Args:
+        usable: of `usable_slices`.
+        rng: source of everything that is drawn.
+        device: of the batch.
+    """
+    chosen, index, asked = usable[int(rng.integers(len(usable)))]
+    alike = [i for e, i, shown in usable if e is chosen and shown & asked]
+    near = sorted(alike, key=lambda i: abs(i - index))[:_SLICES]
+    seen, window = chosen, chosen.window
+    # Where slices are thinned out to the input size, a thin object may fall between the pixels of one of the two.
+    if rng.random() < _THROUGH_WINDOW and window is not None and asked.intersection(window.classes(index)):
+        seen = window
+    moved = _two_subjects(seen, near, rng)
+    shows = [set(moved.classes(i)) for i in range(2 * len(near))]
     memories = int(rng.integers(1, len(near) + 1))
-    tasks = [_draw_task(chosen.classes(near[0]), len(near), memories, rng) for _ in range(_ELEMENTS)]
+    tasks = [_draw_task(shows, memories, rng) for _ in range(_ELEMENTS)]
+    images, labels = moved.images.to(device), moved.labels.to(device)
     values = torch.tensor([value for value, *_ in tasks], device=device)
     frames = torch.tensor([frames for _, frames, _ in tasks], device=device)
     amounts = np.stack([amount for *_, amount in tasks])
@@ -234,15 +251,38 @@ def _draw_batch(usable: Sequence[tuple[Example, int]], rng: np.random.Generator,
     )
 
 
+def _two_subjects(seen: Example, slices: Sequence[int], rng: np.random.Generator) -> Example:
+    """Slices as one subject has them, then as another has them; their first slices show an object that both have.
+
+    Args:
+        seen: whose slices these are.
+        slices: the first one shows an object well enough.
+        rng: of the warps.
+    """
+    amount = 1.0
+    while True:
+        warps = [draw_warp(rng, len(slices), amount * strength) for strength in (_WEAK, _STRONG)]
+        images, labels = zip(*(apply_warp(seen.images[slices], seen.labels[slices], w) for w in warps), strict=True)
+        moved = Example(torch.cat(images), torch.cat(labels))
+        if set(moved.classes(0)).intersection(moved.classes(len(slices))):
+            return moved
+        amount /= 2  # at last nothing is moved out of the picture any more
+
+
 def _draw_task(
-    classes: Sequence[int], slices: int, memories: int, rng: np.random.Generator
+    shows: Sequence[set[int]], memories: int, rng: np.random.Generator
 ) -> tuple[int, list[int], npt.NDArray[np.float32]]:
-    """A class, the frames that memory comes from (the query is frame `slices`), and how corrupted each mask is."""
-    value = int(rng.choice(list(classes)))
-    if rng.random() < _OWN_MEMORY:
-        frames = [slices + i for i in range(memories)]
-        amount = np.full(memories, rng.uniform(0.15, 1), np.float32)
-    else:
-        frames = [int(i) for i in rng.permutation(slices)[:memories]]
-        amount = np.zeros(memories, np.float32)
-    return value, frames, amount
+    """A class, the frames that memory comes from, and how corrupted each mask is.
+
+    Args:
+        shows: label values on the frames of the one subject, then of the other, whose first frame is the query.
+        memories: how many; frames that show the class are taken again where they are fewer.
+        rng: source of all three.
+    """
+    slices = len(shows) // 2
+    value = int(rng.choice(sorted(shows[0] & shows[slices])))
+    own = rng.random() < _OWN_MEMORY
+    frames = range(slices, 2 * slices) if own else rng.permutation(slices)
+    seen = [int(i) for i in frames if value in shows[i]]
+    amount = rng.uniform(0.15, 1) if own else 0.0
+    return value, [seen[i % len(seen)] for i in range(memories)], np.full(memories, amount, np.float32)

@@ -13,6 +13,8 @@ Descriptors = npt.NDArray[np.float32]
 _STRETCHES = np.linspace(0.6, 1.6, 21)
 _SHIFTS = np.linspace(-0.5, 0.5, 41)
 _OVERLAP = 0.5
+_NEAR = 0.1
+"""Share of the stack within which `near` looks for the most alike slice."""
 
 
 def rank_slices(
@@ -24,7 +26,7 @@ def rank_slices(
         query: descriptors of the query's slices.
         supports: those of each support's slices (all of them, annotated or not).
         usable: indices of each support's slices that may be used.
-        how: "position", "line" or "similarity".
+        how: "position", "line", "similarity", or "near": the most alike of those at about the same place.
 
     Returns:
         For each query slice a list of (support, slice).
@@ -78,4 +80,7 @@ def _score(query: Descriptors, support: Descriptors, how: str) -> npt.NDArray[np
         position = matching_line(similarity(query, support))
     else:
         position = (np.arange(queries) + 0.5) / queries * slices - 0.5
-    return -np.abs(position[:, None] - np.arange(slices)[None]) / slices
+    away = np.abs(position[:, None] - np.arange(slices)[None]) / slices
+    if how == "near":
+        return np.where(away <= max(_NEAR, 0.5 / slices), similarity(query, support), -1 - away)
+    return -away

@@ -154,10 +154,15 @@ class Sam2Engine:
         return [self._example(support, presentation) for (_, presentation), support in shown.items()]
 
     def _example(self, support: Support, shown: Presentation) -> Example:
-        label, annotated = _spoken(support)
-        slices = drawn_slices(shown.forward(annotated))
+        stored, annotated = _spoken(support)
+        label, slices = shown.forward(stored), drawn_slices(shown.forward(annotated)).tolist()
         seen = shown.forward(scale(support.image, self.settings.intensities))
-        return example(seen, shown.forward(label), [int(i) for i in slices], self.loaded.image_size)
+        whole = example(seen, label, slices, self.loaded.image_size)
+        if self.settings.zoom is None or self._mode(None) != "self":
+            return whole
+        # As where a label prompts: around its objects, whichever slices show them.
+        window = window_around(label, support.classes, self.settings.zoom)
+        return replace(whole, window=example(window.cut(seen), window.cut(label), slices, self.loaded.image_size))
 
     def carry(
         self,

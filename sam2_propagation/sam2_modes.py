@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -288,10 +289,23 @@ def _track_from_own_memories(
     votes: Votes,
 ) -> None:
     """As `_segment_each`, but each slice also remembers what was found on the slices before it, in both directions."""
+    for pairs, outcome in _present(tools, _tracked_outcomes(tools, banks, query, classes, memory), "retrieve"):
+        votes.add(pairs, outcome)
+
+
+def _tracked_outcomes(
+    tools: Tools,
+    banks: Mapping[int, Bank],
+    query: Viewed,
+    classes: Sequence[int],
+    memory: Mapping[tuple[int, int], Sequence[Key]],
+) -> Iterator[Found]:
+    """What each pair's own memory says of it with what was found before; of what is doubted so far, nothing is kept."""
     count = len(query.frames)
+    share = tools.settings.least_share_in("retrieve") if tools.tracker.blind_to_absence else 0.0
     for value in classes:
         for reverse in (False, True):
-            bank = Memory({})
+            bank, best = Memory({}), 0.0
             for i in range(count - 1, -1, -1) if reverse else range(count):
                 keys = memory[value, i]
                 if not keys:
@@ -299,6 +313,9 @@ def _track_from_own_memories(
                 bank.prompted = _gathered(banks, [keys], i, -1 if reverse else 1)
                 outcome = tools.tracker.step(query.frames.features([i]), bank, i, count, reverse)
                 assert outcome.memories is not None
-                bank.tracked[i] = outcome.memories
+                iou = float(outcome.predicted_iou)
+                best = max(best, iou)
+                if not share or iou >= share * best:
+                    bank.tracked[i] = outcome.memories
                 tools.tracker.forget(bank, i, tools.settings.recent)
-                votes.add([(value, i)], outcome)
+                yield [(value, i)], replace(outcome, memories=None)

@@ -10,7 +10,7 @@ from sam2_propagation.intensities import Intensities
 MODES = ("insert", "sequence", "slice", "retrieve", "self")
 """Every mode; see `Sam2Settings.mode`."""
 
-MATCHINGS = ("position", "line", "similarity")
+MATCHINGS = ("position", "line", "similarity", "near")
 """How support slices are found for a query slice."""
 
 
@@ -45,7 +45,8 @@ class Sam2Settings:
         intensities: windows and channels.
         memory_slices: slices that each query slice remembers in `retrieve` and `self`.
         matching: `position` (relative position in the stack), `line` (the straight line of slice numbers along which
-            embeddings are most alike) or `similarity` (of embeddings, slice by slice).
+            embeddings are most alike), `similarity` (of embeddings, slice by slice) or `near` (the most alike by
+            `similarity` of slices at about the same relative position, within 10 % of the stack).
         align: in `insert` and `retrieve`, bring supports onto the query's grid by registration's affine first; they are
             then other slices for every query, and are encoded anew.
         track: in `retrieve`, also remember the query's neighbouring slices, tracked both ways.
@@ -135,6 +136,7 @@ class Sam2Settings:
             )
 
 
+# None of them drops an object for a low predicted IoU: with any checkpoint, `least_share` is 0.
 _RECIPES = {
     # YoloSeg (Medical Image Analysis 2026): the image set as a video in file order, background included, three views,
     # 8-bit intensities as they are.
@@ -144,6 +146,7 @@ _RECIPES = {
         views=TURNED,
         intensities=Intensities(window=(0.0, 255.0)),
         background=True,
+        least_share=0.0,
     ),
     # SSL-MedSAM2 (CARE-LiSeg at MICCAI 2025): the whole annotated stack inserted at five random positions, every mask
     # of it prompting (slices without one are tracked as the query's are), probabilities averaged, the largest component
@@ -157,6 +160,7 @@ _RECIPES = {
         whole_stack=True,
         average="probabilities",
         largest_component=True,
+        least_share=0.0,
     ),
 }
 

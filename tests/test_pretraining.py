@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sam2_propagation.pretraining import templates, validation
+from sam2_propagation.checkpoints import load_checkpoint
+from sam2_propagation.embeddings import Encoder
+from sam2_propagation.intensities import ImageSlices
+from sam2_propagation.pretraining import templates, training, validation
 from sam2_propagation.pretraining.__main__ import main
 from sam2_propagation.pretraining.appearance import Look, draw_look, render, same_contrast
 from sam2_propagation.pretraining.corruption import corrupt, draw_corruption
@@ -28,6 +35,7 @@ from sam2_propagation.pretraining.rendering import Slices, clutter, implicit_fun
 from sam2_propagation.pretraining.state import LARGEST_FILE, load_state, save_state
 from sam2_propagation.pretraining.training import Schedule, Worker, begin, step_batch, train
 from sam2_propagation.pretraining.validation import HARD
+from sam2_propagation.tracker import Memory, Tracker, at_slice_size
 
 CPU = torch.device("cpu")
 SMALL = Recipe(size=64, groups=1, elements=3)
@@ -195,6 +203,20 @@ def test_groups_do_not_depend_on_how_many_workers_share_them() -> None:
     assert like > 0.8 > unlike + 0.3
 
 
+def test_no_two_streams_of_a_run_repeat_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, begun = np.random.default_rng, []
+
+    def noted(seed: tuple[int, ...]) -> np.random.Generator:
+        begun.append(tuple(fresh(seed).integers(2**62, size=2)))
+        return fresh(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    for step in range(3):
+        step_batch(replace(SMALL, groups=2), step, Worker(), CPU)
+    assert len(begun) == 3 * 3, "one of each group, one of what they share"
+    assert len(set(begun)) == len(begun)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_tasks_are_well_formed(seed: int) -> None:
     batch = batch_of(seed)
@@ -314,6 +336,77 @@ def test_a_step_reaches_encoder_memory_and_decoder_and_hops(soft: bool) -> None:
         assert any(g.abs().sum() > 0 for g in gradients), name
 
 
+@pytest.mark.parametrize("hop", [0, 1])
+def test_training_follows_objects_as_the_propagator_does(hop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The propagator keeps memories in bfloat16; kept in full, there must be no other difference.
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)
+    model = load_checkpoint("builtin").model
+    batch, *_ = step_batch(replace(TINY_RUN, elements=3, frames=6), 2000, Worker(), CPU)
+    with torch.no_grad():
+        predictions = follow(model.train(), batch, hop, soft=True)
+    tracker, count = Tracker(model.eval()), batch.memory_frame.shape[1]
+    frames = Encoder(model).encode(ImageSlices(batch.images[None].numpy(), model.image_size))
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    seen, masks = frames.features(batch.memory_frame.flatten().tolist()), batch.memory_mask.flatten(0, 1)
+    prompted, _ = tracker.prompt(seen, masks)
+    rows = torch.arange(len(prompted.pointers)).view_as(batch.memory_frame)
+    memory = Memory({i: prompted.take(rows[:, i]) for i in range(count)})
+    queries = batch.queries.T[: len(predictions)].tolist()
+    for place, (query, expected) in enumerate(zip(queries, predictions, strict=True), start=count):
+        outcome = tracker.step(frames.features(query), memory, place, count + len(predictions))
+        assert outcome.memories is not None
+        memory.tracked[place] = outcome.memories
+        torch.testing.assert_close(at_slice_size(outcome.logits, batch.target.shape[1:]), expected.logits, **close)
+        torch.testing.assert_close(outcome.predicted_iou, expected.iou, **close)
+
+
+@pytest.mark.slow
+def test_validation_tells_good_weights_from_random_ones_on_the_same_tasks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert validation.main(["--batches", "1"]) == 0
+    good = json.loads(capsys.readouterr().out)
+    assert good.keys() == {f"{task}{kind}" for task in validation.TASKS for kind in ("", "_copied")}
+    assert all(0.3 < score < 1 for score in good.values())
+    monkeypatch.setattr(validation, "TASKS", {"slice": validation.TASKS["slice"]})
+    model = build_model().train()
+    random = validation.validate(model, Recipe(), CPU, batches=1)
+    assert model.training
+    assert round(random["slice_copied"], 4) == good["slice_copied"], "other tasks"
+    assert random["slice"] < good["slice"] - 0.2
+
+
+def learnt(folder: Path, worker: Worker) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients and weights after a step on the worker's share of a step's elements."""
+    batch, *_ = step_batch(replace(TINY_RUN, elements=2), 0, Worker(), CPU)
+    assert len(batch.target) == 2, "as many for each worker"
+    shares = {f.name: getattr(batch, f.name)[worker.rank :: worker.world] for f in fields(Batch) if f.name != "images"}
+    given = {"step_batch": lambda *_: (replace(batch, **shares), 0, True), "LONGEST_GRADIENT": float("inf")}
+    with mock.patch.multiple(training, **given):
+        run = train(folder, TINY_RUN, Schedule(1, validation_batches=0), worker, CPU, report=lambda line: None)
+    # What nothing uses has no gradient, or, shared, one of zeros.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.model.parameters()]
+    return tuple(torch.cat([t.detach().flatten() for t in ts]) for ts in (gradients, run.model.parameters()))
+
+
+def learn_with_another(rank: int, folder: str) -> None:
+    """One of two workers, in a process of its own; one that waits too long for the other raises."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.save(learnt(Path(folder) / "run", Worker(rank, 2)), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_learns_from_all_elements(tmp_path: Path) -> None:
+    mp.spawn(learn_with_another, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    gradients, _ = learnt(tmp_path / "alone", Worker())
+    assert (first[0] - gradients).norm() < 1e-3 * gradients.norm()
+
+
 @pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path) -> None:
     recipe = TINY_RUN
@@ -364,6 +457,13 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return call
 
 
+def rewrite_summary(state: Path, **changes: object) -> None:
+    """Change entries of a state's summary; None removes one."""
+    path = state / "state.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
 def test_command_refuses_another_recipe_another_folder_and_a_silent_restart(
     tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -372,10 +472,56 @@ def test_command_refuses_another_recipe_another_folder_and_a_silent_restart(
     other = refused("-o", tmp_path / "run", "--resume", "--seed", 9)
     assert "another recipe (seed = 1 there, 9 here); use that recipe or another folder" in other
     assert "found none" in refused("-o", tmp_path / "none", "--resume")
-    summary = next((tmp_path / "run").rglob("state.json"))
-    content = json.loads(summary.read_text())
-    summary.write_text(json.dumps({**content, "generator": 1}))
+    rewrite_summary(tmp_path / "run" / "state", generator=1)
     assert "generator 1 of synthetic anatomy" in refused("-o", tmp_path / "run", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--steps", 0), "--steps of at least 1, found 0"),
+        (("--save-every", 0), "--save-every of at least 1, found 0"),
+        (("--validate-every", 0), "--validate-every of at least 1, found 0"),
+        (("--validation-batches", -1), "--validation-batches of at least 0, found -1"),
+        (("--threads", 0), "--threads of at least 1, found 0"),
+        (("--seed", -1), "--seed of at least 0, found -1"),
+        (("--elements", 0), "--elements of at least 1, found 0"),
+        (("--groups", 0), "--groups of at least 1, one for each worker, found 0"),
+        (("--frames", 1), "an even number of --frames, at least 4, found 1"),
+        (("--frames", 5), "an even number of --frames, at least 4, found 5"),
+        (("--size", 64), "--size 192, as the model takes it, found 64"),
+        (("-device", "gpu"), "'gpu'"),
+        pytest.param(
+            ("-device", "cuda"),
+            "expected a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_command_refuses_what_cannot_be_trained(
+    tmp_path: Path, refused: Callable[..., str], flags: tuple[object, ...], words: str
+) -> None:
+    assert words in refused("-o", tmp_path / "run", *flags)
+
+
+def test_command_refuses_more_workers_than_groups(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "--groups of at least 3, one for each worker, found 2" in refused("-o", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("flags", "words"), [(("--batches", 0), "--batches of at least 1"), (("-device", "x"), "'x'")])
+def test_validation_refuses_what_it_cannot_do(
+    refused: Callable[..., str], flags: tuple[object, ...], words: str
+) -> None:
+    assert words in refused(*flags, command=validation.main)
+
+
+def test_a_run_goes_on_with_as_many_workers_as_it_began_with(tmp_path: Path, refused: Callable[..., str]) -> None:
+    save_state(tmp_path / "run", 3, Recipe(), CONFIGURATION.read_text(), {"t": torch.zeros(1)}, workers=2)
+    error = refused("-o", tmp_path / "run", "--resume")
+    assert "was begun with 2 workers, found 1; use as many or another folder" in error
 
 
 def test_command_refuses_the_state_of_another_model(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -390,6 +536,9 @@ def test_command_refuses_the_state_of_another_model(tmp_path: Path, refused: Cal
         (lambda state: os.truncate(state / "000.safetensors", 2**20), "a damaged 000.safetensors"),
         (lambda state: (state / "001.safetensors").unlink(), "1 of 2 files"),
         (lambda state: (state / "state.json").write_text('{"step": 3, "rec'), "a damaged state.json"),
+        (lambda state: (state / "state.json").write_text("[]"), "a damaged state.json"),
+        (lambda state: rewrite_summary(state, step=None), "a state.json without step"),
+        (lambda state: rewrite_summary(state, recipe=None, configuration=None), "a state.json without recipe, config"),
     ],
 )
 def test_command_refuses_a_state_that_was_damaged_or_lost_a_part(

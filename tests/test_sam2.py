@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from sam2_tiny import balls, tiny_config, tiny_model
 
 from sam2_propagation import sam2_engine
+from sam2_propagation.adaptation import example
 from sam2_propagation.consensus import fuse
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.intensities import scale
@@ -25,9 +26,9 @@ from sam2_propagation.registration_slices import carried_through
 from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_engine import Prompts
 from sam2_propagation.sam2_labels import largest_components
-from sam2_propagation.sam2_memory import Votes, drawn_slices
+from sam2_propagation.sam2_memory import Votes, drawn_slices, window_around
 from sam2_propagation.sam2_settings import Sam2Settings, recipe
-from sam2_propagation.tracker import Tracker, at_slice_size
+from sam2_propagation.tracker import Memory, Tracker, at_slice_size
 from sam2_propagation.views import VIEWS
 
 SHAPE = (6, 12, 14)
@@ -324,6 +325,35 @@ def test_adaptation_looks_at_drawn_slices_and_never_at_lines_across_them(
     assert len(taught) == 3
 
 
+@pytest.mark.parametrize(
+    ("mode", "prompted", "zoom", "seen"),
+    [
+        (None, True, 0.25, True),
+        ("self", True, 0.5, True),
+        ("self", True, None, False),
+        ("retrieve", True, 0.25, False),
+        (None, False, 0.25, False),
+    ],
+)
+def test_adaptation_also_looks_through_the_window_that_self_looks_through(
+    mode: str | None, prompted: bool, zoom: float | None, seen: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[Any] = []
+    monkeypatch.setattr(sam2_engine, "adapt", lambda model, examples, steps, seed: taught.extend(examples))
+    image, label = _volume("support", shape=(5, 40, 60))
+    label = np.where(label == 2, label, 0).astype(np.int16)  # the small ball at the side
+    prompter = _Prompter(None) if prompted else None
+    propagator = Sam2Propagator(checkpoint, adapt=1, prompter=prompter, settings=Sam2Settings(mode=mode, zoom=zoom))
+    propagator.adapt([Support(image, label)], ("identity",))
+    assert (taught[0].window is not None) == seen
+    if seen and zoom is not None:
+        window = window_around(label, [2], zoom)
+        expected = example(window.cut(scale(image)), window.cut(label), range(5), 64)
+        torch.testing.assert_close(taught[0].window.images, expected.images)
+        assert torch.equal(taught[0].window.labels, expected.labels)
+        assert (taught[0].window.labels > 0).sum() > 1.5 * (taught[0].labels > 0).sum()
+
+
 def test_own_slices_tracked_and_registered_prompt_where_the_prompter_failed(checkpoint: Path) -> None:
     own = _sparse("query", (2, 3))
     found = next(Sam2Propagator(checkpoint, prompter=_Prompter(None)).propagate([own], [own.image], ("coronal",)))
@@ -538,6 +568,8 @@ def test_recipes_are_as_published() -> None:
     assert (yoloseg.views, ssl.views) == (("identity", "rot90", "rot180"), ("identity",))
     assert (ssl.mode, ssl.insertions, ssl.whole_stack, ssl.average) == ("insert", 5, True, "probabilities")
     assert (ssl.largest_component, ssl.intensities.positive, ssl.checkpoint) == (True, True, "medsam2_latest")
+    # No published one drops what is doubted.
+    assert yoloseg.least_share_in("sequence") == ssl.least_share_in("insert") == 0
 
 
 def _spied_tracks(propagator: Sam2Propagator, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int], bool]]:
@@ -650,19 +682,24 @@ def test_an_object_must_be_surer_within_a_volume_than_across_and_settings_have_t
     assert Sam2Settings(least_share=0.45).least_share_in("self") == 0.45
 
 
+def _predict_iou(monkeypatch: pytest.MonkeyPatch, predicted: Callable[[int, Memory], float]) -> None:
+    """Find everything everywhere, as sure of it as told of the frame's number and what is remembered there."""
+    step = Tracker.step
+
+    def told(self: Tracker, features: Any, memory: Memory, frame: int, *args: Any, **options: Any) -> Any:
+        outcome = step(self, features, memory, frame, *args, **options)
+        iou = torch.full_like(outcome.predicted_iou, predicted(frame, memory))
+        return replace(outcome, predicted_iou=iou, logits=outcome.logits.abs())
+
+    monkeypatch.setattr(Tracker, "step", told)
+
+
 def test_across_subjects_slices_of_a_low_predicted_iou_are_dropped(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    support, (query, _) = _support(), _volume("query")
-    step, calls = Tracker.step, itertools.count()
-
-    def doubting(self: Tracker, features: Any, memory: Any, *args: Any, **options: Any) -> Any:
-        outcome = step(self, features, memory, *args, **options)
-        # Half as sure of every other slice, whose two objects make up a batch.
-        iou = torch.full_like(outcome.predicted_iou, 0.8 if next(calls) % 2 else 0.4)
-        return replace(outcome, predicted_iou=iou, logits=outcome.logits.abs())
-
-    monkeypatch.setattr(Tracker, "step", doubting)
+    support, (query, _), calls = _support(), _volume("query"), itertools.count()
+    # Half as sure of every other slice, whose two objects make up a batch.
+    _predict_iou(monkeypatch, lambda frame, memory: 0.8 if next(calls) % 2 else 0.4)
     for blind, share, whole in ((True, 0.6, False), (True, 0.4, True), (False, 0.6, True)):
         monkeypatch.setattr(Tracker, "blind_to_absence", blind)
         propagator = Sam2Propagator(checkpoint, settings=Sam2Settings(mode="retrieve", least_share=share), batch_size=2)
@@ -670,3 +707,35 @@ def test_across_subjects_slices_of_a_low_predicted_iou_are_dropped(
         assert label is not None
         assert bool((label > 0).all()) == whole
         assert bool((label > 0).any())
+
+
+@pytest.mark.parametrize(("blind", "share", "whole"), [(True, 0.6, False), (True, 0.4, True), (False, 0.6, True)])
+def test_tracked_across_subjects_they_are_neither_kept_nor_remembered(
+    blind: bool, share: float, whole: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered: set[int] = set()
+
+    def half_as_sure_of_even_slices(frame: int, memory: Memory) -> float:
+        remembered.update(memory.tracked)
+        return 0.8 if frame % 2 else 0.4
+
+    _predict_iou(monkeypatch, half_as_sure_of_even_slices)
+    monkeypatch.setattr(Tracker, "blind_to_absence", blind)
+    propagator = Sam2Propagator(checkpoint, settings=Sam2Settings(mode="retrieve", track=True, least_share=share))
+    label = next(iter(propagator.propagate([_support()], [_volume("query")[0]], ["identity"]))).label
+    assert label is not None
+    assert (label[1::2] > 0).all()
+    assert (label[::2] > 0).all() if whole else not label[::2].any()
+    # Of the very first slice, nothing surer is known yet.
+    assert (2 in remembered) == (4 in remembered) == whole
+
+
+def test_ssl_medsam2_keeps_slices_that_are_doubted(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _predict_iou(monkeypatch, lambda frame, memory: 0.1 if memory.tracked else 0.8)
+    monkeypatch.setattr(Tracker, "blind_to_absence", True)
+    support = _support()
+    support = Support(support.image, np.where(support.label == 1, 1, 0).astype(np.int16))
+    propagator = Sam2Propagator(checkpoint, settings=recipe("ssl_medsam2"))
+    label = next(iter(propagator.propagate([support], [_volume("query")[0]], ["identity"]))).label
+    assert label is not None
+    assert (label > 0).all()

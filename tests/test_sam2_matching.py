@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sam2_propagation.matching import matching_line, rank_slices, similarity
+from sam2_propagation.sam2_settings import MATCHINGS
 
 
 def _anatomy(at: np.ndarray) -> np.ndarray:
@@ -44,10 +45,35 @@ def test_similarity_finds_equal_slices_in_any_order() -> None:
     assert [ranking[0][1] for ranking in found] == list(order)
 
 
+def test_near_takes_the_most_alike_of_slices_at_about_the_same_place() -> None:
+    support = _anatomy(np.linspace(0, 1, 20))
+    query = support.copy()
+    query[10] = support[12]  # two slices on: a tenth of the stack
+    query[4] = support[15]  # too far off to be taken for it
+    found = rank_slices(query, [support], [np.arange(20)], "near")
+    assert found[10][0] == (0, 12)
+    assert abs(found[4][0][1] - 4) <= 2
+    assert [ranking[0][1] for i, ranking in enumerate(found) if i not in (4, 10)] == [
+        i for i in range(20) if i not in (4, 10)
+    ]
+    far = [i for _, i in found[4] if abs(i - 4) > 2]
+    assert [i for _, i in found[4][-len(far) :]] == sorted(far, key=lambda i: abs(i - 4)), "then by distance"
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_near_finds_a_slice_in_stacks_of_few(slices: int) -> None:
+    support, query = _anatomy(np.linspace(0, 1, slices)), _anatomy(np.linspace(0, 1, 9))
+    near, position = (
+        [ranking[0] for ranking in rank_slices(query, [support], [np.arange(slices)], how)]
+        for how in ("near", "position")
+    )
+    assert near == position
+
+
 def test_only_usable_slices_of_every_support_are_ranked() -> None:
     supports = [_anatomy(np.linspace(0, 1, 8)), _anatomy(np.linspace(0, 1, 5))]
     usable = [np.array([2, 3]), np.array([4])]
-    for how in ("position", "line", "similarity"):
+    for how in MATCHINGS:
         found = rank_slices(_anatomy(np.linspace(0, 1, 6)), supports, usable, how)
         assert all(set(ranking) == {(0, 2), (0, 3), (1, 4)} for ranking in found)
 

@@ -12,27 +12,42 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from sam2_propagation.checkpoints import check_device
 from sam2_propagation.errors import PropagationError
+from sam2_propagation.pretraining.model import CONFIGURATION
 from sam2_propagation.pretraining.recipe import Recipe
 from sam2_propagation.pretraining.state import has_state
 from sam2_propagation.pretraining.training import Run, Schedule, Worker, train
 
 BAD_INPUT = 2
+_LEAST = {
+    "steps": 1,
+    "save_every": 1,
+    "validate_every": 1,
+    "validation_batches": 0,
+    "threads": 1,
+    "seed": 0,
+    "elements": 1,
+}
+"""Options that are numbers, and the least of each that something can be done with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 2 bad input."""
     options = _parser().parse_args(arguments)
-    problem = _problem(options)
+    worker = Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    problem = _bad_number(options, worker) or _problem(options, worker)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return BAD_INPUT
     torch.set_num_threads(options.threads)
-    worker = _join_workers()
     try:
-        device = torch.device(options.device)
+        device = check_device(options.device)
+        if worker.world > 1:
+            dist.init_process_group("gloo")
         run = train(options.o, _recipe(options), _schedule(options), worker, device, weights=options.begin_with)
     except PropagationError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,9 +89,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _problem(options: argparse.Namespace) -> str | None:
+def _bad_number(options: argparse.Namespace, worker: Worker) -> str | None:
+    """Which number nothing can be trained with, or None."""
+    for name, least in _LEAST.items():
+        found = getattr(options, name)
+        if found < least:
+            return f"expected --{name.replace('_', '-')} of at least {least}, found {found}; choose more"
+    if options.groups < worker.world:
+        return (
+            f"expected --groups of at least {worker.world}, one for each worker, found {options.groups}; choose more "
+            "groups or fewer workers"
+        )
+    if options.frames < 4 or options.frames % 2:
+        # One half is support, the other query; a query has a neighbour.
+        return f"expected an even number of --frames, at least 4, found {options.frames}; choose another"
+    size = OmegaConf.load(CONFIGURATION).model.image_size
+    if options.size != size:
+        return f"expected --size {size}, as the model takes it, found {options.size}; leave it out"
+    return None
+
+
+def _problem(options: argparse.Namespace, worker: Worker) -> str | None:
     """What is wrong with the folder or the file to begin with, or None."""
-    if has_state(options.o) and not options.resume and int(os.environ.get("RANK", "0")) == 0:
+    if has_state(options.o) and not options.resume and worker.leads:
         return f"{options.o} already holds a run; expected a new folder, or --resume to go on with it"
     if options.resume and not has_state(options.o):
         return f"--resume expects a run in {options.o}, found none; start without --resume"
@@ -95,14 +130,6 @@ def _schedule(options: argparse.Namespace) -> Schedule:
     return Schedule(
         options.steps, options.save_every, options.validate_every, validation_batches=options.validation_batches
     )
-
-
-def _join_workers() -> Worker:
-    """The place that torchrun's environment gives this process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        dist.init_process_group("gloo")
-    return Worker(int(os.environ.get("RANK", "0")), world)
 
 
 if __name__ == "__main__":

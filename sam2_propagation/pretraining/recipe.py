@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GENERATOR = 2
+GENERATOR = 3
 """Counts changes of what the same recipe draws, so that a run is not resumed with other tasks than it began with."""
 MANY_MEMORIES_FROM = 900
 """The step from which some elements have five memories."""

@@ -19,13 +19,16 @@ from sam2_propagation.pretraining.recipe import GENERATOR, Recipe
 LARGEST_FILE = 15 * 2**20
 """Bytes of tensors in one file, so that no file passes 16 MiB."""
 
+_ENTRIES = {"step": int, "recipe": dict, "configuration": str}
+"""What state.json must hold whatever its generator."""
+
 
 class RecipeMismatch(PropagationError):
-    """The folder holds a run of another recipe, generator or model."""
+    """The folder holds a run of another recipe, generator, model or number of workers."""
 
 
 def save_state(
-    folder: Path, step: int, recipe: Recipe, configuration: str, tensors: Mapping[str, torch.Tensor]
+    folder: Path, step: int, recipe: Recipe, configuration: str, tensors: Mapping[str, torch.Tensor], workers: int = 1
 ) -> None:
     """Write the state of a finished step and remove the one before."""
     fresh = folder / "state.new"
@@ -39,27 +42,40 @@ def save_state(
         "generator": GENERATOR,
         "recipe": asdict(recipe),
         "configuration": configuration,
+        "workers": workers,
         "files": len(shards),
     }
     (fresh / "state.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     _swap(folder, fresh)
 
 
-def load_state(folder: Path, recipe: Recipe, configuration: str) -> tuple[int, dict[str, torch.Tensor]]:
+def load_state(
+    folder: Path, recipe: Recipe, configuration: str, workers: int = 1
+) -> tuple[int, dict[str, torch.Tensor]]:
     """The step and the tensors of a folder's state.
 
     Raises:
         FileNotFoundError: there is no state.
-        RecipeMismatch: it was made with another recipe, generator or model configuration.
+        RecipeMismatch: it was made with another recipe, generator, model configuration or number of workers.
         PropagationError: one of its files is damaged or lost.
     """
     current = _current(folder)
+    summary = _read_summary(current)
+    _check(summary, recipe, configuration, workers, folder)
+    return summary["step"], _read_shards(current, summary.get("files"))
+
+
+def _read_summary(current: Path) -> dict[str, Any]:
     try:
         summary = json.loads((current / "state.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise _not_whole(current, "a damaged state.json") from error
-    _check(summary, recipe, configuration, folder)
-    return summary["step"], _read_shards(current, summary.get("files"))
+    if not isinstance(summary, dict):
+        raise _not_whole(current, "a damaged state.json")
+    missing = [name for name, kind in _ENTRIES.items() if not isinstance(summary.get(name), kind)]
+    if missing:
+        raise _not_whole(current, f"a state.json without {', '.join(missing)}")
+    return summary
 
 
 def _read_shards(current: Path, number: int | None) -> dict[str, torch.Tensor]:
@@ -116,7 +132,7 @@ def _shards(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]
     return shards
 
 
-def _check(summary: Mapping[str, Any], recipe: Recipe, configuration: str, folder: Path) -> None:
+def _check(summary: Mapping[str, Any], recipe: Recipe, configuration: str, workers: int, folder: Path) -> None:
     if summary.get("generator") != GENERATOR:
         raise RecipeMismatch(
             f"{folder} was begun with generator {summary.get('generator')} of synthetic anatomy, this is {GENERATOR}; "
@@ -129,3 +145,7 @@ def _check(summary: Mapping[str, Any], recipe: Recipe, configuration: str, folde
         raise RecipeMismatch(f"{folder} was begun with another recipe ({pairs}); use that recipe or another folder")
     if summary["configuration"] != configuration:
         raise RecipeMismatch(f"{folder} was begun with another model configuration; use that one or another folder")
+    if summary.get("workers") != workers:
+        raise RecipeMismatch(
+            f"{folder} was begun with {summary.get('workers')} workers, found {workers}; use as many or another folder"
+        )

@@ -77,9 +77,9 @@ def begin(recipe: Recipe, device: torch.device, weights: Path | None = None) -> 
     return Run(model.train(), average, _optimiser(model, recipe))
 
 
-def resume(run: Run, folder: Path, recipe: Recipe) -> None:
-    """Put a saved state into a run of the same recipe."""
-    run.step, tensors = load_state(folder, recipe, CONFIGURATION.read_text(encoding="utf-8"))
+def resume(run: Run, folder: Path, recipe: Recipe, workers: int) -> None:
+    """Put a saved state into a run of the same recipe and as many workers."""
+    run.step, tensors = load_state(folder, recipe, CONFIGURATION.read_text(encoding="utf-8"), workers)
     run.model.load_state_dict(_prefixed(tensors, "model."))
     run.average.load_state_dict(_prefixed(tensors, "average."))
     for name, parameter in run.model.named_parameters():
@@ -89,13 +89,13 @@ def resume(run: Run, folder: Path, recipe: Recipe) -> None:
             run.optimiser.state[parameter]["step"] = moments["step"].cpu()
 
 
-def save(run: Run, folder: Path, recipe: Recipe) -> None:
+def save(run: Run, folder: Path, recipe: Recipe, workers: int) -> None:
     """Write the run's state."""
     tensors = {f"model.{k}": v for k, v in run.model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
     for name, parameter in run.model.named_parameters():
         tensors |= {f"optimiser.{name}:{k}": v for k, v in run.optimiser.state[parameter].items()}
-    save_state(folder, run.step, recipe, CONFIGURATION.read_text(encoding="utf-8"), tensors)
+    save_state(folder, run.step, recipe, CONFIGURATION.read_text(encoding="utf-8"), tensors, workers)
 
 
 def train(
@@ -110,31 +110,39 @@ def train(
     """Train to `schedule.steps`, resuming from `folder` where it holds a state of the same recipe.
 
     Raises:
-        RecipeMismatch: the folder's state is of another recipe or model configuration.
+        RecipeMismatch: the folder's state is of another recipe, model configuration or number of workers.
         PropagationError: the state or the weights to begin with are damaged, or weights of another configuration.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     run = begin(recipe, device, weights)
     if has_state(folder):
-        resume(run, folder, recipe)
+        resume(run, folder, recipe, worker.world)
     folder.mkdir(parents=True, exist_ok=True)
     since = time.perf_counter()
     while run.step < schedule.steps:
         run.recent.append(_step(run, recipe, schedule.steps, worker, device))
         run.step += 1
         if worker.leads:
-            since = _write(run, folder, recipe, schedule, since, report)
+            since = _write(run, folder, recipe, schedule, worker, since, report)
     return run
 
 
 def step_batch(recipe: Recipe, step: int, worker: Worker, device: torch.device) -> tuple[Batch, int, bool]:
     """This worker's share of a step, by how many frames its hop goes (0 for none), and if its memories are soft.
 
-    Groups are drawn from (seed, step, group), so that they do not depend on how many workers share them.
+    Groups are drawn from (seed, step, group), so that they do not depend on how many workers share them. Noise and
+    tasks do: all those of a worker follow from its first group, which is why a run goes on with as many workers.
+
+    Args:
+        recipe: with a group for each worker at least, and `elements` of 1 or more.
+        step: from 0.
+        worker: which one.
+        device: where it is rendered.
     """
     difficulty = curriculum(step + recipe.practised)
-    common = np.random.default_rng((recipe.seed, step))
+    # No group has this number; without any, the stream would be that of group 0: numpy fills seeds up with zeros.
+    common = np.random.default_rng((recipe.seed, step, recipe.groups))
     shares = memory_shares(step + recipe.practised)
     memories = int(common.choice(list(shares), p=list(shares.values())))
     hop = int(common.integers(1, MOST_HOPS + 1)) if common.random() < recipe.hop_share else 0
@@ -192,7 +200,13 @@ def _optimiser(model: SAM2Base, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def _write(
-    run: Run, folder: Path, recipe: Recipe, schedule: Schedule, since: float, report: Callable[[str], None]
+    run: Run,
+    folder: Path,
+    recipe: Recipe,
+    schedule: Schedule,
+    worker: Worker,
+    since: float,
+    report: Callable[[str], None],
 ) -> float:
     """Log, validate and save as often as the schedule says; returns the time from which the next log counts."""
     entry: dict[str, float] = {}
@@ -206,7 +220,7 @@ def _write(
     if entry:
         _append(folder, entry, report)
     if run.step % schedule.save_every == 0 or run.step == schedule.steps:
-        save(run, folder, recipe)
+        save(run, folder, recipe, worker.world)
     return time.perf_counter() if not run.recent else since
 
 

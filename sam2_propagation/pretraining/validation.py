@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from sam2.modeling.sam2_base import SAM2Base
 
+from sam2_propagation.checkpoints import check_device
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.pretraining.losses import dice_score
 from sam2_propagation.pretraining.model import CONFIGURATION, build_model, follow, load_weights
@@ -82,16 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=4, help="of four anatomies, for each kind of task")
     parser.add_argument("-device", default="cpu")
     options = parser.parse_args(arguments)
+    if options.batches < 1:
+        print(f"error: expected --batches of at least 1, found {options.batches}; choose more", file=sys.stderr)
+        return 2
     if not options.checkpoint.is_file():
         print(f"error: expected a checkpoint at {options.checkpoint}, found none; correct the path", file=sys.stderr)
         return 2
-    model = build_model().to(options.device)
     try:
+        device = check_device(options.device)
+        model = build_model().to(device)
         load_weights(model, options.checkpoint)
     except PropagationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    scores = validate(model, Recipe(), torch.device(options.device), options.batches)
+    scores = validate(model, Recipe(), device, options.batches)
     print(json.dumps({name: round(score, 4) for name, score in scores.items()}, indent=1))
     return 0
 
