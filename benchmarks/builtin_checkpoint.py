@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from nnunet_oneshot.consensus import view_weights
 from nnunet_oneshot.phantom import KINDS
+from sam2_propagation.adaptation import apply_warp, draw_warp
 from sam2_propagation.checkpoints import load_checkpoint
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
@@ -61,6 +62,8 @@ class Method:
         prompt: whose labels prompt `self` mode: `fused` registration, its `first` view or `relay`.
         with_registration: whether registration's views are fused with SAM2's, and the relays' where these prompt.
         views: other than the default ones.
+        copies: warped copies of the annotated case that are supports beside it (arXiv 2503.04826: each query slice is
+            matched to the nearest of many augmented copies of the support slices).
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class Method:
     prompt: str | None = None
     with_registration: bool = False
     views: tuple[str, ...] | None = None
+    copies: int = 0
 
 
 def _self(**settings: Any) -> Method:
@@ -101,6 +105,11 @@ METHODS: dict[str, Method] = {
     "lever_across": Method({"mode": "retrieve"}, views=("identity",)),
     "lever_across_line": Method({"mode": "retrieve", "matching": "line"}, views=("identity",)),
     "lever_across_similarity": Method({"mode": "retrieve", "matching": "similarity"}, views=("identity",)),
+    "lever_across_near": Method({"mode": "retrieve", "matching": "near"}, views=("identity",)),
+    "lever_across_copies": Method({"mode": "retrieve", "matching": "near"}, views=("identity",), copies=12),
+    "lever_across_copies_anywhere": Method(
+        {"mode": "retrieve", "matching": "similarity"}, views=("identity",), copies=12
+    ),
     "lever_across_memory2": Method({"mode": "retrieve", "memory_slices": 2}, views=("identity",)),
     "lever_across_memory8": Method({"mode": "retrieve", "memory_slices": 8}, views=("identity",)),
     "lever_across_aligned": Method({"mode": "retrieve", "align": True}, views=("identity",)),
@@ -176,6 +185,27 @@ def pool(name: str, choice: str) -> list[tuple[str, list[str]]]:
 def _support(name: str, annotated: str) -> Support:
     image, label = read_case(name, annotated)
     return Support(image, label())
+
+
+def warped_copies(support: Support, count: int) -> list[Support]:
+    """Copies of an annotated case as other subjects would show it, warped as one-shot adaptation warps them."""
+    image = support.image.data[0]
+    low, high = np.percentile(image, (0.5, 99.5))
+    scaled = torch.from_numpy(((image - low) / (high - low)).clip(0, 1).astype(np.float32))
+    label = torch.from_numpy(support.label.astype(np.int64))
+    copies = []
+    for number in range(count):
+        moved, values = apply_warp(scaled, label, draw_warp(np.random.default_rng([0, number]), len(image), 1.0))
+        data = (moved.numpy() * (high - low) + low)[None].astype(np.float32)
+        shown = dataclasses.replace(support.image, case=f"copy{number}", data=data)
+        copies.append(Support(shown, values.numpy().astype(np.int16)))
+    return copies
+
+
+@cache
+def _supports(name: str, annotated: str, copies: int) -> list[Support]:
+    support = _support(name, annotated)
+    return [support, *warped_copies(support, copies)]
 
 
 def make_propagator(row: Row, cases: Sequence[str]) -> Sam2Propagator:
@@ -301,7 +331,7 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
     in_slices = method.settings["mode"] == "slice"
     carried = {} if in_slices or not (method.prompt or method.with_registration) else registered(row, query)["labels"]
     by_relays, relaying = relayed(row, query) if method.prompt == "relay" else (None, 0.0)
-    supports = [_sparse(row, case) if in_slices else _support(row.name, row.annotated)]
+    supports = [_sparse(row, case)] if in_slices else _supports(row.name, row.annotated, method.copies)
     begin = time.process_time()
     labels = _sam2(row, supports, query, _prompt(method, carried) if by_relays is None else by_relays)
     seconds = time.process_time() - begin

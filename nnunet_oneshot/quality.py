@@ -1,9 +1,10 @@
 """Estimated Dice of a label without ground truth, by case and class.
 
-What is at hand: how far the views of all propagators agree with the label, how far it moved since the round before,
-and, where a propagator carried the label back to the annotated case, the Dice there. Each piece of evidence is a
-number in [0, 1] that grows with quality; a rule with weights that cannot be negative turns them into a Dice. Its
-constants come from phantoms (`benchmarks/quality.py learn`), whose truth is known, and from no data set of anybody.
+What is at hand: how far the views of all propagators agree with the label, how far it moved since the round before, the
+IoU that SAM2 predicts for its masks, and, where a propagator carried the label back to the annotated case, the Dice
+there. Each piece of evidence is a number in [0, 1] that grows with quality; a rule with weights that cannot be negative
+turns them into a Dice. Its constants come from phantoms and synthetic anatomy (`benchmarks/quality.py learn`), whose
+truth is known, and from no data set of anybody.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Propagator, Support
 from sam2_propagation.relay import REVERSE_SCORE
 
-VIEWS, SOURCES, CHANGE, REVERSE = "views", "sources", "change", "reverse"
-KINDS = (VIEWS, SOURCES, CHANGE, REVERSE)
+VIEWS, SOURCES, CHANGE, REVERSE, CONFIDENCE = "views", "sources", "change", "reverse", "confidence"
+KINDS = (VIEWS, SOURCES, CHANGE, REVERSE, CONFIDENCE)
+TOLD_BY = frozenset((CHANGE, SOURCES))
+"""Kinds that say what a label is: a round's, or made by several propagators. Each rule is for one sort of label."""
 _CLIP = 0.01
 
 Evidence = dict[str, dict[int, float]]
@@ -68,9 +71,10 @@ def estimate(label: LabelVolume, opinions: Opinions) -> dict[str, float] | None:
     """
     evidence = gather(label, opinions)
     values = sorted({value for agreements in evidence.values() for value in agreements})
-    if not evidence:
+    found = {value: _of_class(value, evidence) for value in values}
+    classes = {value: dice for value, dice in found.items() if dice is not None}
+    if not evidence or (values and not classes):
         return None
-    classes = {value: _of_class(value, evidence) for value in values}
     mean = float(np.mean(list(classes.values()))) if classes else 0.0
     return {"mean": round(mean, 4), **{str(value): round(dice, 4) for value, dice in classes.items()}}
 
@@ -98,6 +102,8 @@ def gather(label: LabelVolume, opinions: Opinions) -> Evidence:
         found[CHANGE] = counts.dice(opinions.before)
     if reverse := _reverse(opinions.scores, shown):
         found[REVERSE] = reverse
+    if confidence := _confidence(opinions.scores, shown):
+        found[CONFIDENCE] = confidence
     return found
 
 
@@ -160,14 +166,23 @@ def _reverse(scores: Sequence[Mapping[str, float]], values: Sequence[int]) -> di
     return {value: float(np.mean(found or overall)) for value, found in named.items() if found or overall}
 
 
-def _of_class(value: int, evidence: Evidence) -> float:
+def _confidence(scores: Sequence[Mapping[str, float]], values: Sequence[int]) -> dict[int, float]:
+    """The IoU that SAM2 predicts for its own masks, by class, mean over its views; classes without one are absent."""
+    named = {value: [s[f"predicted_iou/{value}"] for s in scores if f"predicted_iou/{value}" in s] for value in values}
+    return {value: float(np.mean(found)) for value, found in named.items() if found}
+
+
+def _of_class(value: int, evidence: Evidence) -> float | None:
     known = {kind: agreements[value] for kind, agreements in evidence.items() if value in agreements}
-    return rule_for(frozenset(known))(known)
+    rule = rule_for(frozenset(known))
+    return None if rule is None else rule(known)
 
 
-def rule_for(kinds: frozenset[str]) -> Rule:
-    """The rule that uses most of the kinds given."""
-    return RULES[max((names for names in RULES if names <= kinds), key=len)]
+def rule_for(kinds: frozenset[str]) -> Rule | None:
+    """The rule that uses most of the kinds given, out of those for this sort of label; None where none applies."""
+    usable = [names for names in RULES if names <= kinds]
+    of_this_sort = [names for names in usable if names & TOLD_BY == kinds & TOLD_BY]
+    return RULES[max(of_this_sort or usable, key=len)] if usable else None
 
 
 def reverse_dice(

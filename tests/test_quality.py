@@ -12,6 +12,7 @@ from raw_datasets import label_array
 
 from nnunet_oneshot.quality import (
     CHANGE,
+    CONFIDENCE,
     KINDS,
     REVERSE,
     RULES,
@@ -60,9 +61,38 @@ def test_more_agreement_never_means_less_quality(kinds: frozenset[str]) -> None:
 
 def test_there_is_a_rule_for_whatever_is_at_hand() -> None:
     for kind in (VIEWS, CHANGE, REVERSE):
-        assert set(rule_for(frozenset({kind})).weights) == {kind}
-    for kinds in ({VIEWS, SOURCES}, {VIEWS, CHANGE}, set(KINDS)):
-        assert set(rule_for(frozenset(kinds)).weights) <= kinds
+        rule = rule_for(frozenset({kind}))
+        assert rule is not None
+        assert set(rule.weights) == {kind}
+    for kinds in ({VIEWS, SOURCES}, {VIEWS, CHANGE}, {VIEWS, CONFIDENCE}, set(KINDS)):
+        rule = rule_for(frozenset(kinds))
+        assert rule is not None
+        assert set(rule.weights) <= kinds
+
+
+def test_a_label_of_a_later_round_is_judged_by_a_rule_for_such_labels() -> None:
+    for more in ({VIEWS, REVERSE}, {VIEWS, SOURCES, REVERSE, CONFIDENCE}):
+        rule = rule_for(frozenset({CHANGE, *more}))
+        assert rule is not None
+        assert CHANGE in rule.weights
+
+
+def test_confidence_alone_is_no_estimate_and_no_crash() -> None:
+    scores = [{"predicted_iou/1": 0.8, "predicted_iou/2": 0.7}]
+    assert rule_for(frozenset({CONFIDENCE})) is None
+    assert estimate(LABEL, Opinions({"sam2": [LABEL]}, scores=scores)) is None
+
+
+def test_what_sam2_is_unsure_of_is_estimated_lower() -> None:
+    views = {"sam2": [LABEL, moved(1)], "registration": [moved(1), moved(2)]}
+    sure, unsure = (
+        estimate(LABEL, Opinions(views, scores=[{"predicted_iou/1": iou, "predicted_iou/2": 0.7}]))
+        for iou in (0.9, 0.4)
+    )
+    assert sure is not None
+    assert unsure is not None
+    assert sure["1"] > unsure["1"]
+    assert sure["2"] == unsure["2"]
 
 
 def test_nothing_at_hand_is_no_estimate() -> None:

@@ -1,0 +1,105 @@
+"""Evidence on pseudo labels beside their true Dice: what `quality.py` learns from and measures by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_oneshot.dataset import Case, RawDataset
+from nnunet_oneshot.quality import Opinions, by_source, dice_by_class, estimate, gather, reverse_dice
+from nnunet_oneshot.quality_opinions import view_scores
+from nnunet_oneshot.store import Store
+from sam2_propagation.consensus import fuse
+from sam2_propagation.interface import LabelVolume
+from sam2_propagation.registration import RegistrationPropagator
+
+Row = dict[str, Any]
+"""One class of one case's label: `evidence` by kind, `dice`, `estimate` by the rules in force, and whose it is."""
+DEFAULT, REGISTRATION = "default", "registration"
+
+
+def dataset_rows(store: Store, raw: RawDataset, truth: Path, name: str, registration: bool = False) -> Iterator[Row]:
+    """Rows of all un-annotated cases of a dataset, of every round whose labels are kept.
+
+    Args:
+        truth: folder of true labels.
+        name: of the set.
+        registration: give rows of what registration alone would have said, too, judged by its own views and by the
+            label carried back, as where nothing else labels.
+    """
+    for case in raw.unannotated:
+        labels = _rounds(store, raw, case)
+        if not labels:
+            continue
+        true = raw.read_label(truth / f"{case.name}{raw.file_ending}")
+        kinds = [(DEFAULT, labels, _said(store, raw, case))]
+        if registration and (alone := _by_registration(store, raw, case, labels)):
+            kinds.append((REGISTRATION, *alone))
+        for source, of_rounds, (views, scores) in kinds:
+            for number, label in enumerate(of_rounds):
+                for beside in _neighbours(number, of_rounds):
+                    about = {"set": name, "case": case.name, "round": number, "beside": beside, "source": source}
+                    other = None if beside is None else of_rounds[beside]
+                    yield from _rows(label, true, Opinions(views, other, scores), about)
+
+
+def _neighbours(number: int, labels: Sequence[LabelVolume]) -> list[int | None]:
+    """The rounds that a label is held against: the one before, as its estimate has it (none in round 0), and the next.
+
+    Whether a round made labels better is told by holding each of the two against the other.
+    """
+    before = None if number == 0 else number - 1
+    return [before, number + 1] if number + 1 < len(labels) else [before]
+
+
+def _rounds(store: Store, raw: RawDataset, case: Case) -> list[LabelVolume]:
+    """The case's labels, round by round."""
+    labels: list[LabelVolume] = []
+    while (path := store.round_path(len(labels), case.name)).is_file():
+        labels.append(raw.read_label(path))
+    return labels
+
+
+Said = tuple[Mapping[str, Sequence[LabelVolume]], list[dict[str, float]]]
+
+
+def _said(store: Store, raw: RawDataset, case: Case) -> Said:
+    """What all propagators said of a case, by source, and their scores."""
+    names = store.read_manifest().cases[case.name].views
+    labels = [raw.read_label(store.view_path(*name.split("/", 1), case.name)) for name in names]
+    return by_source(names, labels), view_scores(store, names, case.name)
+
+
+def _by_registration(
+    store: Store, raw: RawDataset, case: Case, labels: Sequence[LabelVolume]
+) -> tuple[list[LabelVolume], Said] | None:
+    """The rounds' labels, the first of them by registration's views alone, and what there is to judge them by."""
+    names = [n for n in store.read_manifest().cases[case.name].views if n.startswith(f"{REGISTRATION}/")]
+    if len(names) < 2:
+        return None
+    views = [raw.read_label(store.view_path(*name.split("/", 1), case.name)) for name in names]
+    image = raw.read_image(case)
+    first = fuse(views, spacing=image.spacing).label
+    back = reverse_dice(
+        RegistrationPropagator(), raw.support(raw.annotated[0]), image, first, names[0].split("/", 1)[1]
+    )
+    return [first, *labels[1:]], ({REGISTRATION: views}, [back])
+
+
+def _rows(label: LabelVolume, true: LabelVolume, opinions: Opinions, about: Row) -> Iterator[Row]:
+    """One row a class that either label shows."""
+    evidence = gather(label, opinions)
+    estimated = estimate(label, opinions) or {}
+    for value, dice in dice_by_class(label, true, range(1, int(np.max(true, initial=0)) + 1)).items():
+        known = {kind: round(agreements[value], 4) for kind, agreements in evidence.items() if value in agreements}
+        if known:
+            yield {
+                **about,
+                "class": value,
+                "evidence": known,
+                "dice": round(dice, 4),
+                "estimate": estimated.get(str(value)),
+            }
