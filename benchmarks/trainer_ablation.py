@@ -4,7 +4,8 @@
 
 Labels are those of round 0 as `propagate` makes them by default; nothing but the test cases' scores sees true labels.
 Each row trains in this process with augmentation in line, so that a seed fixes it. A row that is there already is not
-trained again. The table at the end compares every row with the first one by paired differences over test cases.
+trained again. The table at the end compares every row with the first one by paired differences over test cases, each
+case's Dice being the mean over the seeds given; one seed tells little, since trainings differ by as much as most rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,12 @@ ROWS: Mapping[str, Recipe] = {
 class Ablation:
     """One data set, one annotated case, one budget."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, seed: int = 0) -> None:
         self.data: DataSet = data_set(arguments.set)
         self.annotated: str = arguments.annotated or self.data.split["annotated_default"]
         self.configuration: str = arguments.c
         self.epochs: int = arguments.epochs
-        self.seed: int = arguments.seed
+        self.seed = seed
         self.mirroring: bool = not arguments.no_mirroring
         self.work: Path = arguments.o
         pool = [case for case in self.data.split["pool"] if case != self.annotated]
@@ -129,6 +130,16 @@ class Ablation:
         self._write_fused(labelled)
         for number in (LABELLED, FUSED):
             nnunet.plan_and_preprocess(number, PRESET, [self.configuration], 1)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """A finished row, made now where it is not there yet; SystemExit where one is there that is of other things."""
+        if (done := read_row(self.key(name))) is None:
+            return self.run(name)
+        expected = {"labels": self.label_settings, "annotated": self.annotated, "mirroring": self.mirroring}
+        expected["test_cases"] = len(self.test)
+        if other := [key for key, value in expected.items() if done[key] != value]:
+            raise SystemExit(f"{self.key(name)}.json is of other {', '.join(other)}: take it away to run it again")
+        return done
 
     def run(self, row: str) -> dict[str, Any]:
         """Train, predict the test cases and score them."""
@@ -234,12 +245,21 @@ def weigh_classes(trainer: Any) -> None:
     loss.ce.weight = torch.tensor(weights / weights.mean(), dtype=torch.float32, device=trainer.device)
 
 
-def difference(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """Mean paired difference of the cases' Dice and its 95 % bootstrap interval over cases."""
-    values = np.array(row["case_dice"]) - np.array(first["case_dice"])
+def difference(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> str:
+    """Mean paired difference of the cases' Dice, mean over seeds, and its 95 % bootstrap interval over cases."""
+    values = np.mean([row["case_dice"] for row in rows], axis=0) - np.mean([row["case_dice"] for row in first], axis=0)
     drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return f"{values.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def line(rows: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """One line of the table, of one row's seeds."""
+    dice = [row["dice"] for row in rows]
+    hd95 = np.mean([row["hd95"] for row in rows])
+    seconds = np.median([row["training_cpu_seconds"] for row in rows])
+    figures = [f"{np.mean(dice):.3f}", " ".join(f"{d:.3f}" for d in dice), f"{hd95:.2f}", difference(rows, first)]
+    return [rows[0]["row"], rows[0]["what"], *figures, f"{seconds:.0f}"]
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -249,7 +269,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=26, help="pool cases, the annotated one included")
     parser.add_argument("-c", default="3d_fullres")
     parser.add_argument("--epochs", type=int, default=PRESET.schedule.epochs if PRESET.schedule else 0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, help="the first N test cases only")
     parser.add_argument("--no_mirroring", action="store_true", help="predict without mirroring, for a screen")
     parser.add_argument("-o", type=Path, required=True, help="working folder, one for each data set")
@@ -260,16 +279,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="one or more")
     arguments = parser.parse_args()
     use_folders(arguments.o)
     os.environ["nnUNet_n_proc_DA"] = "0"
-    ablation = Ablation(arguments)
-    ablation.prepare()
-    rows = [read_row(ablation.key(row)) or ablation.run(row) for row in arguments.rows]
-    header = ["row", "Dice", "95 % interval", "HD95 mm", "difference to the first"]
-    print(
-        markdown(header, [[r["row"], r["dice"], r["dice_interval"], r["hd95"], difference(r, rows[0])] for r in rows])
-    )
+    ablations = [Ablation(arguments, seed) for seed in arguments.seed]
+    for ablation in ablations:
+        ablation.prepare()
+    rows = [[ablation.row(name) for ablation in ablations] for name in arguments.rows]
+    header = ["row", "what", "Dice", "by seed", "HD95 mm", "difference to the first", "CPU s of training"]
+    print(markdown(header, [line(of_seeds, rows[0]) for of_seeds in rows]))
 
 
 if __name__ == "__main__":
