@@ -478,14 +478,26 @@ def test_folds_that_are_dealt_anew_amid_a_training_are_all_trained_again(fake: F
 
 
 def test_a_first_round_that_is_far_from_what_all_views_said_is_not_taken(fake: FakeNnunet) -> None:
-    """Its own estimate is not below that of round 0: another rule, which says more of the same agreement."""
-    fake.say = lambda case, _: np.roll(label_array(int(case[-1])), 1, axis=1)
+    fake.say = lambda case, _: np.roll(label_array(int(case[-1])), 2, axis=1)
     result = run(rounds=1, all_rounds=False)
     assert result.round == 0
-    assert "by the same evidence the estimated Dice of the labels fell from" in result.ended
+    assert "the labels' Dice with what all propagators said fell from" in result.ended
     found = Record(open_store(601)[0]).value("quality-1")
     assert found is not None
-    assert found["now"] < found["before"] - refine_module.QUALITY_FALL
+    assert found["now"] < found["before"] - refine_module.AGREEMENT_FALL
+
+
+def test_a_round_that_moves_boundaries_a_little_is_taken(fake: FakeNnunet) -> None:
+    def grown(case: str, _: object) -> np.ndarray:
+        label = label_array(int(case[-1]))
+        return np.where((label == 0) & (np.roll(label, 1, axis=-1) == 1), 1, label)
+
+    fake.say = grown
+    result = run(rounds=1, all_rounds=False)
+    assert result.round == 1
+    found = Record(open_store(601)[0]).value("quality-1")
+    assert found is not None
+    assert found["now"] < found["before"]
 
 
 def test_labels_that_stay_as_they_are_are_estimated_alike_in_both_rounds(fake: FakeNnunet) -> None:
