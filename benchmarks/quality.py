@@ -27,7 +27,7 @@ import numpy as np
 import SimpleITK as sitk
 from common import REPOSITORY, data_set, lay_out, markdown, use_folders, write_row
 from quality_fit import errors, fit, kind_sets
-from quality_rows import Row, dataset_rows
+from quality_rows import DEFAULT, Row, dataset_rows
 from scipy.stats import spearmanr
 from skimage import io
 from synthetic_sets import write_synthetic_dataset
@@ -36,7 +36,7 @@ from nnunet_oneshot import nnunet
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.phantom import write_phantom_dataset
 from nnunet_oneshot.propagate import propagate
-from nnunet_oneshot.quality import CHANGE
+from nnunet_oneshot.quality import CHANGE, VIEWS
 from nnunet_oneshot.refine import open_store, refine
 from nnunet_oneshot.store import Store
 
@@ -81,9 +81,19 @@ def learn(arguments: argparse.Namespace) -> str:
     write_rules(rules)
     table = [[" ".join(kinds), *errors(rows, kinds)] for kinds in rules]
     about = {"cases": arguments.cases, "sets": arguments.sets, "trained": arguments.train, "rows": len(rows)}
-    write_row("quality_rules", {**about, "seed": "each set its own", "table": table})
+    write_row("quality_rules", {**about, "seed": "each set its own", "table": table, "sets_by_round": by_round(rows)})
     header = ["evidence", "rows", "mean absolute error", "the same, set left out", "rho, set left out"]
     return markdown(header, table)
+
+
+def by_round(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
+    """Of the labels by all propagators: by set and round, mean true Dice and mean Dice with the views, over classes."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for name, number in sorted({(row["set"], row["round"]) for row in rows}):
+        those = [r for r in rows if (r["set"], r["round"], r["source"]) == (name, number, DEFAULT)]
+        means = np.mean([(r["dice"], r["evidence"].get(VIEWS, np.nan)) for r in those], axis=0)
+        found[name][str(number)] = [round(float(mean), 4) for mean in means]
+    return found
 
 
 def set_rows(arguments: argparse.Namespace, kind: str) -> list[Row]:
@@ -160,17 +170,12 @@ def measure(arguments: argparse.Namespace) -> str:
     """Estimates against true Dice on a real set, as a table by round."""
     data = data_set(arguments.set)
     store, raw, key = existing(arguments) if arguments.d else propagated(arguments)
-    rows = [row for row in dataset_rows(store, raw, data.labels, data.name) if as_estimated(row)]
+    rows = list(dataset_rows(store, raw, data.labels, data.name))
     rounds = sorted({row["round"] for row in rows})
     table = [[data.name, number, *agreement([r for r in rows if r["round"] == number])] for number in rounds]
     about = {"set": data.name, "annotated": raw.annotated[0].name, "settings": store.read_manifest().settings}
     write_row(f"quality_{key}", {**about, "columns": HEADER, "table": table, "rows": rows})
     return markdown(HEADER, table)
-
-
-def as_estimated(row: Row) -> bool:
-    """Whether a label is held against what it is when it is made: the round before it."""
-    return row["beside"] is None or row["beside"] < row["round"]
 
 
 def existing(arguments: argparse.Namespace) -> tuple[Store, RawDataset, str]:

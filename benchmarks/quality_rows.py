@@ -40,19 +40,9 @@ def dataset_rows(store: Store, raw: RawDataset, truth: Path, name: str, registra
             kinds.append((REGISTRATION, *alone))
         for source, of_rounds, (views, scores) in kinds:
             for number, label in enumerate(of_rounds):
-                for beside in _neighbours(number, of_rounds):
-                    about = {"set": name, "case": case.name, "round": number, "beside": beside, "source": source}
-                    other = None if beside is None else of_rounds[beside]
-                    yield from _rows(label, true, Opinions(views, other, scores), about)
-
-
-def _neighbours(number: int, labels: Sequence[LabelVolume]) -> list[int | None]:
-    """The rounds that a label is held against: the one before, as its estimate has it (none in round 0), and the next.
-
-    Whether a round made labels better is told by holding each of the two against the other.
-    """
-    before = None if number == 0 else number - 1
-    return [before, number + 1] if number + 1 < len(labels) else [before]
+                about = {"set": name, "case": case.name, "round": number, "source": source}
+                before = of_rounds[number - 1] if number else None
+                yield from _rows(label, true, Opinions(views, before, scores), about)
 
 
 def _rounds(store: Store, raw: RawDataset, case: Case) -> list[LabelVolume]:

@@ -106,9 +106,11 @@ def to_grid(
 
 def _is_fresh(task: FillTask) -> bool:
     """Whether the filled label is there and as new as the label and, where there still is one, the best guess."""
-    if not task.output.is_file():
+    try:
+        written = task.output.stat().st_mtime_ns
+    except FileNotFoundError:
+        # Also where another training removes it just now.
         return False
-    written = task.output.stat().st_mtime_ns
     sources = [_label_file(task), *([task.guess] if task.guess.is_file() else [])]
     return all(source.stat().st_mtime_ns <= written for source in sources)
 

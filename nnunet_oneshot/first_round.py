@@ -13,7 +13,7 @@ from nnunet_oneshot.quality_gate import gate
 from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.refine_changes import Taken, take_up
 from nnunet_oneshot.rounds import is_kept, keep, put_in_force, target_path
-from nnunet_oneshot.store import CaseRecord, Store
+from nnunet_oneshot.store import LEFT_OUT, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
 
 
@@ -56,8 +56,11 @@ def judge_case(task: Task) -> tuple[str, CaseRecord]:
     dataset, store, name = task.dataset, task.store, task.case.name
     guess, label = (dataset.read_label(p) for p in (store.round_path(task.number, name), store.label_path(name)))
     ignore, target = ignore_value(dataset), label
-    if task.record.status != "annotated":
-        # What the fusion or a decision wrote: the guess or ignore. Anything else is an edit, of whatever shape it is.
+    if task.record.status in LEFT_OUT:
+        # A label that says anything was put there since, even where it says what was carried.
+        target = np.full(guess.shape, ignore, np.int16)
+    elif task.record.status != "annotated":
+        # What the fusion wrote: its guess or ignore. Anything else is an edit, of whatever shape it is.
         agreed = label == guess if label.shape == guess.shape else np.zeros(guess.shape, bool)
         target = np.where(agreed, guess, ignore).astype(np.int16)
     store.write_label(dataset, target, target_path(store, task.number, name), task.case)

@@ -33,8 +33,6 @@ DRAWN = ("annotated", "sparse", "corrected")
 """Statuses of cases whose label a person drew, whole or in part; they train in every fold."""
 HUMAN_WORD = ("annotated", "corrected", "accepted")
 """Statuses whose label is a person's word throughout, so that no model changes it."""
-FINAL_WORD = (*HUMAN_WORD, "rejected")
-"""Statuses that no round changes; the best guess of a rejected case is still refreshed, its training label is not."""
 MACHINE_MADE = ("pseudo", "gated")
 """Statuses of cases whose label is a program's throughout."""
 LEFT_OUT = ("failed", "gated", "rejected")

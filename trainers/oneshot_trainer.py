@@ -60,8 +60,8 @@ class WholeCheckpoints(nnUNetTrainer):
 class OneShotTrainer(WholeCheckpoints):
     """Dual-component loss and trust in cases, as the "oneshot" block of dataset.json says.
 
-    Without that block, without an ignore label, or where every case is annotated and no voxel is ignored, it trains
-    exactly as nnUNetTrainer.
+    With its default settings it trains exactly as nnUNetTrainer without that block, without an ignore label, or where
+    every case is annotated and no voxel is ignored.
     """
 
     loss_settings = LossSettings()
