@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -203,6 +204,20 @@ def test_a_correction_is_a_persons_word_whatever_was_said_before(
     for path in (store.label_path("case_3"), store.fused_path("case_3"), store.round_path(3, "case_3")):
         np.testing.assert_array_equal(read(path), edited)
     assert run(rounds=3).taken_up == []
+
+
+@pytest.mark.parametrize("rounds", [1, None])
+def test_what_was_carried_put_back_into_a_rejected_case_is_a_correction(
+    fake: FakeNnunet, roots: Roots, rounds: int | None
+) -> None:
+    if rounds is not None:
+        run(rounds=rounds)
+    settle(roots, "rejected")
+    store, _ = open_store(601)
+    shutil.copy(store.fused_path("case_3"), store.label_path("case_3"))
+    carried = read(store.fused_path("case_3"))
+    assert "case_3: corrected by hand" in run(rounds=1).taken_up
+    np.testing.assert_array_equal(read(store.label_path("case_3")), carried)
 
 
 @pytest.mark.parametrize("status", [*DECIDED, "corrected by file", "sparse"])
