@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def learn(arguments: argparse.Namespace) -> str:
-    """Collect rows of every phantom set, fit the rules, write them; returns a table of their errors."""
+    """Collect rows of every made-up set, fit the rules, write them; returns a table of their errors."""
     rows = [row for kind in arguments.sets for row in set_rows(arguments, kind)]
     rules = {kinds: fit(rows, kinds) for kinds in kind_sets(rows)}
     write_rules(rules)

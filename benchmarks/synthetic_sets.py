@@ -44,18 +44,16 @@ def write_synthetic_dataset(raw: Path, number: int, name: str, truth: Path, seed
     """Write set `seed` as an nnU-Net raw dataset in which the first case is annotated; all labels go to `truth`."""
     rng = np.random.default_rng([SEED, seed])
     slices, size = SIZES[seed % len(SIZES)]
-    drawn, volumes, values = _drawn_set(rng, cases, slices, size)
+    volumes, values = _drawn_set(rng, cases, slices, size)
     folder = raw / f"Dataset{number:03d}_{name}"
     for sub in (folder / "imagesTr", folder / "labelsTr", truth):
         sub.mkdir(parents=True, exist_ok=True)
     spacing = (1.0, 1.0, size / slices)
-    for index in range(len(drawn)):
-        image, parts = volumes[index]
-        label = _label(parts, values)
-        case = f"{name}_{index + 1:03d}"
+    for place, (image, parts) in enumerate(volumes, start=1):
+        label, case = _label(parts, values), f"{name}_{place:03d}"
         _write(folder / "imagesTr" / f"{case}_0000.nii.gz", (image * 1000).astype(np.int16), spacing)
         _write(truth / f"{case}.nii.gz", label, spacing)
-        if index == 0:
+        if place == 1:
             _write(folder / "labelsTr" / f"{case}.nii.gz", label, spacing)
     labels = {"background": 0, **{f"part {i}": i for i in range(1, len(values) + 1)}}
     content = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz"}
@@ -65,8 +63,8 @@ def write_synthetic_dataset(raw: Path, number: int, name: str, truth: Path, seed
 
 def _drawn_set(
     rng: np.random.Generator, cases: int, slices: int, size: int
-) -> tuple[list[Drawn], list[tuple[np.ndarray, np.ndarray]], list[int]]:
-    """Subjects, their volumes and the parts that are labelled; drawn again until there is something to label."""
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[int]]:
+    """The subjects' volumes and the parts that are labelled; drawn again until there is something to label."""
     while True:
         first = Drawn(first_subject(rng, draw_parts(rng)), draw_look(rng))
         volume = _render(first, rng, slices, size)
@@ -76,8 +74,8 @@ def _drawn_set(
             break
     values = sorted(rng.permutation(candidates)[: int(rng.integers(1, 4))].tolist())
     unlike = float(rng.uniform(0.3, 1))
-    drawn = [first, *(_another(rng, first, unlike) for _ in range(cases - 1))]
-    return drawn, [volume, *(_render(one, rng, slices, size) for one in drawn[1:])], values
+    others = [_another(rng, first, unlike) for _ in range(cases - 1)]
+    return [volume, *(_render(one, rng, slices, size) for one in others)], values
 
 
 def _another(rng: np.random.Generator, first: Drawn, unlike: float) -> Drawn:

@@ -7,7 +7,6 @@ the same grid here, and only where the preprocessed label says ignore.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ class FillTask:
         preprocessed: nnU-Net's folder of preprocessed cases.
         guess: the best guess in the image's own grid.
         output: the file to write.
+        writer: names the file while it is written, see `fill_labels`.
     """
 
     preprocessed: Path
@@ -41,6 +41,7 @@ class FillTask:
     plans: PlansManager
     configuration: ConfigurationManager
     ignore: int
+    writer: str
 
 
 def filled_folder(preprocessed: Path) -> Path:
@@ -57,6 +58,7 @@ def fill_labels(
     ending: str,
     ignore: int,
     processes: int,
+    writer: str,
 ) -> list[str]:
     """Write the filled label of every case that has a best guess; files newer than both their sources are kept.
 
@@ -69,6 +71,8 @@ def fill_labels(
         ending: file ending of the guesses.
         ignore: the ignore label.
         processes: cases at once.
+        writer: of all trainings on these cases this one alone, whenever it runs: what a killed run of it left is
+            removed, what another one is writing is not.
 
     Returns:
         The cases that stay as nnU-Net preprocessed them: none of their voxels is ignored, or they have no best guess,
@@ -76,9 +80,20 @@ def fill_labels(
     """
     output = filled_folder(preprocessed)
     tasks = [
-        FillTask(preprocessed, case, guesses / f"{case}{ending}", output / f"{case}.b2nd", plans, configuration, ignore)
+        FillTask(
+            preprocessed,
+            case,
+            guesses / f"{case}{ending}",
+            output / f"{case}.b2nd",
+            plans,
+            configuration,
+            ignore,
+            writer,
+        )
         for case in cases
     ]
+    for left in output.glob(f"*.part_{writer}.b2nd"):
+        left.unlink()
     stale = [task for task in tasks if not _is_fresh(task)]
     for task in stale:
         if not task.guess.is_file():
@@ -137,8 +152,6 @@ def _placed_guess(task: FillTask) -> np.ndarray:
 
 def _write(task: FillTask, filled: np.ndarray) -> None:
     blocks, chunks = comp_blosc2_params(filled.shape, tuple(task.configuration.patch_size), filled.itemsize)
-    # A folder of its own: another fold that starts meanwhile, maybe on another machine, writes the same case.
-    with tempfile.TemporaryDirectory(prefix="part_", dir=task.output.parent) as folder:
-        part = Path(folder) / task.output.name
-        blosc2.asarray(np.ascontiguousarray(filled), urlpath=str(part), chunks=chunks, blocks=blocks)
-        os.replace(part, task.output)
+    part = task.output.with_suffix(f".part_{task.writer}.b2nd")
+    blosc2.asarray(np.ascontiguousarray(filled), urlpath=str(part), chunks=chunks, blocks=blocks)
+    os.replace(part, task.output)

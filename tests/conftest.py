@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, write_raw
+
+import _nnunet_oneshot_path
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,17 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
         return Answer(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def training_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """nnU-Net's three folders, ours among its trainers, one thread; the folder that holds the three."""
+    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / root).mkdir()
+        monkeypatch.setenv(root, str(tmp_path / root))
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    _nnunet_oneshot_path.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny_dataset import preprocess_in_process, write_dataset
 
-import _nnunet_oneshot_path
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
 from nnunet_oneshot.settings import SMALL_PLANS, LossSettings
 
@@ -31,26 +29,18 @@ CASES = ["case_000", "case_001", "case_002"]
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def trainer(training_roots: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """OneShotTrainer on a dataset whose images are resampled and whose best guess in divergence is label 1."""
-    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / root).mkdir()
-        monkeypatch.setenv(root, str(tmp_path / root))
-    monkeypatch.setenv("nnUNet_extTrainer", "")
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    _nnunet_oneshot_path.register()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folder = write_dataset(tmp_path / "nnUNet_raw", NAME, cases=3)
+    folder = write_dataset(training_roots / "nnUNet_raw", NAME, cases=3)
     preprocess_in_process(NAME, ["3d_fullres"])
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     (folder / "pseudoTr" / "fused").mkdir(parents=True)
     for case in CASES[1:]:
         write_guess(folder, case, 1)
-    yield get_trainer_from_args(
+    return get_trainer_from_args(
         "901", "3d_fullres", "all", "OneShotTrainer_tiny", SMALL_PLANS, device=torch.device("cpu")
     )
-    torch.set_num_threads(threads)
 
 
 def write_guess(folder: Path, case: str, value: int) -> None:
@@ -66,10 +56,10 @@ def raw_folder() -> Path:
     return Path(os.environ["nnUNet_raw"]) / NAME
 
 
-def fill(trainer: Any) -> list[str]:
+def fill(trainer: Any, writer: str = "fold_0") -> list[str]:
     preprocessed = Path(trainer.preprocessed_dataset_folder)
     manager = (trainer.plans_manager, trainer.configuration_manager)
-    return fill_labels(preprocessed, raw_folder() / "pseudoTr" / "fused", CASES, *manager, ".nii.gz", IGNORE, 1)
+    return fill_labels(preprocessed, raw_folder() / "pseudoTr" / "fused", CASES, *manager, ".nii.gz", IGNORE, 1, writer)
 
 
 def stored(trainer: Any, case: str) -> tuple[np.ndarray, np.ndarray]:
@@ -131,13 +121,32 @@ def test_two_trainings_that_start_at_once_fill_the_same_cases(trainer: Any, monk
     def interrupted(*arguments: Any, **options: Any) -> None:
         write(*arguments, **options)
         monkeypatch.setattr(blosc2, "asarray", write)
-        fill(trainer)
+        fill(trainer, "fold_1")
 
     monkeypatch.setattr(blosc2, "asarray", interrupted)
     assert fill(trainer) == ["case_000"]
     own, filled = stored(trainer, "case_001")
     assert (filled[own == IGNORE] == 1).mean() > 0.9
     folder = filled_folder(Path(trainer.preprocessed_dataset_folder))
+    assert sorted(file.name for file in folder.iterdir()) == ["case_001.b2nd", "case_002.b2nd"]
+
+
+def test_what_a_killed_training_left_half_written_goes_when_it_runs_again(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = blosc2.asarray
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        write(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(blosc2, "asarray", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fill(trainer)
+    monkeypatch.setattr(blosc2, "asarray", write)
+    folder = filled_folder(Path(trainer.preprocessed_dataset_folder))
+    assert len(list(folder.iterdir())) == 1
+    fill(trainer)
     assert sorted(file.name for file in folder.iterdir()) == ["case_001.b2nd", "case_002.b2nd"]
 
 

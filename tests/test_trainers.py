@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_dataset import LABELS, preprocess_in_process, write_dataset
 from torch._dynamo import OptimizedModule
 
-import _nnunet_oneshot_path
 from nnunet_oneshot.case_selection import by_author, dealt_split, drawn_by_weight, usable_split
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.losses import ramp
@@ -34,24 +33,11 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / root).mkdir()
-        monkeypatch.setenv(root, str(tmp_path / root))
-    monkeypatch.setenv("nnUNet_extTrainer", "")
-    _nnunet_oneshot_path.register()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def make(roots: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def make(training_roots: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a trainer on a new tiny dataset; keyword arguments are those of write_dataset."""
 
     def trainer(name: str = "OneShotTrainer_tiny", configuration: str = "2d", fold: Any = 0, **dataset: Any) -> Any:
-        write_dataset(roots / "nnUNet_raw", "Dataset901_Tiny", **dataset)
+        write_dataset(training_roots / "nnUNet_raw", "Dataset901_Tiny", **dataset)
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
         preprocess_in_process("Dataset901_Tiny", [configuration])
         monkeypatch.setenv("nnUNet_n_proc_DA", "0")
@@ -287,10 +273,10 @@ def test_other_losses_are_trainers_that_nnunet_finds(make: Make, name: str, sett
     ],
 )
 def test_a_dataset_json_that_cannot_be_trained_on_is_refused(
-    make: Make, roots: Path, content: dict[str, Any], error: type[Exception], word: str
+    make: Make, training_roots: Path, content: dict[str, Any], error: type[Exception], word: str
 ) -> None:
     make()
-    path = roots / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset.json"
+    path = training_roots / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
     with pytest.raises(error, match=word):
         again("OneShotTrainer_tiny").do_split()
@@ -350,7 +336,7 @@ def test_few_cases_train(make: Make, cases: int, fold: Any) -> None:
 
 
 @pytest.mark.parametrize("fold", [0, 1, "all"])
-def test_left_out_cases_never_train_and_annotated_ones_always_do(make: Make, roots: Path, fold: Any) -> None:
+def test_left_out_cases_never_train_and_annotated_ones_always_do(make: Make, training_roots: Path, fold: Any) -> None:
     trainer = make(cases=6, left_out=["case_004"], fold=fold)
     train, validation = trainer.do_split()
     assert "case_000" in train
@@ -358,7 +344,7 @@ def test_left_out_cases_never_train_and_annotated_ones_always_do(make: Make, roo
     assert validation
     assert fold == "all" or "case_000" not in validation
     splits = [{"train": ["case_001", "case_004"], "val": ["case_000", "case_002"]}] * 2
-    path = roots / "nnUNet_preprocessed" / "Dataset901_Tiny" / "splits_final.json"
+    path = training_roots / "nnUNet_preprocessed" / "Dataset901_Tiny" / "splits_final.json"
     path.write_text(json.dumps(splits))
     train, validation = trainer.do_split()
     if fold != "all":

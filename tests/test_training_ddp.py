@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from tiny_dataset import LABELS, preprocess_in_process, write_dataset
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import _nnunet_oneshot_path
 from nnunet_oneshot.losses import DualComponentLoss, show_views
 from nnunet_oneshot.settings import SMALL_PLANS
 from nnunet_oneshot.training_views import TrainingView
@@ -98,21 +97,13 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path: Path
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def dataset(training_roots: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny dataset, preprocessed; the folder for what processes write."""
-    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / root).mkdir()
-        monkeypatch.setenv(root, str(tmp_path / root))
-    monkeypatch.setenv("nnUNet_extTrainer", "")
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    _nnunet_oneshot_path.register()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    write_dataset(tmp_path / "nnUNet_raw", "Dataset901_Tiny", cases=3)
+    write_dataset(training_roots / "nnUNet_raw", "Dataset901_Tiny", cases=3)
     preprocess_in_process("Dataset901_Tiny", ["2d"])
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return training_roots
 
 
 def joined_trainer(rank: int, store: str) -> Any:

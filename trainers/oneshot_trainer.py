@@ -263,6 +263,7 @@ class OneShotTrainer(WholeCheckpoints):
                 self.dataset_json["file_ending"],
                 self.label_manager.ignore_label,
                 get_allowed_n_proc_DA(),
+                f"{type(self).__name__}_{self.fold}",
             )
             self.print_to_log_file(f"Best guesses in divergence for {len(cases) - len(without)} of {len(cases)} cases")
         if self.is_ddp:
