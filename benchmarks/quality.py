@@ -122,7 +122,7 @@ def write_set(kind: str, number: int, truth: Path, cases: int) -> None:
         return
     shape, seed, _ = PHANTOMS[kind]
     made = write_phantom_dataset(raw, number, kind, truth=truth, cases=cases, shape=shape, seed=seed, kind=kind)
-    spoil(made.folder, seed)
+    spoil(sorted((made.folder / "imagesTr").iterdir())[1:], seed)
 
 
 def configuration_of(kind: str) -> str:
@@ -130,24 +130,24 @@ def configuration_of(kind: str) -> str:
     return PHANTOMS[kind][2] if kind in PHANTOMS else "3d_fullres"
 
 
-def spoil(folder: Path, seed: int) -> None:
-    """Invert, gamma-change or add noise to three of every six un-annotated images."""
+def spoil(images: Sequence[Path], seed: int) -> list[Path]:
+    """Invert, gamma-change or add noise to three of every six images, in place; those three."""
     rng = np.random.default_rng(seed)
-    for index, path in enumerate(sorted((folder / "imagesTr").iterdir())[1:]):
-        if index % 6 > 2:
-            continue
+    changed = [(index % 6, path) for index, path in enumerate(images) if index % 6 < 3]
+    for way, path in changed:
         png = path.suffix == ".png"
         image = None if png else sitk.ReadImage(str(path))
-        data = io.imread(path).astype(float) if png else sitk.GetArrayFromImage(image).astype(float)
-        top = np.percentile(data, 99.5)
-        inside = (data / top).clip(0, 1)
-        data = (1 - inside, inside**2.5, inside + rng.normal(0, 0.12, data.shape))[index % 6].clip(0, 1) * top
+        stored = io.imread(path) if png else sitk.GetArrayFromImage(image)
+        top = np.percentile(stored, 99.5)
+        inside = (stored.astype(float) / top).clip(0, 1)
+        data = (1 - inside, inside**2.5, inside + rng.normal(0, 0.12, stored.shape))[way].clip(0, 1) * top
         if png:
             io.imsave(path, data.astype(np.uint8), check_contrast=False)
             continue
-        spoiled = sitk.GetImageFromArray(data.astype(np.int16))
+        spoiled = sitk.GetImageFromArray(data.astype(stored.dtype))
         spoiled.CopyInformation(image)
         sitk.WriteImage(spoiled, str(path), True)
+    return [path for _, path in changed]
 
 
 def key_of(kinds: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import DataSet, data_set, lay_out, markdown, read_row, use_folders, write_row
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.run.run_training import get_trainer_from_args
+from in_process import make, predict
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_oneshot import nnunet
@@ -146,7 +144,8 @@ class Ablation:
         begin = time.process_time()
         trainer = self._trained(ROWS[row])
         trained = time.process_time()
-        predictions = self._predict(trainer, self.work / "predictions" / self.key(row))
+        images = {case: [self.data.folder / "images" / f"{case}{self.data.ending}"] for case in self.test}
+        predictions = predict(trainer, images, self.work / "predictions" / self.key(row), self.mirroring)
         scored = evaluate(self.data.labels, predictions, self.dataset_json, cases=self.test)
         return write_row(self.key(row), self._content(row, scored, trainer, trained - begin))
 
@@ -160,18 +159,15 @@ class Ablation:
         (folder / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def _trained(self, recipe: Recipe) -> Any:
+        def before(trainer: Any) -> None:
+            if recipe.settings is not None:
+                trainer.loss_settings = recipe.settings
+            if recipe.weighted:
+                trainer.block = replace(trainer.block, case_weight=self._quality())
+
         base = "nnUNetTrainer" if recipe.settings is None else "OneShotTrainer"
-        arguments = (str(recipe.dataset), self.configuration, "all", PRESET.trainer(base), PRESET.plans)
-        trainer = get_trainer_from_args(*arguments, device=torch.device("cpu"))
-        trainer.num_epochs, trainer.disable_checkpointing = self.epochs, True
-        if recipe.settings is not None:
-            trainer.loss_settings = recipe.settings
-        if recipe.weighted:
-            trainer.block = replace(trainer.block, case_weight=self._quality())
-        random.seed(self.seed)
-        np.random.seed(self.seed)
-        torch.manual_seed(self.seed)
-        trainer.initialize()
+        names = (PRESET.trainer(base), PRESET.plans)
+        trainer = make(recipe.dataset, self.configuration, names, self.epochs, self.seed, before=before)
         if recipe.balanced:
             weigh_classes(trainer)
         trainer.run_training()
@@ -183,25 +179,6 @@ class Ablation:
         manifest = read_manifest(path)
         manifest.weight_by_quality = True
         return dict(oneshot_block(manifest).case_weight)
-
-    def _predict(self, trainer: Any, output: Path) -> Path:
-        predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=self.mirroring, allow_tqdm=False)
-        trainer.set_deep_supervision_enabled(False)
-        trainer.network.eval()
-        predictor.manual_initialization(
-            trainer.network,
-            trainer.plans_manager,
-            trainer.configuration_manager,
-            None,
-            trainer.dataset_json,
-            type(trainer).__name__,
-            trainer.inference_allowed_mirroring_axes,
-        )
-        predictor.list_of_parameters = [trainer.network.state_dict()]
-        output.mkdir(parents=True, exist_ok=True)
-        images = [[str(self.data.folder / "images" / f"{case}{self.data.ending}")] for case in self.test]
-        predictor.predict_from_files_sequential(images, [str(output / case) for case in self.test])
-        return output
 
     def _content(self, row: str, scored: Evaluation, trainer: Any, seconds: float) -> dict[str, Any]:
         dice, hd95 = (scored.summary[FOREGROUND][metric] for metric in ("Dice", "HD95"))

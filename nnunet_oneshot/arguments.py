@@ -151,7 +151,8 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="P",
-        help="margin between the model's first two classes below which a voxel becomes ignore (default: %(default)s)",
+        help="margin between the model's first two classes below which a voxel becomes ignore; OneShotTrainer fills it "
+        "with the best guess all the same, OneShotTrainerConsistency does not (default: %(default)s)",
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from file_watch import opened_files
 from raw_datasets import Roots, label_array, write_image, write_raw
@@ -41,6 +42,7 @@ def test_the_watch_sees_a_label_read_by_a_library_in_c(tmp_path: Path) -> None:
     assert opened == {"a.nii.gz"}
 
 
+@pytest.mark.slow
 def test_noise_for_the_other_cases_labels_changes_no_byte(roots: Roots, tmp_path: Path) -> None:
     dataset_folder = write_raw(roots.raw, cases=CASES)
     predictions = tmp_path / "predictions"

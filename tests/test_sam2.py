@@ -143,9 +143,12 @@ VOLUME_MODES = {
     "insert": Sam2Settings(mode="insert"),
     "insert twice": Sam2Settings(mode="insert", insertions=2, average="probabilities"),
 }
+LONG = ("insert twice",)
 
 
-@pytest.mark.parametrize("name", VOLUME_MODES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in VOLUME_MODES]
+)
 def test_each_slice_of_each_view_is_encoded_once(name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = [_volume(f"query{i}", shift) for i, shift in enumerate((0.1, -0.1))]
     prompter = _Prompter(queries[0][1])

@@ -1,0 +1,330 @@
+"""What each part of a round gives: out-of-fold labels, fusion, warm start, gating, on the same labels of round 0.
+
+    python benchmarks/refinement_ablation.py --set hippocampus --cases 26 -c 3d_fullres --epochs 10 -o WORK [--spoil]
+
+Rows of labels are scored on the un-annotated pool cases, rows of models on the test cases, by mean foreground Dice:
+
+    labels: before           round 0, as `propagate` makes them by default
+            model            what one model says that was trained on all of them
+            model_labels, model_views  the same, fused with the labels before, or with every propagator's views
+            one              what `refine` makes of it by default (with SAM2's opinion where SAM2 looked along planes)
+            folds            as `one`, each case by the one of two models that was not trained on its label
+            ensemble         what both of these models say together
+    models: round_0          trained on round 0's labels
+            ungated          the same, with the cases that quality leaves out
+            scratch, warm    trained on the labels `one`: from new weights, or from those of round_0
+            from_folds       trained on the labels `folds`, from new weights
+
+Trainings are short (`--epochs` of the preset `small`) and seeded; those of round 0 and of `scratch` differ in labels
+alone. With --spoil half of the un-annotated images are inverted, gamma-changed or made noisy before anything is done
+(the test images are not), which is what gating is for; only `before`, round_0 and ungated are made then. Nothing but
+the scores sees a true label. Finished rows are small JSON files, and are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import lay_out, markdown, read_row, use_folders, write_row
+from in_process import Weights, make, predict
+from quality import spoil
+from trainer_ablation import LABELLED, POOL, PRESET, Ablation, add_data_arguments, difference
+
+from nnunet_oneshot import nnunet
+from nnunet_oneshot.dataset import RawDataset
+from nnunet_oneshot.evaluate import FOREGROUND, evaluate
+from nnunet_oneshot.first_round import take_over
+from nnunet_oneshot.metrics import METRICS
+from nnunet_oneshot.nnunet import Fold
+from nnunet_oneshot.prompting import carried_views
+from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.quality_gate import MIN_QUALITY
+from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.refresh import note_preprocessed, refresh
+from nnunet_oneshot.relabel import Trust, relabel
+from nnunet_oneshot.rounds import kept_manifest
+from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, opinion_of
+from nnunet_oneshot.store import LEFT_OUT, Store
+from nnunet_oneshot.training_data import splits, write_training_files
+from sam2_propagation.consensus import fuse
+from sam2_propagation.interface import LabelVolume
+
+FOLDED, UNGATED = 611, 612
+"""Copies of the labelled dataset: whose round is made by two folds, and of which no case is left out."""
+FOLDS = 2
+LABELS = ("before", "model", "model_labels", "model_views", "one", "folds", "ensemble")
+MODELS = ("round_0", "ungated", "scratch", "warm", "from_folds")
+SPOILED = ("before", "round_0", "ungated")
+
+
+class Rounds(Ablation):
+    """One data set, one annotated case, one budget, one seed."""
+
+    def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
+        super().__init__(arguments, seed)
+        self.spoiled: bool = arguments.spoil
+
+    def key(self, row: str) -> str:
+        """Name of the row's file."""
+        pool, budget = len(self.pool) + 1, f"{self.epochs}x{PRESET.schedule.iterations if PRESET.schedule else 0}"
+        spoiled = "_spoiled" if self.spoiled else ""
+        return (
+            f"refinement_ablation_{self.data.name}_{pool}{spoiled}_{self.configuration}_{budget}_seed{self.seed}_{row}"
+        )
+
+    def prepare(self) -> None:
+        """Labels of round 0, copies of them, and nnU-Net's preprocessing of each."""
+        folder = lay_out(self.data, POOL, self.pool, [self.annotated])
+        self.dataset_json = folder / "dataset.json"
+        noted = self.work / "spoiled.json"
+        if self.spoiled and not noted.is_file():
+            images = [folder / "imagesTr" / f"{case}_0000{self.data.ending}" for case in sorted(self.pool)]
+            noted.write_text(json.dumps([path.name for path in spoil(images, 0)]), encoding="utf-8")
+        if not list(nnunet.root("nnUNet_raw").glob(f"Dataset{LABELLED}_*/oneshot.json")):
+            propagate(POOL, LABELLED, num_processes=1)
+        copies = (UNGATED,) if self.spoiled else (FOLDED, UNGATED)
+        for number in copies:
+            self._copy(number)
+        for number in (LABELLED, *copies):
+            store, raw = self.store(number)
+            take_over(raw, store, 1, 0.0 if number == UNGATED else MIN_QUALITY)
+            if number == FOLDED:
+                _deal(store, raw)
+            # Noted once: labels of a later round may have been put in force since.
+            if not nnunet.is_preprocessed(number, PRESET.plans, self.configuration):
+                nnunet.plan_and_preprocess(number, PRESET, [self.configuration], 1)
+                note_preprocessed(number, PRESET.plans, [self.configuration])
+
+    def row(self, name: str) -> dict[str, Any]:
+        """A finished row, made now where it is not there yet."""
+        if (done := read_row(self.key(name))) is not None:
+            return done
+        cases = self.pool if name in LABELS else self.test
+        scored = evaluate(self.data.labels, getattr(self, name), self.dataset_json, cases=cases)
+        found = scored.case_mean()[:, METRICS.index("Dice")]
+        content = {"row": name, "of": "labels" if name in LABELS else "model", "n": len(cases), "seed": self.seed}
+        content |= {"dice": round(scored.summary[FOREGROUND]["Dice"].mean, 4)}
+        content |= {"case_dice": [round(float(value), 4) for value in found]}
+        content |= {"set": self.data.name, "annotated": self.annotated, "configuration": self.configuration}
+        content |= {"epochs": self.epochs, "spoiled": self.spoiled, "mirroring": self.mirroring}
+        content |= {"left_out": self.left_out, "opinion": opinion_of(self.store(LABELLED)[0], AS_BEFORE)}
+        return write_row(self.key(name), content)
+
+    def store(self, number: int) -> tuple[Store, RawDataset]:
+        """A labelled dataset and its images."""
+        return open_store(number)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Cases that round 0's estimated quality leaves out."""
+        cases = kept_manifest(self.store(LABELLED)[0], 0).cases
+        return sorted(name for name, record in cases.items() if record.status in LEFT_OUT)
+
+    # --- labels, each a folder ---
+
+    @property
+    def before(self) -> Path:
+        """Round 0's."""
+        return self.store(LABELLED)[0].round_path(0, "x").parent
+
+    @cached_property
+    def model(self) -> Path:
+        """What the one model says."""
+        return self._said("model", lambda output: self._predict_pool([self._weights("round_0")], self.pool, output))
+
+    @property
+    def model_labels(self) -> Path:
+        """The model, fused with the labels before."""
+        store, raw = self.store(LABELLED)
+        return self._fused("model_labels", lambda case: [raw.read_label(store.round_path(0, case))])
+
+    @property
+    def model_views(self) -> Path:
+        """The model, fused with all views."""
+        store, raw = self.store(LABELLED)
+        sources = sorted(store.read_manifest().sources)
+        return self._fused(
+            "model_views", lambda case: [view for source in sources for view in carried_views(raw, store, source, case)]
+        )
+
+    @property
+    def one(self) -> Path:
+        """Round 1 as it is by default."""
+        return self._relabelled(LABELLED, self.model)
+
+    @property
+    def folds(self) -> Path:
+        """Round 1, out of fold."""
+        return self._relabelled(FOLDED, self._out_of_fold)
+
+    @cached_property
+    def ensemble(self) -> Path:
+        """What the folds' models say together."""
+        weights = [self._weights(f"fold_{fold}") for fold in range(FOLDS)]
+        return self._said("ensemble", lambda output: self._predict_pool(weights, self.pool, output))
+
+    @cached_property
+    def _out_of_fold(self) -> Path:
+        held_out = [split["val"] for split in splits(self.store(FOLDED)[0].read_manifest(), FOLDS)]
+
+        def fill(output: Path) -> None:
+            for fold, cases in enumerate(held_out):
+                self._predict_pool([self._weights(f"fold_{fold}")], cases, output)
+            # Cases that are left out of training validate in no fold.
+            self._predict_pool(
+                [self._weights(f"fold_{fold}") for fold in range(FOLDS)],
+                [case for case in self.pool if not any(case in cases for cases in held_out)],
+                output,
+            )
+
+        return self._said("out_of_fold", fill)
+
+    # --- models, each the folder of its predictions ---
+
+    @property
+    def round_0(self) -> Path:
+        """Trained on the labels before."""
+        return self._tested("round_0")
+
+    @property
+    def ungated(self) -> Path:
+        """Trained on all of them."""
+        return self._tested("ungated")
+
+    @property
+    def scratch(self) -> Path:
+        """Trained on round 1's labels."""
+        self._relabelled(LABELLED, self.model)
+        return self._tested("scratch")
+
+    @property
+    def warm(self) -> Path:
+        """The same, from the weights of before."""
+        self._relabelled(LABELLED, self.model)
+        return self._tested("warm")
+
+    @property
+    def from_folds(self) -> Path:
+        """Trained on the labels out of fold."""
+        self._relabelled(FOLDED, self._out_of_fold)
+        return self._tested("from_folds")
+
+    def _weights(self, name: str) -> Weights:
+        """A model's weights, trained now where they are not there."""
+        path = self.work / "weights" / f"{name}_seed{self.seed}_{self.epochs}.pt"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            fold: Fold = int(name.removeprefix("fold_")) if name.startswith("fold_") else "all"
+            torch.save(self._trained_model(name, fold).network.state_dict(), path)
+        return torch.load(path, weights_only=True)
+
+    def _trained_model(self, name: str, fold: Fold) -> Any:
+        number = {"ungated": UNGATED, "from_folds": FOLDED}.get(name, FOLDED if fold != "all" else LABELLED)
+        wanted = 1 if name in ("scratch", "warm", "from_folds") else 0
+        if (found := self.store(number)[0].read_manifest().round) != wanted:
+            raise SystemExit(f"expected labels of round {wanted} for {name}, found {found}: use another -o")
+        refresh(number, 1)
+        trainer = self._new(number, fold)
+        if name == "warm":
+            trainer.network.load_state_dict(self._weights("round_0"))
+        trainer.run_training()
+        return trainer
+
+    def _new(self, number: int, fold: Fold = "all") -> Any:
+        names = (PRESET.trainer(), PRESET.plans)
+        return make(number, self.configuration, names, self.epochs, self.seed, fold=fold)
+
+    def _tested(self, name: str) -> Path:
+        images = {case: [self.data.folder / "images" / f"{case}{self.data.ending}"] for case in self.test}
+        return self._predict([self._weights(name)], images, self.work / "predictions" / f"{name}_seed{self.seed}")
+
+    def _predict_pool(self, weights: Sequence[Weights], cases: Sequence[str], output: Path) -> None:
+        _, raw = self.store(LABELLED)
+        if cases:
+            self._predict(weights, {case: raw.case(case).images for case in cases}, output)
+
+    def _predict(self, weights: Sequence[Weights], images: Mapping[str, Sequence[Path]], output: Path) -> Path:
+        return predict(self._new(LABELLED), images, output, self.mirroring, weights)
+
+    def _said(self, name: str, fill: Callable[[Path], None]) -> Path:
+        output = self.work / "predictions" / f"pool_{name}_seed{self.seed}"
+        if not output.is_dir():
+            unfinished = output.with_name(f"{output.name}_unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            fill(unfinished)
+            os.replace(unfinished, output)
+        return output
+
+    def _fused(self, name: str, others: Callable[[str], list[LabelVolume]]) -> Path:
+        _, raw = self.store(LABELLED)
+
+        def fill(output: Path) -> None:
+            for case in map(raw.case, self.pool):
+                said = raw.read_label(self.model / f"{case.name}{raw.file_ending}")
+                label = fuse([said, *others(case.name)], spacing=raw.image_geometry(case)[1]).label
+                raw.write_label(label, output / f"{case.name}{raw.file_ending}", case)
+
+        return self._said(name, fill)
+
+    def _relabelled(self, number: int, predictions: Path) -> Path:
+        """Round 1 of a dataset, made now where it is not there; the folder of its best guesses."""
+        store, raw = self.store(number)
+        if store.read_manifest().round == 0:
+            chosen = opinion_of(store, AS_BEFORE)
+            cases = [raw.case(name) for name in self.pool]
+            asked = ask_sam2(raw, store, cases, predictions, 1, chosen, "cpu", 1) if chosen else None
+            relabel(raw, store, predictions, 1, 1, trust=Trust(asked))
+        return store.round_path(1, "x").parent
+
+    def _copy(self, number: int) -> None:
+        raw_folder = nnunet.root("nnUNet_raw")
+        source = next(raw_folder.glob(f"Dataset{LABELLED}_*"))
+        target = raw_folder / source.name.replace(str(LABELLED), str(number))
+        if not target.is_dir():
+            shutil.copytree(source, target.with_name(f"{target.name}.part"))
+            os.replace(target.with_name(f"{target.name}.part"), target)
+
+
+def _deal(store: Store, raw: RawDataset) -> None:
+    """Deal the cases over folds."""
+    manifest = store.read_manifest().model_copy(update={"num_folds": FOLDS})
+    write_training_files(raw, store, manifest)
+    store.write_manifest(manifest)
+
+
+def main() -> None:
+    """Make what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="+", choices=(*LABELS, *MODELS))
+    parser.add_argument("--spoil", action="store_true", help="of half of the un-annotated images, another contrast")
+    arguments = parser.parse_args()
+    use_folders(arguments.o)
+    os.environ["nnUNet_n_proc_DA"] = "0"
+    rounds = Rounds(arguments, arguments.seed)
+    rounds.prepare()
+    wanted = arguments.rows or (SPOILED if arguments.spoil else (*LABELS, *MODELS))
+    if "ungated" in wanted and not rounds.left_out:
+        print("no case is left out of round 0: ungated would be round_0")
+        wanted = [name for name in wanted if name != "ungated"]
+    rows = {name: rounds.row(name) for name in wanted}
+    firsts = {of: next(row for row in rows.values() if row["of"] == of) for of in {row["of"] for row in rows.values()}}
+    table = [
+        [row["of"], name, row["n"], f"{row['dice']:.3f}", difference([row], [firsts[row["of"]]])]
+        for name, row in rows.items()
+    ]
+    print(markdown(["of", "row", "n", "Dice", "difference to the first of its kind"], table))
+
+
+if __name__ == "__main__":
+    main()
