@@ -3,6 +3,7 @@
     python benchmarks/quality.py learn -o WORK             # writes nnunet_oneshot/quality_rules.py
     python benchmarks/quality.py measure -o WORK --set chaos_mr_t2 [--cases 9]
     python benchmarks/quality.py measure -o WORK --set hippocampus -d 601 --raw RAW [--name NAME]
+                                         # also of what refinement_ablation.py --spoil has made
 
 `learn` makes phantom sets of three kinds, some of whose images are inverted, made noisy or strongly gamma-changed, and
 sets of synthetic anatomy (synthetic_sets.py), some of whose images have another contrast. `propagate` carries the
@@ -52,6 +53,7 @@ TRAINED = ("thick_slices", "isotropic", *(f"{SYNTHETIC}{seed}" for seed in range
 RULES_FILE = REPOSITORY / "nnunet_oneshot" / "quality_rules.py"
 HEADER = ["set", "round", "cases", "true Dice", "estimated", "rho, cases", "rho, classes", "error, cases", "classes"]
 HEADER += ["Dice with the round before"]
+HALVES = {"spoiled images": True, "the other images": False}
 
 
 def main() -> None:
@@ -171,11 +173,27 @@ def measure(arguments: argparse.Namespace) -> str:
     data = data_set(arguments.set)
     store, raw, key = existing(arguments) if arguments.d else propagated(arguments)
     rows = list(dataset_rows(store, raw, data.labels, data.name))
-    rounds = sorted({row["round"] for row in rows})
-    table = [[data.name, number, *agreement([r for r in rows if r["round"] == number])] for number in rounds]
+    table = [[name, *line] for name, some in groups(data.name, rows, arguments.raw) for line in by_rounds(some)]
     about = {"set": data.name, "annotated": raw.annotated[0].name, "settings": store.read_manifest().settings}
     write_row(f"quality_{key}", {**about, "columns": HEADER, "table": table, "rows": rows})
     return markdown(HEADER, table)
+
+
+def groups(name: str, rows: list[Row], raw: Path | None) -> list[tuple[str, list[Row]]]:
+    """All rows, and those of spoiled images and of the others apart where some were spoiled."""
+    noted = raw.parent / "spoiled.json" if raw else None
+    if noted is None or not noted.is_file():
+        return [(name, rows)]
+    files = json.loads(noted.read_text(encoding="utf-8"))
+    spoiled = {file.rsplit("_", 1)[0] for file in files}
+    parts = {f"{name}, {what}": [r for r in rows if (r["case"] in spoiled) == of] for what, of in HALVES.items()}
+    return [(name, rows), *parts.items()]
+
+
+def by_rounds(rows: Sequence[Row]) -> list[list[Any]]:
+    """Figures of every round."""
+    numbers = sorted({row["round"] for row in rows})
+    return [[number, *agreement([row for row in rows if row["round"] == number])] for number in numbers]
 
 
 def existing(arguments: argparse.Namespace) -> tuple[Store, RawDataset, str]:
