@@ -10,6 +10,7 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
             one              what `refine` makes of it by default (with SAM2's opinion where SAM2 looked along planes)
             folds            as `one`, each case by the one of two models that was not trained on its label
             ensemble         what both of these models say together
+            two, three       rounds 2 and 3 of `refine`, each by a model of the labels before, from new weights
     models: round_0          trained on round 0's labels
             ungated          the same, with the cases that quality leaves out
             scratch, warm    trained on the labels `one`: from new weights, or from those of round_0
@@ -50,7 +51,7 @@ from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Trust, relabel
-from nnunet_oneshot.rounds import kept_manifest
+from nnunet_oneshot.rounds import is_kept, kept_manifest
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, opinion_of
 from nnunet_oneshot.store import LEFT_OUT, Store
 from nnunet_oneshot.training_data import splits, write_training_files
@@ -62,6 +63,10 @@ FOLDED, UNGATED = 611, 612
 FOLDS = 2
 LABELS = ("before", "model", "model_labels", "model_views", "one", "folds", "ensemble")
 MODELS = ("round_0", "ungated", "scratch", "warm", "from_folds")
+LATER = ("two", "three")
+"""Labels too, made last: a model is trained on the labels in force."""
+TRAINED_ON = {"scratch": 1, "warm": 1, "from_folds": 1, "again": 2}
+"""The round whose labels a model learns, 0 where not named."""
 SPOILED = ("before", "round_0", "ungated")
 
 
@@ -107,10 +112,11 @@ class Rounds(Ablation):
         """A finished row, made now where it is not there yet."""
         if (done := read_row(self.key(name))) is not None:
             return done
-        cases = self.pool if name in LABELS else self.test
+        of_labels = name in (*LABELS, *LATER)
+        cases = self.pool if of_labels else self.test
         scored = evaluate(self.data.labels, getattr(self, name), self.dataset_json, cases=cases)
         found = scored.case_mean()[:, METRICS.index("Dice")]
-        content = {"row": name, "of": "labels" if name in LABELS else "model", "n": len(cases), "seed": self.seed}
+        content = {"row": name, "of": "labels" if of_labels else "model", "n": len(cases), "seed": self.seed}
         content |= {"dice": round(scored.summary[FOREGROUND]["Dice"].mean, 4)}
         content |= {"case_dice": [round(float(value), 4) for value in found]}
         content |= {"set": self.data.name, "annotated": self.annotated, "configuration": self.configuration}
@@ -135,10 +141,10 @@ class Rounds(Ablation):
         """Round 0's."""
         return self.store(LABELLED)[0].round_path(0, "x").parent
 
-    @cached_property
+    @property
     def model(self) -> Path:
         """What the one model says."""
-        return self._said("model", lambda output: self._predict_pool([self._weights("round_0")], self.pool, output))
+        return self._said_by("round_0")
 
     @property
     def model_labels(self) -> Path:
@@ -158,12 +164,22 @@ class Rounds(Ablation):
     @property
     def one(self) -> Path:
         """Round 1 as it is by default."""
-        return self._relabelled(LABELLED, self.model)
+        return self._relabelled(LABELLED, self.model, 1)
 
     @property
     def folds(self) -> Path:
         """Round 1, out of fold."""
-        return self._relabelled(FOLDED, self._out_of_fold)
+        return self._relabelled(FOLDED, self._out_of_fold, 1)
+
+    @property
+    def two(self) -> Path:
+        """Round 2."""
+        return self._relabelled(LABELLED, self._said_by("scratch"), 2)
+
+    @property
+    def three(self) -> Path:
+        """Round 3."""
+        return self._relabelled(LABELLED, self._said_by("again"), 3)
 
     @cached_property
     def ensemble(self) -> Path:
@@ -202,19 +218,19 @@ class Rounds(Ablation):
     @property
     def scratch(self) -> Path:
         """Trained on round 1's labels."""
-        self._relabelled(LABELLED, self.model)
+        self._relabelled(LABELLED, self.model, 1)
         return self._tested("scratch")
 
     @property
     def warm(self) -> Path:
         """The same, from the weights of before."""
-        self._relabelled(LABELLED, self.model)
+        self._relabelled(LABELLED, self.model, 1)
         return self._tested("warm")
 
     @property
     def from_folds(self) -> Path:
         """Trained on the labels out of fold."""
-        self._relabelled(FOLDED, self._out_of_fold)
+        self._relabelled(FOLDED, self._out_of_fold, 1)
         return self._tested("from_folds")
 
     def _weights(self, name: str) -> Weights:
@@ -228,7 +244,7 @@ class Rounds(Ablation):
 
     def _trained_model(self, name: str, fold: Fold) -> Any:
         number = {"ungated": UNGATED, "from_folds": FOLDED}.get(name, FOLDED if fold != "all" else LABELLED)
-        wanted = 1 if name in ("scratch", "warm", "from_folds") else 0
+        wanted = TRAINED_ON.get(name, 0)
         if (found := self.store(number)[0].read_manifest().round) != wanted:
             raise SystemExit(f"expected labels of round {wanted} for {name}, found {found}: use another -o")
         refresh(number, 1)
@@ -254,6 +270,10 @@ class Rounds(Ablation):
     def _predict(self, weights: Sequence[Weights], images: Mapping[str, Sequence[Path]], output: Path) -> Path:
         return predict(self._new(LABELLED), images, output, self.mirroring, weights)
 
+    def _said_by(self, name: str) -> Path:
+        """What one model says of the pool."""
+        return self._said(name, lambda output: self._predict_pool([self._weights(name)], self.pool, output))
+
     def _said(self, name: str, fill: Callable[[Path], None]) -> Path:
         output = self.work / "predictions" / f"pool_{name}_seed{self.seed}"
         if not output.is_dir():
@@ -275,15 +295,15 @@ class Rounds(Ablation):
 
         return self._said(name, fill)
 
-    def _relabelled(self, number: int, predictions: Path) -> Path:
-        """Round 1 of a dataset, made now where it is not there; the folder of its best guesses."""
+    def _relabelled(self, number: int, predictions: Path, made: int) -> Path:
+        """Round `made` of a dataset, made now where it is not there; the folder of its best guesses."""
         store, raw = self.store(number)
-        if store.read_manifest().round == 0:
+        if not is_kept(store, made):
             chosen = opinion_of(store, AS_BEFORE)
             cases = [raw.case(name) for name in self.pool]
-            asked = ask_sam2(raw, store, cases, predictions, 1, chosen, "cpu", 1) if chosen else None
-            relabel(raw, store, predictions, 1, 1, trust=Trust(asked))
-        return store.round_path(1, "x").parent
+            asked = ask_sam2(raw, store, cases, predictions, made, chosen, "cpu", 1) if chosen else None
+            relabel(raw, store, predictions, made, 1, trust=Trust(asked))
+        return store.round_path(made, "x").parent
 
     def _copy(self, number: int) -> None:
         raw_folder = nnunet.root("nnUNet_raw")
@@ -306,14 +326,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", nargs="+", choices=(*LABELS, *MODELS))
+    parser.add_argument("--rows", nargs="+", choices=(*LABELS, *MODELS, *LATER))
     parser.add_argument("--spoil", action="store_true", help="of half of the un-annotated images, another contrast")
     arguments = parser.parse_args()
     use_folders(arguments.o)
     os.environ["nnUNet_n_proc_DA"] = "0"
     rounds = Rounds(arguments, arguments.seed)
     rounds.prepare()
-    wanted = arguments.rows or (SPOILED if arguments.spoil else (*LABELS, *MODELS))
+    wanted = arguments.rows or (SPOILED if arguments.spoil else (*LABELS, *MODELS, *LATER))
     if "ungated" in wanted and not rounds.left_out:
         print("no case is left out of round 0: ungated would be round_0")
         wanted = [name for name in wanted if name != "ungated"]
