@@ -21,6 +21,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_oneshot.parallel import over_cases
+from nnunet_oneshot.refresh_ledger import hash_of
+
+MADE_OF = "made_of"
+"""Under this name a filled label keeps the hashes of its sources."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,10 @@ def fill_labels(
     processes: int,
     writer: str,
 ) -> list[str]:
-    """Write the filled label of every case that has a best guess; files newer than both their sources are kept.
+    """Write the filled label of every case that has a best guess; files made of the same label and guess are kept.
 
-    A file whose label has changed since and whose best guess is gone is removed. Several trainings may do this at once.
+    A file whose label has changed since and whose best guess is gone is removed; one whose label is the same is kept
+    where no guess is at hand, as where preprocessed data alone was copied. Several trainings may do this at once.
 
     Args:
         preprocessed: nnU-Net's folder of preprocessed cases.
@@ -120,14 +125,23 @@ def to_grid(
 
 
 def _is_fresh(task: FillTask) -> bool:
-    """Whether the filled label is there and as new as the label and, where there still is one, the best guess."""
+    """Whether the filled label is there and made of the label and, where there still is one, the best guess.
+
+    By their bytes: times do not outlive every way of copying preprocessed data to where it is trained on.
+    """
     try:
-        written = task.output.stat().st_mtime_ns
+        written = blosc2.open(urlpath=str(task.output), mode="r")
     except FileNotFoundError:
         # Also where another training removes it just now.
         return False
-    sources = [_label_file(task), *([task.guess] if task.guess.is_file() else [])]
-    return all(source.stat().st_mtime_ns <= written for source in sources)
+    made_of = written.schunk.vlmeta.get(MADE_OF, {})
+    return all(made_of.get(name) == known for name, known in _sources(task).items())
+
+
+def _sources(task: FillTask) -> dict[str, str]:
+    """Hashes of what is at hand of a filled label's two sources."""
+    files = {"label": _label_file(task), "guess": task.guess}
+    return {name: hash_of(file) for name, file in files.items() if file.is_file()}
 
 
 def _label_file(task: FillTask) -> Path:
@@ -135,10 +149,11 @@ def _label_file(task: FillTask) -> Path:
 
 
 def _fill(task: FillTask) -> None:
+    made_of = _sources(task)
     seg = blosc2.open(urlpath=str(_label_file(task)), mode="r")[:]
     ignored = seg == task.ignore
     if ignored.any() and (placed := _placed_guess(task))[ignored].any():
-        _write(task, np.where(ignored, placed, seg).astype(np.int16))
+        _write(task, np.where(ignored, placed, seg).astype(np.int16), made_of)
     else:
         task.output.unlink(missing_ok=True)
 
@@ -150,8 +165,9 @@ def _placed_guess(task: FillTask) -> np.ndarray:
     return to_grid(guess, properties, task.plans, task.configuration)
 
 
-def _write(task: FillTask, filled: np.ndarray) -> None:
+def _write(task: FillTask, filled: np.ndarray, made_of: dict[str, str]) -> None:
     blocks, chunks = comp_blosc2_params(filled.shape, tuple(task.configuration.patch_size), filled.itemsize)
     part = task.output.with_suffix(f".part_{task.writer}.b2nd")
-    blosc2.asarray(np.ascontiguousarray(filled), urlpath=str(part), chunks=chunks, blocks=blocks)
+    array = blosc2.asarray(np.ascontiguousarray(filled), urlpath=str(part), chunks=chunks, blocks=blocks)
+    array.schunk.vlmeta[MADE_OF] = made_of
     os.replace(part, task.output)

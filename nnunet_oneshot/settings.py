@@ -120,6 +120,8 @@ class LossSettings:
         outside = [f"{name} {share}" for name, share in shares.items() if not 0 <= share <= 1]
         if outside:
             raise OneShotError(f"expected {', '.join(shares)} in [0, 1], found {', '.join(outside)}; correct it")
+        if self.annotated_share == 1:
+            raise OneShotError("expected an annotated_share below 1, found 1; pseudo labels must be drawn, too")
         if not 0 <= self.end_weight < float("inf"):
             raise OneShotError(f"expected an end_weight of 0 or more, found {self.end_weight}; correct it")
         if self.full_passes < 1 or self.every < 1 or not 0 <= self.teacher_decay < 1:

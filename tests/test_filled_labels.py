@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,26 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from cropped_dataset import CASES as DRAWN
+from cropped_dataset import (
+    REGIONS,
+    SAGITTAL,
+    SPACINGS,
+    THICK,
+    label_of,
+    prepare,
+    preprocess_fully,
+    save,
+    write,
+    write_label,
+)
 from nnunetv2.run.run_training import get_trainer_from_args
-from tiny_dataset import preprocess_in_process, write_dataset
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from raw_datasets import Roots
+from tiny_dataset import LABELS, preprocess_in_process, write_dataset
 
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
+from nnunet_oneshot.refresh import preprocessed_targets
 from nnunet_oneshot.settings import SMALL_PLANS, LossSettings
 
 pytestmark = [
@@ -79,6 +96,59 @@ def test_divergence_gets_the_best_guess_and_nothing_else_changes(trainer: Any) -
     assert (filled[own != IGNORE] == own[own != IGNORE]).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "spacings", "labels", "more", "configuration"),
+    [
+        ((12, 26, 22), SPACINGS, LABELS, {}, "3d_fullres"),
+        ((9, 26, 22), THICK, LABELS, {}, "3d_fullres"),
+        ((12, 26, 22), SAGITTAL, LABELS, {}, "3d_fullres"),
+        ((12, 26, 22), SPACINGS, LABELS, {}, "2d"),
+        ((12, 26, 22), SPACINGS, REGIONS, {"regions_class_order": [1, 2]}, "3d_fullres"),
+    ],
+    ids=["cropped and resampled", "thick slices", "turned", "2d", "regions"],
+)
+def test_a_guess_lies_where_nnunet_would_have_put_it(
+    roots: Roots,
+    shape: tuple[int, int, int],
+    spacings: tuple[tuple[float, ...], ...],
+    labels: Mapping[str, Any],
+    more: Mapping[str, Any],
+    configuration: str,
+) -> None:
+    folder = write(roots, shape, spacings, labels, **more)
+    base = prepare(roots, (configuration,))
+    guesses = {case: guess_of(index, shape) for index, case in enumerate(DRAWN)}
+    for index, (case, guess) in enumerate(guesses.items()):
+        save(guess, folder / "pseudoTr" / "fused" / f"{case}.nii.gz", spacings[index])
+    target = preprocessed_targets(base)[0]
+    plans = PlansManager(str(target.plans))
+    manager = (plans, plans.get_configuration(configuration))
+    assert fill_labels(target.folder, folder / "pseudoTr" / "fused", DRAWN, *manager, ".nii.gz", IGNORE, 1, "w") == []
+    before = {
+        case: (array(target.files(case)[1]), array(filled_folder(target.folder) / f"{case}.b2nd")) for case in DRAWN
+    }
+    for index, (case, guess) in enumerate(guesses.items()):
+        write_label(folder, case, guess, spacings[index])
+    preprocess_fully(base)
+    for case, (own, filled) in before.items():
+        ignored, whole = own == IGNORE, array(target.files(case)[1])
+        assert (filled[~ignored] == own[~ignored]).all()
+        # Outside the image nnU-Net's background is -1.
+        assert (filled[ignored] == np.maximum(whole, 0)[ignored]).all()
+        assert len(np.unique(filled[ignored])) > 1
+
+
+def guess_of(index: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """The label of a case with a class in one half of what is ignored, and another one in the other half."""
+    label = label_of(index, shape)
+    half = np.indices(shape)[2] < np.median(np.nonzero(label == IGNORE)[2])
+    return np.where(label == IGNORE, np.where(half, 1, 2), label).astype(np.int16)
+
+
+def array(file: Path) -> np.ndarray:
+    return blosc2.open(urlpath=str(file), mode="r")[:]
+
+
 def test_a_guess_of_background_alone_teaches_nothing(trainer: Any) -> None:
     """A sparse label that nothing was carried for: its best guess says background wherever the person did not draw."""
     fill(trainer)
@@ -90,12 +160,12 @@ def test_a_guess_of_background_alone_teaches_nothing(trainer: Any) -> None:
 def test_refreshed_guesses_replace_the_old_ones_and_fresh_files_stay(trainer: Any) -> None:
     fill(trainer)
     file = filled_folder(Path(trainer.preprocessed_dataset_folder)) / "case_002.b2nd"
-    before = file.stat().st_mtime_ns
+    before = file.stat()
     write_guess(raw_folder(), "case_001", 2)
     fill(trainer)
     own, filled = stored(trainer, "case_001")
     assert (filled[own == IGNORE] == 2).mean() > 0.9
-    assert file.stat().st_mtime_ns == before
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_a_label_that_changed_after_its_guess_went_is_not_filled_as_before(trainer: Any) -> None:
@@ -103,10 +173,22 @@ def test_a_label_that_changed_after_its_guess_went_is_not_filled_as_before(train
     guesses, preprocessed = raw_folder() / "pseudoTr" / "fused", Path(trainer.preprocessed_dataset_folder)
     for case in CASES[1:]:
         (guesses / f"{case}.nii.gz").unlink()
-    written = (filled_folder(preprocessed) / "case_001.b2nd").stat().st_mtime_ns
-    os.utime(preprocessed / "case_001_seg.b2nd", ns=(written + 1, written + 1))
+    file = preprocessed / "case_001_seg.b2nd"
+    seg = blosc2.open(urlpath=str(file), mode="r")[:]
+    file.unlink()
+    blosc2.asarray(np.where(seg == 1, 2, seg), urlpath=str(file))
     assert fill(trainer) == ["case_000", "case_001"]
     assert [file.name for file in filled_folder(preprocessed).iterdir()] == ["case_002.b2nd"]
+
+
+def test_preprocessed_data_copied_without_times_and_raw_data_stay_filled(trainer: Any) -> None:
+    fill(trainer)
+    preprocessed = Path(trainer.preprocessed_dataset_folder)
+    for file in (raw_folder() / "pseudoTr" / "fused").iterdir():
+        file.unlink()
+    for case in CASES[1:]:
+        os.utime(filled_folder(preprocessed) / f"{case}.b2nd", ns=(0, 0))
+    assert fill(trainer) == ["case_000"]
 
 
 def test_a_label_without_an_ignored_voxel_is_not_copied(trainer: Any) -> None:
@@ -118,10 +200,11 @@ def test_two_trainings_that_start_at_once_fill_the_same_cases(trainer: Any, monk
     """The second one begins and ends while the first one has written, but not yet named, its file."""
     write = blosc2.asarray
 
-    def interrupted(*arguments: Any, **options: Any) -> None:
-        write(*arguments, **options)
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        written = write(*arguments, **options)
         monkeypatch.setattr(blosc2, "asarray", write)
         fill(trainer, "fold_1")
+        return written
 
     monkeypatch.setattr(blosc2, "asarray", interrupted)
     assert fill(trainer) == ["case_000"]

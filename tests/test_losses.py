@@ -319,6 +319,7 @@ def test_several_views_are_different_and_never_more_than_there_are() -> None:
         ({"ramp_start": -0.1}, "found ramp_start -0.1;"),
         ({"guess_share": 2.0, "cross_patch": float("nan")}, "found guess_share 2.0, cross_patch nan;"),
         ({"annotated_share": 1.1}, "found annotated_share 1.1;"),
+        ({"annotated_share": 1.0}, "annotated_share below 1, found 1;"),
         ({"end_weight": -1.0}, "end_weight of 0 or more, found -1.0"),
         ({"full_passes": 3, "teacher_decay": 0.9}, "a teacher does not learn"),
     ],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
-from tiny_dataset import preprocess_in_process, write_dataset
+from tiny_dataset import SHAPE, preprocess_in_process, write_dataset
 
 import _nnunet_oneshot_path
 from nnunet_oneshot.settings import SMALL_PLANS, LossSettings
@@ -166,21 +166,22 @@ def test_residual_encoder_plans(write: Write) -> None:
 
 
 def test_the_cascade_sees_the_stage_before(write: Write, tmp_path: Path) -> None:
+    """Of folds 0 and 1, each of which validates on one pseudo label; the annotated case validates in none."""
+
     def cascade(configurations: dict[str, Any]) -> None:
         configurations["3d_lowres"] = {"inherits_from": "3d_fullres", "next_stage": "3d_cascade_fullres"}
         configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
 
-    preprocessed = write("3d_fullres")
-    change_plan(preprocessed, cascade)
+    change_plan(write("3d_fullres", cases=3), cascade)
+    for fold in (0, 1):
+        one = trainer("3d_lowres", fold)
+        assert max(output["consistency"] for output in train(one)) > 0
+        one.perform_actual_validation()
     stage = f"OneShotTrainer_tiny__{SMALL_PLANS}__3d_lowres/predicted_next_stage/3d_cascade_fullres"
     predicted = tmp_path / "nnUNet_results" / NAME / stage
-    predicted.mkdir(parents=True)
-    for file in (preprocessed / f"{SMALL_PLANS}_3d_fullres").glob("*_seg.b2nd"):
-        seg = blosc2.open(urlpath=str(file), mode="r")[:][0]
-        target = predicted / file.name.replace("_seg", "")
-        blosc2.asarray(np.ascontiguousarray(np.where(seg == 3, 0, seg)), urlpath=str(target))
-    assert max(output["consistency"] for output in train(trainer("3d_lowres"))) > 0
-    one = trainer("3d_cascade_fullres")
+    assert sorted(file.name for file in predicted.iterdir()) == [f"case_{number:03d}.b2nd" for number in range(3)]
+    assert blosc2.open(urlpath=str(predicted / "case_000.b2nd"), mode="r").shape == SHAPE
+    one = trainer("3d_cascade_fullres", 0)
     train(one)
     assert next(one.dataloader_train)["data"].shape[1] == 1 + 2
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, save_pickle
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_dataset import LABELS, preprocess_in_process, write_dataset
@@ -136,12 +137,46 @@ def test_the_log_tells_annotated_from_pseudo_labels_and_the_sum_is_nnunets(make:
             one.on_validation_epoch_start()
         ours = [trainer.validation_step(copied(batch)) for batch in batches]
         nnunets = [plain.validation_step(copied(batch)) for batch in batches]
-    for key in ("tp_hard", "fp_hard", "fn_hard"):
+    for key in ("loss", "tp_hard", "fp_hard", "fn_hard"):
         assert np.allclose([result[key] for result in ours], [result[key] for result in nnunets])
     trainer.on_validation_epoch_end(ours)
-    log = Path(trainer.log_file).read_text()
-    assert "against pseudo labels (not the truth)" in log
-    assert "against annotated labels" in log
+    said = r"Pseudo dice against (annotated labels|pseudo labels \(not the truth\)): (\[.*\])"
+    logged = dict(re.findall(said, Path(trainer.log_file).read_text()))
+    for author, whose in (("annotated", "annotated labels"), ("pseudo", "pseudo labels (not the truth)")):
+        assert json.loads(logged[whose]) == pytest.approx(dice_of(plain, batches, author), abs=1e-3)
+
+
+def dice_of(plain: Any, batches: list[dict[str, Any]], author: str) -> list[float]:
+    """nnU-Net's pseudo Dice over one author's samples alone."""
+    counts = np.zeros((3, 2))
+    for batch in batches:
+        samples = by_author(batch["keys"], ["case_000"]).get(author, [])
+        if samples:
+            part = {"data": batch["data"][samples], "target": [level[samples].clone() for level in batch["target"]]}
+            with torch.no_grad():
+                result = plain.validation_step(part)
+            counts += [result[key] for key in ("tp_hard", "fp_hard", "fn_hard")]
+    tp, fp, fn = counts
+    return list(2 * tp / (2 * tp + fp + fn))
+
+
+def test_annotated_cases_have_the_share_of_draws_that_the_settings_give_them(make: Make) -> None:
+    trainer = make(fold="all", cases=4)
+    trainer.loss_settings = replace(trainer.loss_settings, annotated_share=0.6)
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    keys = [key for _ in range(12) for key in next(loader)["keys"]]
+    assert keys.count("case_000") / len(keys) > 0.4
+
+
+def test_images_without_foreground_train_where_nothing_is_ignored(make: Make) -> None:
+    labels = {"background": 0, "ball": 1, "core": 2}
+    trainer = make(cases=2, labels=labels, annotated=["case_000", "case_001"])
+    for file in Path(trainer.preprocessed_dataset_folder).glob("*.pkl"):
+        properties = load_pickle(str(file))
+        properties["class_locations"] = {label: [] for label in properties["class_locations"]}
+        save_pickle(properties, str(file))
+    assert np.isfinite(seeded_steps(trainer, 1)).all()
 
 
 def copied(batch: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from nnunet_oneshot.case_selection import FOLDS, by_author, dealt_split, drawn_b
 from nnunet_oneshot.cross_patch import CrossPatch, before_targets, cell_size
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
-from nnunet_oneshot.losses import DualComponentLoss, ShownViews, divergence, ramp, select, show_views
+from nnunet_oneshot.losses import DualComponentLoss, ShownViews, divergence, ramp, show_views
+from nnunet_oneshot.next_stage import predict_for_next_stages
 from nnunet_oneshot.settings import LossSettings, parse_block
 from nnunet_oneshot.training_cases import Crop, TrainingCases, any_ignored
 from nnunet_oneshot.training_views import ViewChoice, rotation_obstacle
@@ -137,7 +138,8 @@ class OneShotTrainer(WholeCheckpoints):
             return training, validation
         weighted = drawn_by_weight(training.identifiers, self.block.case_weight)
         training.identifiers = with_share(weighted, self.block.annotated, self.loss_settings.annotated_share)
-        self._check_supervision(training.identifiers)
+        if self.label_manager.has_ignore_label:
+            self._check_supervision(training.identifiers)
         self._all_labelled = self._are_all_labelled(training, {*training.identifiers, *validation.identifiers})
         if self.dual_loss is None or self._all_labelled:
             return training, validation
@@ -252,8 +254,12 @@ class OneShotTrainer(WholeCheckpoints):
         return TrainingCases(dataset, key, crop, filled_folder(Path(self.preprocessed_dataset_folder)), share)
 
     def _fill_labels(self, cases: list[str]) -> None:
-        """Best guesses for divergence, where the raw dataset is at hand; the others of a DDP training wait for them."""
-        if self.loss_settings.guess_share > 0 and self.local_rank == 0:
+        """Best guesses for divergence, where the raw dataset is at hand; under DDP every process makes its part.
+
+        The processes wait for each other afterwards, for no longer than NCCL lets them: so none makes them all.
+        """
+        if self.loss_settings.guess_share > 0:
+            cases = cases[self.local_rank :: dist.get_world_size()] if self.is_ddp else cases
             without = fill_labels(
                 Path(self.preprocessed_dataset_folder),
                 Path(nnUNet_raw or "") / self.plans_manager.dataset_name / "pseudoTr" / "fused",
@@ -263,34 +269,57 @@ class OneShotTrainer(WholeCheckpoints):
                 self.dataset_json["file_ending"],
                 self.label_manager.ignore_label,
                 get_allowed_n_proc_DA(),
-                f"{type(self).__name__}_{self.fold}",
+                "_".join(map(str, self._identity())),
             )
             self.print_to_log_file(f"Best guesses in divergence for {len(cases) - len(without)} of {len(cases)} cases")
         if self.is_ddp:
             dist.barrier()
+
+    def _identity(self) -> tuple[str | int, ...]:
+        """What no other process that trains at the same time shares, and this one has again when it is run again."""
+        plans, configuration = self.plans_manager.plans_name, self.configuration_name
+        return type(self).__name__, plans, configuration, self.fold, self.local_rank
 
     def on_validation_epoch_start(self):
         super().on_validation_epoch_start()
         self._apart = {}
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's, for the samples with a person's label and with a pseudo label apart where a batch holds both.
+        """nnU-Net's; where a batch holds a person's labels and pseudo labels, once more for the former alone.
 
-        Once for the whole batch under DDP, where nnU-Net's batch Dice gathers from all processes in every call.
+        Not under DDP, where nnU-Net's batch Dice gathers from all processes in every call.
         """
         if self.block is None or self.is_ddp:
             return super().validation_step(batch)
         authors = by_author(batch["keys"], self.block.annotated)
-        results = []
-        for author, positions in authors.items():
-            index = torch.tensor(positions)
-            part = {"data": batch["data"][index], "target": select(batch["target"], index), "keys": positions}
-            results.append(super().validation_step(part))
-            self._apart.setdefault(author, []).append(results[-1])
-        counts = {key: sum(result[key] for result in results) for key in ("tp_hard", "fp_hard", "fn_hard")}
-        shares = [len(positions) / len(batch["keys"]) for positions in authors.values()]
-        loss = sum(share * result["loss"] for share, result in zip(shares, results, strict=True))
-        return {"loss": np.asarray(loss), **counts}
+        if len(authors) == 2 and self.dual_loss is not None:
+            return self._validate_both(batch, authors["pseudo"])
+        result = super().validation_step(batch)
+        if len(authors) == 1:
+            self._apart.setdefault(*authors, []).append(result)
+        return result
+
+    def _validate_both(self, batch: dict, pseudo: list[int]) -> dict:
+        # Ignored rather than taken out: a compiled network is made anew for every other size of a batch. Hidden before
+        # nnU-Net's step, which changes the target.
+        hidden = self._hidden(batch["target"], torch.tensor(pseudo))
+        result = super().validation_step(batch)
+        drawn = super().validation_step({**batch, "target": hidden})
+        self._apart.setdefault("annotated", []).append(drawn)
+        counts = {key: result[key] - drawn[key] for key in ("tp_hard", "fp_hard", "fn_hard")}
+        self._apart.setdefault("pseudo", []).append(counts)
+        return result
+
+    def _hidden(self, target: Tensor | list[Tensor], samples: Tensor) -> Tensor | list[Tensor]:
+        """A copy of a target in which the samples are ignored."""
+        if isinstance(target, list):
+            return [self._hidden(level, samples) for level in target]
+        hidden = target.clone()
+        if self.label_manager.has_regions:
+            hidden[samples, -1] = 1
+        else:
+            hidden[samples] = self.label_manager.ignore_label
+        return hidden
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
@@ -299,13 +328,17 @@ class OneShotTrainer(WholeCheckpoints):
             self.print_to_log_file(f"Pseudo dice against {whose}: {_dice(results)}")
 
     def perform_actual_validation(self, save_probabilities: bool = False):
-        if self.block is not None:
-            _, validation = self.do_split()
-            pseudo = set(validation) - set(self.block.annotated)
-            self.print_to_log_file(
-                f"{len(pseudo)} of {len(validation)} validation cases have pseudo labels (not the truth)"
-            )
+        if self.block is None:
+            super().perform_actual_validation(save_probabilities)
+            return
+        training, validation = self.do_split()
+        annotated = set(self.block.annotated)
+        pseudo = len(set(validation) - annotated)
+        self.print_to_log_file(f"{pseudo} of {len(validation)} validation cases have pseudo labels (not the truth)")
         super().perform_actual_validation(save_probabilities)
+        never = sorted((set(training) & annotated) - set(validation))
+        if self.configuration_manager.next_stage_names and self.local_rank == 0:
+            predict_for_next_stages(self, never)
 
     def _has_splits(self) -> bool:
         return isfile(join(self.preprocessed_dataset_folder_base, "splits_final.json"))

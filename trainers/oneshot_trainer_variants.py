@@ -40,10 +40,11 @@ class _Shortened(WholeCheckpoints):
     def perform_actual_validation(self, save_probabilities: bool = False):
         """nnU-Net's; left out after training on `all`, where it would predict every training case for no new figure.
 
-        `nnUNetv2_train --val` still runs it, and so does a first stage, whose predictions the cascade needs.
+        `nnUNetv2_train --val` and `--npz` still run it, and so does a first stage, whose predictions the cascade needs.
         """
         just_trained = self.dataloader_train is not None
-        if self.fold == "all" and just_trained and self.configuration_manager.next_stage_names is None:
+        needed = save_probabilities or self.configuration_manager.next_stage_names is not None
+        if self.fold == "all" and just_trained and not needed:
             self.print_to_log_file("Fold all validates on its training cases: skipped, run again with --val if wanted")
             return
         super().perform_actual_validation(save_probabilities)
