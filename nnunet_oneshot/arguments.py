@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-CONFIGURATIONS = "2d, 3d_fullres, 3d_lowres, 3d_cascade_fullres"
+CONFIGURATIONS = "2d, 3d_fullres, 3d_lowres"
 
 
 def new_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -123,7 +123,7 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         help="mean Dice between two rounds' labels from which on they have settled (default: %(default)s)",
     )
     parser.add_argument(
-        "--all_rounds", action="store_true", help="make all rounds, whether labels settle or are estimated to get worse"
+        "--all_rounds", action="store_true", help="make all rounds, whether labels settle or go astray"
     )
 
 

@@ -83,7 +83,7 @@ def propagate(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(
         "nnUNetv2_oneshot_propagate",
         "Carry the labels of the annotated cases to all other images and make a pseudo-label dataset of them.",
-        "nnUNetv2_oneshot_propagate -d 501 -o 601 -propagator registration",
+        "nnUNetv2_oneshot_propagate -d 501 -o 601",
     )
     add_source(parser)
     add_propagation(parser)

@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError as error:
     raise OneShotError(
         f"expected the package {error.name} to write DICOM segmentations, found none; "
-        'install it: pip install "nnunet-oneshot[dicom]"'
+        'install it: pip install ".[dicom]" in the clone'
     ) from error
 
 SERIES_NUMBER = 901

@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError as error:
     raise OneShotError(
         f"expected the package {error.name} for the review page, found none; "
-        'install it: pip install "nnunet-oneshot[review]"'
+        'install it: pip install ".[review]" in the clone'
     ) from error
 
 HOSTS = ("127.0.0.1", "localhost")

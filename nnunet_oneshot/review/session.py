@@ -21,7 +21,7 @@ try:
     import uvicorn
 except ModuleNotFoundError as error:
     raise OneShotError(
-        'expected the package uvicorn for the review page, found none; install it: pip install "nnunet-oneshot[review]"'
+        'expected the package uvicorn for the review page, found none; install it: pip install ".[review]" in the clone'
     ) from error
 
 HOST = "127.0.0.1"

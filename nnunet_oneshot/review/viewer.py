@@ -31,7 +31,7 @@ def niivue_module() -> bytes:
     except PackageNotFoundError as error:
         raise OneShotError(
             f"expected the package {PACKAGE} (NiiVue) for the review page, found none; "
-            'install it: pip install "nnunet-oneshot[review]"'
+            'install it: pip install ".[review]" in the clone'
         ) from error
     path = Path(str(installed.locate_file(_BUNDLE)))
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -39,7 +39,7 @@ def niivue_module() -> bytes:
     if module is None:
         raise OneShotError(
             f"expected {PACKAGE} 2.4 with NiiVue's class in its bundle, found {installed.version} without; "
-            'install the version that is asked for: pip install "nnunet-oneshot[review]"'
+            'install the version that is asked for: pip install ".[review]" in the clone'
         )
     return module.encode()
 
