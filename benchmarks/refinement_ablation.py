@@ -7,6 +7,7 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
     labels: before           round 0, as `propagate` makes them by default
             model            what one model says that was trained on all of them
             model_labels, model_views  the same, fused with the labels before, or with every propagator's views
+            model_opinion_labels  the model, SAM2's opinion and the labels before, fused
             one              what `refine` makes of it by default (with SAM2's opinion where SAM2 looked along planes)
             folds            as `one`, each case by the one of two models that was not trained on its label
             ensemble         what both of these models say together
@@ -52,7 +53,7 @@ from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Trust, relabel
 from nnunet_oneshot.rounds import is_kept, kept_manifest
-from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, opinion_of
+from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, opinion_of, source_of
 from nnunet_oneshot.store import LEFT_OUT, Store
 from nnunet_oneshot.training_data import splits, write_training_files
 from sam2_propagation.consensus import fuse
@@ -61,7 +62,7 @@ from sam2_propagation.interface import LabelVolume
 FOLDED, UNGATED = 611, 612
 """Copies of the labelled dataset: whose round is made by two folds, and of which no case is left out."""
 FOLDS = 2
-LABELS = ("before", "model", "model_labels", "model_views", "one", "folds", "ensemble")
+LABELS = ("before", "model", "model_labels", "model_views", "one", "model_opinion_labels", "folds", "ensemble")
 MODELS = ("round_0", "ungated", "scratch", "warm", "from_folds")
 LATER = ("two", "three")
 """Labels too, made last: a model is trained on the labels in force."""
@@ -165,6 +166,16 @@ class Rounds(Ablation):
     def one(self) -> Path:
         """Round 1 as it is by default."""
         return self._relabelled(LABELLED, self.model, 1)
+
+    @property
+    def model_opinion_labels(self) -> Path:
+        """All that there is to say of round 1."""
+        store, raw = self.store(LABELLED)
+
+        def others(case: str) -> list[LabelVolume]:
+            return [*carried_views(raw, store, source_of(1), case), raw.read_label(store.round_path(0, case))]
+
+        return self._fused("model_opinion_labels", others)
 
     @property
     def folds(self) -> Path:

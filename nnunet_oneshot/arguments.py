@@ -122,9 +122,7 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="mean Dice between two rounds' labels from which on they have settled (default: %(default)s)",
     )
-    parser.add_argument(
-        "--all_rounds", action="store_true", help="make all rounds, whether labels settle or go astray"
-    )
+    parser.add_argument("--all_rounds", action="store_true", help="make all rounds, whether labels settle or go astray")
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:

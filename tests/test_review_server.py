@@ -297,7 +297,7 @@ def test_missing_extra_is_named(folder: Path) -> None:
     command = [sys.executable, "-c", code, "-d", "601", "--no_browser", "-device", "cpu"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2
-    assert 'pip install "nnunet-oneshot[review]"' in done.stderr
+    assert 'pip install ".[review]"' in done.stderr
     assert "Traceback" not in done.stderr
 
 
