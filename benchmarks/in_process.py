@@ -63,6 +63,9 @@ def predict(
         images: one file a channel, by case.
         weights: of the models whose mean it is; the trainer's own where None.
     """
+    if mirroring and trainer.inference_allowed_mirroring_axes is None:
+        # Known to a trainer only once it has made its loaders.
+        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=mirroring, allow_tqdm=False)
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()

@@ -21,6 +21,8 @@ from nnunet_oneshot.phantom import write_phantom_dataset
 
 PHANTOMS = {"thick_slices": (12, 72, 72), "isotropic": (36, 44, 44)}
 SYNTHETIC = "synthetic"
+SEED = 7
+"""Of phantoms; quality's rules are learnt on others."""
 
 
 def write(folder: Path, name: str, cases: int, test: int) -> None:
@@ -30,7 +32,9 @@ def write(folder: Path, name: str, cases: int, test: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         raw, truth = Path(scratch) / "raw", place / "labels"
         if name in PHANTOMS:
-            made = write_phantom_dataset(raw, 501, name, truth=truth, cases=cases, shape=PHANTOMS[name], kind=name)
+            made = write_phantom_dataset(
+                raw, 501, name, truth=truth, cases=cases, shape=PHANTOMS[name], seed=SEED, kind=name
+            )
             dataset = made.folder
         else:
             dataset = write_synthetic_dataset(raw, 501, name, truth, int(name.removeprefix(SYNTHETIC)), cases)
@@ -53,7 +57,8 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=4)
     arguments = parser.parse_args()
     for name in arguments.sets:
-        if not (arguments.folder / name).is_dir():
+        if not (arguments.folder / name / "split.json").is_file():
+            shutil.rmtree(arguments.folder / name, ignore_errors=True)
             write(arguments.folder, name, arguments.cases, arguments.test)
 
 

@@ -52,7 +52,7 @@ from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Trust, relabel
-from nnunet_oneshot.rounds import is_kept, kept_manifest
+from nnunet_oneshot.rounds import kept_manifest
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, opinion_of, source_of
 from nnunet_oneshot.store import LEFT_OUT, Store
 from nnunet_oneshot.training_data import splits, write_training_files
@@ -88,12 +88,11 @@ class Rounds(Ablation):
 
     def prepare(self) -> None:
         """Labels of round 0, copies of them, and nnU-Net's preprocessing of each."""
+        self._claim()
         folder = lay_out(self.data, POOL, self.pool, [self.annotated])
         self.dataset_json = folder / "dataset.json"
-        noted = self.work / "spoiled.json"
-        if self.spoiled and not noted.is_file():
-            images = [folder / "imagesTr" / f"{case}_0000{self.data.ending}" for case in sorted(self.pool)]
-            noted.write_text(json.dumps([path.name for path in spoil(images, 0)]), encoding="utf-8")
+        if self.spoiled and not (self.work / "spoiled.json").is_file():
+            self._spoil(folder / "imagesTr")
         if not list(nnunet.root("nnUNet_raw").glob(f"Dataset{LABELLED}_*/oneshot.json")):
             propagate(POOL, LABELLED, num_processes=1)
         copies = (UNGATED,) if self.spoiled else (FOLDED, UNGATED)
@@ -109,19 +108,43 @@ class Rounds(Ablation):
                 nnunet.plan_and_preprocess(number, PRESET, [self.configuration], 1)
                 note_preprocessed(number, PRESET.plans, [self.configuration])
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all rows of a working folder share."""
+        about = {"set": self.data.name, "annotated": self.annotated, "configuration": self.configuration}
+        about |= {"epochs": self.epochs, "seed": self.seed, "spoiled": self.spoiled, "mirroring": self.mirroring}
+        return about
+
+    def _claim(self) -> None:
+        """Note in the working folder what it is for; SystemExit where it is for something else."""
+        path, wanted = self.work / "settings.json", {**self.settings, "pool": self.pool}
+        if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+            other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+            raise SystemExit(f"{self.work} is of other {other}: use another -o")
+        path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+
+    def _spoil(self, folder: Path) -> None:
+        """Spoil images, each from its original, so that it can be repeated; noted last."""
+        images = [folder / f"{case}_0000{self.data.ending}" for case in sorted(self.pool)]
+        for case, path in zip(sorted(self.pool), images, strict=True):
+            shutil.copy(self.data.folder / "images" / f"{case}{self.data.ending}", path)
+        changed = [path.name for path in spoil(images, 0)]
+        (self.work / "spoiled.json").write_text(json.dumps(changed), encoding="utf-8")
+
     def row(self, name: str) -> dict[str, Any]:
-        """A finished row, made now where it is not there yet."""
+        """A finished row, made now where it is not there yet; SystemExit where one is there that is of other things."""
         if (done := read_row(self.key(name))) is not None:
+            expected = {**self.settings, "n": len(self.pool if name in (*LABELS, *LATER) else self.test)}
+            if other := [key for key, value in expected.items() if done[key] != value]:
+                raise SystemExit(f"{self.key(name)}.json is of other {', '.join(other)}: take it away to run it again")
             return done
         of_labels = name in (*LABELS, *LATER)
         cases = self.pool if of_labels else self.test
         scored = evaluate(self.data.labels, getattr(self, name), self.dataset_json, cases=cases)
         found = scored.case_mean()[:, METRICS.index("Dice")]
-        content = {"row": name, "of": "labels" if of_labels else "model", "n": len(cases), "seed": self.seed}
+        content = {**self.settings, "row": name, "of": "labels" if of_labels else "model", "n": len(cases)}
         content |= {"dice": round(scored.summary[FOREGROUND]["Dice"].mean, 4)}
         content |= {"case_dice": [round(float(value), 4) for value in found]}
-        content |= {"set": self.data.name, "annotated": self.annotated, "configuration": self.configuration}
-        content |= {"epochs": self.epochs, "spoiled": self.spoiled, "mirroring": self.mirroring}
         content |= {"left_out": self.left_out, "opinion": opinion_of(self.store(LABELLED)[0], AS_BEFORE)}
         return write_row(self.key(name), content)
 
@@ -171,6 +194,10 @@ class Rounds(Ablation):
     def model_opinion_labels(self) -> Path:
         """All that there is to say of round 1."""
         store, raw = self.store(LABELLED)
+        if opinion_of(store, AS_BEFORE) is None:
+            raise SystemExit("model_opinion_labels: SAM2 gives no opinion on this set; leave the row out")
+        # With it the opinion is made.
+        _ = self.one
 
         def others(case: str) -> list[LabelVolume]:
             return [*carried_views(raw, store, source_of(1), case), raw.read_label(store.round_path(0, case))]
@@ -309,7 +336,7 @@ class Rounds(Ablation):
     def _relabelled(self, number: int, predictions: Path, made: int) -> Path:
         """Round `made` of a dataset, made now where it is not there; the folder of its best guesses."""
         store, raw = self.store(number)
-        if not is_kept(store, made):
+        if store.read_manifest().round < made:
             chosen = opinion_of(store, AS_BEFORE)
             cases = [raw.case(name) for name in self.pool]
             asked = ask_sam2(raw, store, cases, predictions, made, chosen, "cpu", 1) if chosen else None

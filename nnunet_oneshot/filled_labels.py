@@ -131,8 +131,8 @@ def _is_fresh(task: FillTask) -> bool:
     """
     try:
         written = blosc2.open(urlpath=str(task.output), mode="r")
-    except FileNotFoundError:
-        # Also where another training removes it just now.
+    except (FileNotFoundError, RuntimeError):
+        # Also where another training removes it just now, or where a copy of it was cut short.
         return False
     made_of = written.schunk.vlmeta.get(MADE_OF, {})
     return all(made_of.get(name) == known for name, known in _sources(task).items())

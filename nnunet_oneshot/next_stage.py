@@ -1,11 +1,13 @@
 """What the first stage of nnU-Net's cascade says of cases that never validate, for the second stage to train on.
 
 nnU-Net writes a case's prediction for the next stage when the case validates; every one of its cases does so in one
-fold. Cases with a person's label train in every fold instead, and the next stage needs them too.
+fold. Cases with a person's label train in every fold instead, and the next stage needs them too. So what it gets of
+them is by a model that was trained on them, of all other cases by one that was not.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ def predict_for_next_stages(trainer: Any, cases: Sequence[str]) -> None:
         perform_everything_on_device=trainer.device.type == "cuda", device=trainer.device, allow_tqdm=False
     )
     predictor.manual_initialization(
-        trainer.network,
+        trainer.network.module if trainer.is_ddp else trainer.network,
         trainer.plans_manager,
         trainer.configuration_manager,
         None,
@@ -54,10 +56,12 @@ def _save(trainer: Any, stage: str, case: str, logits: torch.Tensor, properties:
     data, _, _, _ = kind(str(preprocessed), [case]).load_case(case)
     output = Path(trainer.output_folder_base) / "predicted_next_stage" / stage
     output.mkdir(parents=True, exist_ok=True)
+    # Other folds may write the same case at the same time.
+    part = f".part_{trainer.fold}"
     resample_and_save(
         logits,
         data.shape[1:],
-        str(output / case),
+        str(output / f"{case}{part}"),
         plans,
         trainer.configuration_manager,
         properties,
@@ -65,3 +69,5 @@ def _save(trainer: Any, stage: str, case: str, logits: torch.Tensor, properties:
         default_num_processes,
         kind,
     )
+    for path in output.glob(f"{case}{part}.*"):
+        os.replace(path, path.with_name(path.name.replace(part, "")))

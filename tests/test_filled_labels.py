@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+import torch.distributed as dist
 from cropped_dataset import CASES as DRAWN
 from cropped_dataset import (
     REGIONS,
@@ -189,6 +190,27 @@ def test_preprocessed_data_copied_without_times_and_raw_data_stay_filled(trainer
     for case in CASES[1:]:
         os.utime(filled_folder(preprocessed) / f"{case}.b2nd", ns=(0, 0))
     assert fill(trainer) == ["case_000"]
+
+
+def test_a_copy_that_was_cut_short_is_made_again(trainer: Any) -> None:
+    fill(trainer)
+    file = filled_folder(Path(trainer.preprocessed_dataset_folder)) / "case_001.b2nd"
+    file.write_bytes(file.read_bytes()[:40])
+    assert fill(trainer) == ["case_000"]
+    assert (stored(trainer, "case_001")[1] != IGNORE).all()
+
+
+def test_each_process_of_a_ddp_training_fills_its_part(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "barrier", lambda: waited.append(trainer.local_rank))
+    trainer.is_ddp = True
+    for rank in (0, 1):
+        trainer.local_rank = rank
+        trainer._fill_labels(CASES[1:])
+        folder = filled_folder(Path(trainer.preprocessed_dataset_folder))
+        assert len(list(folder.iterdir())) == rank + 1
+    assert waited == [0, 1]
 
 
 def test_a_label_without_an_ignored_voxel_is_not_copied(trainer: Any) -> None:

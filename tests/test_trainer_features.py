@@ -17,6 +17,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from tiny_dataset import SHAPE, preprocess_in_process, write_dataset
 
 import _nnunet_oneshot_path
+from nnunet_oneshot.next_stage import predict_for_next_stages
 from nnunet_oneshot.settings import SMALL_PLANS, LossSettings
 
 pytestmark = [
@@ -173,14 +174,19 @@ def test_the_cascade_sees_the_stage_before(write: Write, tmp_path: Path) -> None
         configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
 
     change_plan(write("3d_fullres", cases=3), cascade)
+    stage = f"OneShotTrainer_tiny__{SMALL_PLANS}__3d_lowres/predicted_next_stage/3d_cascade_fullres"
+    predicted = tmp_path / "nnUNet_results" / NAME / stage
     for fold in (0, 1):
         one = trainer("3d_lowres", fold)
         assert max(output["consistency"] for output in train(one)) > 0
         one.perform_actual_validation()
-    stage = f"OneShotTrainer_tiny__{SMALL_PLANS}__3d_lowres/predicted_next_stage/3d_cascade_fullres"
-    predicted = tmp_path / "nnUNet_results" / NAME / stage
     assert sorted(file.name for file in predicted.iterdir()) == [f"case_{number:03d}.b2nd" for number in range(3)]
-    assert blosc2.open(urlpath=str(predicted / "case_000.b2nd"), mode="r").shape == SHAPE
+    # Of a case that validates ours is what nnU-Net writes.
+    nnunets = blosc2.open(urlpath=str(predicted / "case_002.b2nd"), mode="r")[:]
+    assert nnunets.shape == SHAPE
+    (predicted / "case_002.b2nd").unlink()
+    predict_for_next_stages(one, ["case_002"])
+    assert (blosc2.open(urlpath=str(predicted / "case_002.b2nd"), mode="r")[:] == nnunets).all()
     one = trainer("3d_cascade_fullres", 0)
     train(one)
     assert next(one.dataloader_train)["data"].shape[1] == 1 + 2

@@ -125,9 +125,14 @@ def ignored_share(loader: Any, seed: int) -> float:
     return float((next(loader)["target"][0][0] == 3).float().mean())
 
 
-def test_the_log_tells_annotated_from_pseudo_labels_and_the_sum_is_nnunets(make: Make) -> None:
-    trainer = start(make(fold="all", cases=3))
+@pytest.mark.parametrize("form", ["labels", "regions", "no deep supervision"])
+def test_the_log_tells_annotated_from_pseudo_labels_and_the_sum_is_nnunets(make: Make, form: str) -> None:
+    regions = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    trainer = make(fold="all", cases=3, **(regions if form == "regions" else {}))
     plain = again("nnUNetTrainer_tiny", fold="all")
+    for one in (trainer, plain):
+        one.enable_deep_supervision = form != "no deep supervision"
+    start(trainer)
     plain.initialize()
     plain.network.load_state_dict(trainer.network.state_dict())
     batches = [next(trainer.dataloader_val) for _ in range(8)]
@@ -152,7 +157,7 @@ def dice_of(plain: Any, batches: list[dict[str, Any]], author: str) -> list[floa
     for batch in batches:
         samples = by_author(batch["keys"], ["case_000"]).get(author, [])
         if samples:
-            part = {"data": batch["data"][samples], "target": [level[samples].clone() for level in batch["target"]]}
+            part = {"data": batch["data"][samples], "target": chosen(batch["target"], samples)}
             with torch.no_grad():
                 result = plain.validation_step(part)
             counts += [result[key] for key in ("tp_hard", "fp_hard", "fn_hard")]
@@ -181,7 +186,12 @@ def test_images_without_foreground_train_where_nothing_is_ignored(make: Make) ->
 
 def copied(batch: dict[str, Any]) -> dict[str, Any]:
     """nnU-Net's validation step changes the target."""
-    return {**batch, "target": [level.clone() for level in batch["target"]]}
+    return {**batch, "target": chosen(batch["target"], list(range(len(batch["keys"]))))}
+
+
+def chosen(target: Any, samples: list[int]) -> Any:
+    """A copy of some samples, at every level where there is deep supervision."""
+    return [level[samples].clone() for level in target] if isinstance(target, list) else target[samples].clone()
 
 
 def late(trainer: Any, **settings: Any) -> Any:

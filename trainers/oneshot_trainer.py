@@ -259,7 +259,7 @@ class OneShotTrainer(WholeCheckpoints):
         The processes wait for each other afterwards, for no longer than NCCL lets them: so none makes them all.
         """
         if self.loss_settings.guess_share > 0:
-            cases = cases[self.local_rank :: dist.get_world_size()] if self.is_ddp else cases
+            cases = self._dealt(cases)
             without = fill_labels(
                 Path(self.preprocessed_dataset_folder),
                 Path(nnUNet_raw or "") / self.plans_manager.dataset_name / "pseudoTr" / "fused",
@@ -271,9 +271,15 @@ class OneShotTrainer(WholeCheckpoints):
                 get_allowed_n_proc_DA(),
                 "_".join(map(str, self._identity())),
             )
-            self.print_to_log_file(f"Best guesses in divergence for {len(cases) - len(without)} of {len(cases)} cases")
+            whose = " of this process" if self.is_ddp else ""
+            filled = len(cases) - len(without)
+            self.print_to_log_file(f"Best guesses in divergence for {filled} of {len(cases)} cases{whose}")
         if self.is_ddp:
             dist.barrier()
+
+    def _dealt(self, cases: list[str]) -> list[str]:
+        """This process's part under DDP, else all."""
+        return cases[self.local_rank :: dist.get_world_size()] if self.is_ddp else cases
 
     def _identity(self) -> tuple[str | int, ...]:
         """What no other process that trains at the same time shares, and this one has again when it is run again."""
@@ -289,14 +295,13 @@ class OneShotTrainer(WholeCheckpoints):
 
         Not under DDP, where nnU-Net's batch Dice gathers from all processes in every call.
         """
-        if self.block is None or self.is_ddp:
+        if self.block is None or self.dual_loss is None or self.is_ddp:
             return super().validation_step(batch)
         authors = by_author(batch["keys"], self.block.annotated)
-        if len(authors) == 2 and self.dual_loss is not None:
+        if len(authors) == 2:
             return self._validate_both(batch, authors["pseudo"])
         result = super().validation_step(batch)
-        if len(authors) == 1:
-            self._apart.setdefault(*authors, []).append(result)
+        self._apart.setdefault(*authors, []).append(result)
         return result
 
     def _validate_both(self, batch: dict, pseudo: list[int]) -> dict:
@@ -337,8 +342,10 @@ class OneShotTrainer(WholeCheckpoints):
         self.print_to_log_file(f"{pseudo} of {len(validation)} validation cases have pseudo labels (not the truth)")
         super().perform_actual_validation(save_probabilities)
         never = sorted((set(training) & annotated) - set(validation))
-        if self.configuration_manager.next_stage_names and self.local_rank == 0:
-            predict_for_next_stages(self, never)
+        if self.configuration_manager.next_stage_names:
+            predict_for_next_stages(self, self._dealt(never))
+            if self.is_ddp:
+                dist.barrier()
 
     def _has_splits(self) -> bool:
         return isfile(join(self.preprocessed_dataset_folder_base, "splits_final.json"))
