@@ -20,8 +20,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_oneshot.file_hash import hash_of
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.refresh_ledger import hash_of
 
 MADE_OF = "made_of"
 """Under this name a filled label keeps the hashes of its sources."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.file_hash import hash_of
 from nnunet_oneshot.nnunet import Fold
-from nnunet_oneshot.refresh_ledger import hash_of
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store
 

@@ -18,10 +18,11 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_oneshot.file_hash import hash_of
 from nnunet_oneshot.nnunet import dataset_name, preprocessed_folder, root
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.refresh_case import MASKS, Target, make_whole, nonzero, remove_leftovers, replacing, rewrite_label
-from nnunet_oneshot.refresh_ledger import CaseFiles, Ledger, Need, hash_of
+from nnunet_oneshot.refresh_ledger import CaseFiles, Ledger, Need
 
 WORTH_WORKERS = 20.0
 """Seconds of work from which on processes, each of which takes seconds to start, are worth it."""

@@ -82,11 +82,6 @@ class Ledger:
         return self.folders.get(target.folder.name, {"cases": {}})["cases"]
 
 
-def hash_of(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def plans_hash(target: Target) -> str:
     """Hash of all in the plans that preprocessing depends on."""
     tools = target.tools

@@ -16,10 +16,11 @@ TRAINER_FILES = {"trainers.oneshot_trainer", "trainers.oneshot_trainer_variants"
 TRAINERS = ("trainers", "oneshot_trainer", "oneshot_trainer_variants")
 
 FOR_TRAINERS = {f"nnunet_oneshot.{name}" for name in ("losses", "cross_patch", "settings", "errors")} | {
-    f"nnunet_oneshot.{name}" for name in ("case_selection", "training_views", "training_cases", "filled_labels")
+    f"nnunet_oneshot.{name}"
+    for name in ("case_selection", "training_views", "training_cases", "filled_labels", "next_stage")
 }
 """What the design names, and the modules that hold what did not fit into those."""
-BELOW_TRAINERS = FOR_TRAINERS | {"sam2_propagation.errors", "nnunet_oneshot.parallel"}
+BELOW_TRAINERS = FOR_TRAINERS | {"sam2_propagation.errors", "nnunet_oneshot.parallel", "nnunet_oneshot.file_hash"}
 EXTRAS = ("matplotlib", "pydicom")
 """Third parties that may be imported inside a function, since an extra brings them."""
 STAGES = {

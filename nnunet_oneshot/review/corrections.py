@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import SimpleITK as sitk
 from nnunet_oneshot.checks import checked_label
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.file_hash import hash_of
 from nnunet_oneshot.label_formats import write_itksnap_labels, write_seg_nrrd
 from nnunet_oneshot.store import Store
 from sam2_propagation.interface import Image, LabelVolume
@@ -67,7 +67,7 @@ def edited_files(store: Store, case: Case) -> list[Path]:
     folder = store.folder / "review" / case.name
     written = folder / "written.json"
     known: dict[str, str] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
-    return [folder / n for n, digest in known.items() if (folder / n).is_file() and _digest(folder / n) != digest]
+    return [folder / n for n, digest in known.items() if (folder / n).is_file() and hash_of(folder / n) != digest]
 
 
 def check_in(raw: RawDataset, store: Store, case: Case) -> LabelVolume:
@@ -132,7 +132,7 @@ def _write(raw: RawDataset, store: Store, case: Case, files: list[Path], image: 
         _write_nifti(label, image, files[0])
     if len(files) > 1:
         write_seg_nrrd(label, image, raw.class_names, files[1])
-    store.write_json({path.name: _digest(path) for path in files}, files[0].parent / "written.json")
+    store.write_json({path.name: hash_of(path) for path in files}, files[0].parent / "written.json")
 
 
 def _write_nifti(label: LabelVolume, image: Image, path: Path) -> None:
@@ -190,10 +190,6 @@ def _by_names(found: sitk.Image, label: LabelVolume, raw: RawDataset) -> LabelVo
         result[label == int(found.GetMetaData(f"Segment{number}_LabelValue"))] = values[name]
         number += 1
     return result if number else label
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _short(values: tuple[float, ...]) -> tuple[float, ...]:
