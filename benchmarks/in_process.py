@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunet_oneshot.next_stage import predictor_of
 from nnunet_oneshot.nnunet import Fold
 
 Weights = dict[str, torch.Tensor]
@@ -66,18 +66,7 @@ def predict(
     if mirroring and trainer.inference_allowed_mirroring_axes is None:
         # Known to a trainer only once it has made its loaders.
         trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=mirroring, allow_tqdm=False)
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    predictor.manual_initialization(
-        trainer.network,
-        trainer.plans_manager,
-        trainer.configuration_manager,
-        None,
-        trainer.dataset_json,
-        type(trainer).__name__,
-        trainer.inference_allowed_mirroring_axes,
-    )
+    predictor = predictor_of(trainer, mirroring)
     predictor.list_of_parameters = list(weights) if weights else [trainer.network.state_dict()]
     output.mkdir(parents=True, exist_ok=True)
     files = [[str(path) for path in paths] for paths in images.values()]

@@ -15,13 +15,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from quality import PHANTOMS, SYNTHETIC
 from synthetic_sets import write_synthetic_dataset
 
 from nnunet_oneshot.phantom import write_phantom_dataset
 
-PHANTOMS = {"thick_slices": (12, 72, 72), "isotropic": (36, 44, 44)}
-SYNTHETIC = "synthetic"
-SEED = 7
+SEEDS = {"isotropic": 0, "thick_slices": 1}
 """Of phantoms; quality's rules are learnt on others."""
 
 
@@ -31,10 +30,9 @@ def write(folder: Path, name: str, cases: int, test: int) -> None:
     place.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
         raw, truth = Path(scratch) / "raw", place / "labels"
-        if name in PHANTOMS:
-            made = write_phantom_dataset(
-                raw, 501, name, truth=truth, cases=cases, shape=PHANTOMS[name], seed=SEED, kind=name
-            )
+        if name in SEEDS:
+            shape, seed = PHANTOMS[name][0], SEEDS[name]
+            made = write_phantom_dataset(raw, 501, name, truth=truth, cases=cases, shape=shape, seed=seed, kind=name)
             dataset = made.folder
         else:
             dataset = write_synthetic_dataset(raw, 501, name, truth, int(name.removeprefix(SYNTHETIC)), cases)

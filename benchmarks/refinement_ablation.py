@@ -30,7 +30,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +73,12 @@ SPOILED = ("before", "round_0", "ungated")
 class Rounds(Ablation):
     """One data set, one annotated case, one budget, one seed."""
 
+    prefix = "refinement_ablation"
+
     def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
         super().__init__(arguments, seed)
         self.spoiled: bool = arguments.spoil
-
-    def key(self, row: str) -> str:
-        """Name of the row's file."""
-        pool, budget = len(self.pool) + 1, f"{self.epochs}x{PRESET.schedule.iterations if PRESET.schedule else 0}"
-        spoiled = "_spoiled" if self.spoiled else ""
-        return (
-            f"refinement_ablation_{self.data.name}_{pool}{spoiled}_{self.configuration}_{budget}_seed{self.seed}_{row}"
-        )
+        self.variant = "_spoiled" if self.spoiled else ""
 
     def prepare(self) -> None:
         """Labels of round 0, copies of them, and nnU-Net's preprocessing of each."""
@@ -99,7 +93,7 @@ class Rounds(Ablation):
         for number in copies:
             self._copy(number)
         for number in (LABELLED, *copies):
-            store, raw = self.store(number)
+            store, raw = open_store(number)
             take_over(raw, store, 1, 0.0 if number == UNGATED else MIN_QUALITY)
             if number == FOLDED:
                 _deal(store, raw)
@@ -133,29 +127,22 @@ class Rounds(Ablation):
 
     def row(self, name: str) -> dict[str, Any]:
         """A finished row, made now where it is not there yet; SystemExit where one is there that is of other things."""
-        if (done := read_row(self.key(name))) is not None:
-            expected = {**self.settings, "n": len(self.pool if name in (*LABELS, *LATER) else self.test)}
-            if other := [key for key, value in expected.items() if done[key] != value]:
-                raise SystemExit(f"{self.key(name)}.json is of other {', '.join(other)}: take it away to run it again")
-            return done
         of_labels = name in (*LABELS, *LATER)
         cases = self.pool if of_labels else self.test
+        if (done := read_row(self.key(name))) is not None:
+            return self.checked(name, done, {**self.settings, "n": len(cases)})
         scored = evaluate(self.data.labels, getattr(self, name), self.dataset_json, cases=cases)
         found = scored.case_mean()[:, METRICS.index("Dice")]
         content = {**self.settings, "row": name, "of": "labels" if of_labels else "model", "n": len(cases)}
         content |= {"dice": round(scored.summary[FOREGROUND]["Dice"].mean, 4)}
         content |= {"case_dice": [round(float(value), 4) for value in found]}
-        content |= {"left_out": self.left_out, "opinion": opinion_of(self.store(LABELLED)[0], AS_BEFORE)}
+        content |= {"left_out": self.left_out, "opinion": opinion_of(open_store(LABELLED)[0], AS_BEFORE)}
         return write_row(self.key(name), content)
-
-    def store(self, number: int) -> tuple[Store, RawDataset]:
-        """A labelled dataset and its images."""
-        return open_store(number)
 
     @property
     def left_out(self) -> list[str]:
         """Cases that round 0's estimated quality leaves out."""
-        cases = kept_manifest(self.store(LABELLED)[0], 0).cases
+        cases = kept_manifest(open_store(LABELLED)[0], 0).cases
         return sorted(name for name, record in cases.items() if record.status in LEFT_OUT)
 
     # --- labels, each a folder ---
@@ -163,7 +150,7 @@ class Rounds(Ablation):
     @property
     def before(self) -> Path:
         """Round 0's."""
-        return self.store(LABELLED)[0].round_path(0, "x").parent
+        return open_store(LABELLED)[0].round_path(0, "x").parent
 
     @property
     def model(self) -> Path:
@@ -173,13 +160,13 @@ class Rounds(Ablation):
     @property
     def model_labels(self) -> Path:
         """The model, fused with the labels before."""
-        store, raw = self.store(LABELLED)
+        store, raw = open_store(LABELLED)
         return self._fused("model_labels", lambda case: [raw.read_label(store.round_path(0, case))])
 
     @property
     def model_views(self) -> Path:
         """The model, fused with all views."""
-        store, raw = self.store(LABELLED)
+        store, raw = open_store(LABELLED)
         sources = sorted(store.read_manifest().sources)
         return self._fused(
             "model_views", lambda case: [view for source in sources for view in carried_views(raw, store, source, case)]
@@ -193,11 +180,10 @@ class Rounds(Ablation):
     @property
     def model_opinion_labels(self) -> Path:
         """All that there is to say of round 1."""
-        store, raw = self.store(LABELLED)
+        store, raw = open_store(LABELLED)
         if opinion_of(store, AS_BEFORE) is None:
             raise SystemExit("model_opinion_labels: SAM2 gives no opinion on this set; leave the row out")
-        # With it the opinion is made.
-        _ = self.one
+        self._relabelled(LABELLED, self.model, 1)
 
         def others(case: str) -> list[LabelVolume]:
             return [*carried_views(raw, store, source_of(1), case), raw.read_label(store.round_path(0, case))]
@@ -219,15 +205,15 @@ class Rounds(Ablation):
         """Round 3."""
         return self._relabelled(LABELLED, self._said_by("again"), 3)
 
-    @cached_property
+    @property
     def ensemble(self) -> Path:
         """What the folds' models say together."""
         weights = [self._weights(f"fold_{fold}") for fold in range(FOLDS)]
         return self._said("ensemble", lambda output: self._predict_pool(weights, self.pool, output))
 
-    @cached_property
+    @property
     def _out_of_fold(self) -> Path:
-        held_out = [split["val"] for split in splits(self.store(FOLDED)[0].read_manifest(), FOLDS)]
+        held_out = [split["val"] for split in splits(open_store(FOLDED)[0].read_manifest(), FOLDS)]
 
         def fill(output: Path) -> None:
             for fold, cases in enumerate(held_out):
@@ -283,7 +269,7 @@ class Rounds(Ablation):
     def _trained_model(self, name: str, fold: Fold) -> Any:
         number = {"ungated": UNGATED, "from_folds": FOLDED}.get(name, FOLDED if fold != "all" else LABELLED)
         wanted = TRAINED_ON.get(name, 0)
-        if (found := self.store(number)[0].read_manifest().round) != wanted:
+        if (found := open_store(number)[0].read_manifest().round) != wanted:
             raise SystemExit(f"expected labels of round {wanted} for {name}, found {found}: use another -o")
         refresh(number, 1)
         trainer = self._new(number, fold)
@@ -301,7 +287,7 @@ class Rounds(Ablation):
         return self._predict([self._weights(name)], images, self.work / "predictions" / f"{name}_seed{self.seed}")
 
     def _predict_pool(self, weights: Sequence[Weights], cases: Sequence[str], output: Path) -> None:
-        _, raw = self.store(LABELLED)
+        _, raw = open_store(LABELLED)
         if cases:
             self._predict(weights, {case: raw.case(case).images for case in cases}, output)
 
@@ -323,7 +309,7 @@ class Rounds(Ablation):
         return output
 
     def _fused(self, name: str, others: Callable[[str], list[LabelVolume]]) -> Path:
-        _, raw = self.store(LABELLED)
+        _, raw = open_store(LABELLED)
 
         def fill(output: Path) -> None:
             for case in map(raw.case, self.pool):
@@ -335,7 +321,7 @@ class Rounds(Ablation):
 
     def _relabelled(self, number: int, predictions: Path, made: int) -> Path:
         """Round `made` of a dataset, made now where it is not there; the folder of its best guesses."""
-        store, raw = self.store(number)
+        store, raw = open_store(number)
         if store.read_manifest().round < made:
             chosen = opinion_of(store, AS_BEFORE)
             cases = [raw.case(name) for name in self.pool]

@@ -98,6 +98,9 @@ ROWS: Mapping[str, Recipe] = {
 class Ablation:
     """One data set, one annotated case, one budget."""
 
+    prefix = "trainer_ablation"
+    variant = ""
+
     def __init__(self, arguments: argparse.Namespace, seed: int = 0) -> None:
         self.data: DataSet = data_set(arguments.set)
         self.annotated: str = arguments.annotated or self.data.split["annotated_default"]
@@ -115,7 +118,8 @@ class Ablation:
     def key(self, row: str) -> str:
         """Name of the row's file."""
         pool, budget = len(self.pool) + 1, f"{self.epochs}x{PRESET.schedule.iterations if PRESET.schedule else 0}"
-        return f"trainer_ablation_{self.data.name}_{pool}_{self.configuration}_{budget}_seed{self.seed}_{row}"
+        what = f"{self.prefix}_{self.data.name}_{pool}{self.variant}"
+        return f"{what}_{self.configuration}_{budget}_seed{self.seed}_{row}"
 
     def prepare(self) -> None:
         """Labels, their fused form as a dataset of its own, and nnU-Net's preprocessing of both."""
@@ -135,6 +139,10 @@ class Ablation:
             return self.run(name)
         expected = {"labels": self.label_settings, "annotated": self.annotated, "mirroring": self.mirroring}
         expected["test_cases"] = len(self.test)
+        return self.checked(name, done, expected)
+
+    def checked(self, name: str, done: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+        """A row that is there; SystemExit where it is of other things than those expected."""
         if other := [key for key, value in expected.items() if done[key] != value]:
             raise SystemExit(f"{self.key(name)}.json is of other {', '.join(other)}: take it away to run it again")
         return done

@@ -26,8 +26,23 @@ def predict_for_next_stages(trainer: Any, cases: Sequence[str]) -> None:
         trainer: a trained nnUNetTrainer whose configuration has next stages and no stage before.
         cases: identifiers; each is preprocessed for both stages.
     """
+    predictor = predictor_of(trainer)
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
+    for case in dataset.identifiers:
+        data, _, _, properties = dataset.load_case(case)
+        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
+        for stage in trainer.configuration_manager.next_stage_names:
+            _save(trainer, stage, case, logits, properties)
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+
+
+def predictor_of(trainer: Any, mirroring: bool = True) -> nnUNetPredictor:
+    """nnU-Net's predictor by the network that a trainer holds, which is switched to inference."""
     predictor = nnUNetPredictor(
-        perform_everything_on_device=trainer.device.type == "cuda", device=trainer.device, allow_tqdm=False
+        use_mirroring=mirroring,
+        perform_everything_on_device=trainer.device.type == "cuda",
+        device=trainer.device,
+        allow_tqdm=False,
     )
     predictor.manual_initialization(
         trainer.network.module if trainer.is_ddp else trainer.network,
@@ -40,13 +55,7 @@ def predict_for_next_stages(trainer: Any, cases: Sequence[str]) -> None:
     )
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
-    for case in dataset.identifiers:
-        data, _, _, properties = dataset.load_case(case)
-        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
-        for stage in trainer.configuration_manager.next_stage_names:
-            _save(trainer, stage, case, logits, properties)
-    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    return predictor
 
 
 def _save(trainer: Any, stage: str, case: str, logits: torch.Tensor, properties: dict[str, Any]) -> None:
