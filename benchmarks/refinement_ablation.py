@@ -14,7 +14,8 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
             two, three       rounds 2 and 3 of `refine`, each by a model of the labels before, from new weights
     models: round_0          trained on round 0's labels
             ungated          the same, with the cases that quality leaves out
-            scratch, warm    trained on the labels `one`: from new weights, or from those of round_0
+            scratch, warm    trained on the labels `one`: from new weights, or from all of those of round_0
+            warm_new_head    the same, as nnU-Net's -pretrained_weights has it: its last layers are new
             from_folds       trained on the labels `folds`, from new weights
 
 Trainings are short (`--epochs` of the preset `small`) and seeded; those of round 0 and of `scratch` differ in labels
@@ -36,6 +37,7 @@ from typing import Any
 import torch
 from common import lay_out, markdown, read_row, use_folders, write_row
 from in_process import Weights, make, predict
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from quality import spoil
 from trainer_ablation import LABELLED, POOL, PRESET, Ablation, add_data_arguments, difference
 
@@ -62,10 +64,10 @@ FOLDED, UNGATED = 611, 612
 """Copies of the labelled dataset: whose round is made by two folds, and of which no case is left out."""
 FOLDS = 2
 LABELS = ("before", "model", "model_labels", "model_views", "one", "model_opinion_labels", "folds", "ensemble")
-MODELS = ("round_0", "ungated", "scratch", "warm", "from_folds")
+MODELS = ("round_0", "ungated", "scratch", "warm", "warm_new_head", "from_folds")
 LATER = ("two", "three")
 """Labels too, made last: a model is trained on the labels in force."""
-TRAINED_ON = {"scratch": 1, "warm": 1, "from_folds": 1, "again": 2}
+TRAINED_ON = {"scratch": 1, "warm": 1, "warm_new_head": 1, "from_folds": 1, "again": 2}
 """The round whose labels a model learns, 0 where not named."""
 SPOILED = ("before", "round_0", "ungated")
 
@@ -252,6 +254,12 @@ class Rounds(Ablation):
         return self._tested("warm")
 
     @property
+    def warm_new_head(self) -> Path:
+        """The same by nnU-Net's own way."""
+        self._relabelled(LABELLED, self.model, 1)
+        return self._tested("warm_new_head")
+
+    @property
     def from_folds(self) -> Path:
         """Trained on the labels out of fold."""
         self._relabelled(FOLDED, self._out_of_fold, 1)
@@ -275,6 +283,10 @@ class Rounds(Ablation):
         trainer = self._new(number, fold)
         if name == "warm":
             trainer.network.load_state_dict(self._weights("round_0"))
+        if name == "warm_new_head":
+            checkpoint = self.work / "weights" / "pretrained.pth"
+            torch.save({"network_weights": self._weights("round_0")}, checkpoint)
+            load_pretrained_weights(trainer.network, str(checkpoint))
         trainer.run_training()
         return trainer
 
