@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
+from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.quality import Opinions, by_source, dice_by_class, estimate, gather, reverse_dice
 from nnunet_oneshot.quality_opinions import view_scores
+from nnunet_oneshot.second_opinion import source_of
 from nnunet_oneshot.store import Store
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import LabelVolume
@@ -42,7 +44,8 @@ def dataset_rows(store: Store, raw: RawDataset, truth: Path, name: str, registra
             for number, label in enumerate(of_rounds):
                 about = {"set": name, "case": case.name, "round": number, "source": source}
                 before = of_rounds[number - 1] if number else None
-                yield from _rows(label, true, Opinions(views, before, scores), about)
+                judged = _new_in_round(store, raw, case, number) if number else label
+                yield from _rows(label, judged, true, Opinions(views, before, scores), about)
 
 
 def _rounds(store: Store, raw: RawDataset, case: Case) -> list[LabelVolume]:
@@ -51,6 +54,13 @@ def _rounds(store: Store, raw: RawDataset, case: Case) -> list[LabelVolume]:
     while (path := store.round_path(len(labels), case.name)).is_file():
         labels.append(raw.read_label(path))
     return labels
+
+
+def _new_in_round(store: Store, raw: RawDataset, case: Case, number: int) -> LabelVolume:
+    """What a round's label is judged by: what was said in it, without the label before."""
+    predicted = store.state_folder / "predictions" / f"{number:02d}" / f"{case.name}{raw.file_ending}"
+    new = [raw.read_label(predicted), *carried_views(raw, store, source_of(number), case.name)]
+    return fuse(new, spacing=raw.image_geometry(case)[1]).label
 
 
 Said = tuple[Mapping[str, Sequence[LabelVolume]], list[dict[str, float]]]
@@ -79,10 +89,10 @@ def _by_registration(
     return [first, *labels[1:]], ({REGISTRATION: views}, [back])
 
 
-def _rows(label: LabelVolume, true: LabelVolume, opinions: Opinions, about: Row) -> Iterator[Row]:
-    """One row a class that either label shows."""
-    evidence = gather(label, opinions)
-    estimated = estimate(label, opinions) or {}
+def _rows(label: LabelVolume, judged: LabelVolume, true: LabelVolume, opinions: Opinions, about: Row) -> Iterator[Row]:
+    """One row a class that label or truth shows; `judged` is what evidence is of."""
+    evidence = gather(judged, opinions)
+    estimated = estimate(judged, opinions) or {}
     for value, dice in dice_by_class(label, true, range(1, int(np.max(true, initial=0)) + 1)).items():
         known = {kind: round(agreements[value], 4) for kind, agreements in evidence.items() if value in agreements}
         if known:

@@ -7,8 +7,9 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
     labels: before           round 0, as `propagate` makes them by default
             model            what one model says that was trained on all of them
             model_labels, model_views  the same, fused with the labels before, or with every propagator's views
-            model_opinion_labels  the model, SAM2's opinion and the labels before, fused
-            one              what `refine` makes of it by default (with SAM2's opinion where SAM2 looked along planes)
+            model_opinion    the model and SAM2's opinion, fused
+            one              what `refine` makes of it by default: these and the labels before, fused (where SAM2 did
+                             not look along planes, and so gives no opinion, the model's word)
             folds            as `one`, each case by the one of two models that was not trained on its label
             ensemble         what both of these models say together
             two, three       rounds 2 and 3 of `refine`, each by a model of the labels before, from new weights
@@ -63,7 +64,7 @@ from sam2_propagation.interface import LabelVolume
 FOLDED, UNGATED = 611, 612
 """Copies of the labelled dataset: whose round is made by two folds, and of which no case is left out."""
 FOLDS = 2
-LABELS = ("before", "model", "model_labels", "model_views", "one", "model_opinion_labels", "folds", "ensemble")
+LABELS = ("before", "model", "model_labels", "model_views", "model_opinion", "one", "folds", "ensemble")
 MODELS = ("round_0", "ungated", "scratch", "warm", "warm_new_head", "from_folds")
 LATER = ("two", "three")
 """Labels too, made last: a model is trained on the labels in force."""
@@ -175,22 +176,18 @@ class Rounds(Ablation):
         )
 
     @property
+    def model_opinion(self) -> Path:
+        """The model, fused with SAM2's opinion."""
+        store, raw = open_store(LABELLED)
+        if opinion_of(store, AS_BEFORE) is None:
+            raise SystemExit("model_opinion: SAM2 gives no opinion on this set; leave the row out")
+        self._relabelled(LABELLED, self.model, 1)
+        return self._fused("model_opinion", lambda case: carried_views(raw, store, source_of(1), case))
+
+    @property
     def one(self) -> Path:
         """Round 1 as it is by default."""
         return self._relabelled(LABELLED, self.model, 1)
-
-    @property
-    def model_opinion_labels(self) -> Path:
-        """All that there is to say of round 1."""
-        store, raw = open_store(LABELLED)
-        if opinion_of(store, AS_BEFORE) is None:
-            raise SystemExit("model_opinion_labels: SAM2 gives no opinion on this set; leave the row out")
-        self._relabelled(LABELLED, self.model, 1)
-
-        def others(case: str) -> list[LabelVolume]:
-            return [*carried_views(raw, store, source_of(1), case), raw.read_label(store.round_path(0, case))]
-
-        return self._fused("model_opinion_labels", others)
 
     @property
     def folds(self) -> Path:

@@ -114,7 +114,11 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         help="1: one model on all cases; 2 to 5: as many, each case relabelled by the one that did not train on it "
         "(default: %(default)s)",
     )
-    parser.add_argument("--warm_start", action="store_true", help="train each round from the weights of the one before")
+    parser.add_argument(
+        "--from_scratch",
+        action="store_true",
+        help="train each round from new weights, not from those of the one before",
+    )
     parser.add_argument(
         "-stop_dice",
         type=float,

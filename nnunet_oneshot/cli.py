@@ -543,7 +543,7 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "preset": arguments.preset,
         "num_folds": arguments.num_folds,
-        "warm_start": arguments.warm_start,
+        "warm_start": False if arguments.from_scratch else None,
         "stop_dice": arguments.stop_dice,
         "all_rounds": arguments.all_rounds,
         "min_quality": arguments.min_quality,

@@ -23,7 +23,7 @@ from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import is_added, take_up
 from nnunet_oneshot.refine_models import Models
-from nnunet_oneshot.refine_record import Plan, Record, Splits, label_hashes, make_plan
+from nnunet_oneshot.refine_record import Plan, Record, Splits, begun_plan, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
 from nnunet_oneshot.round_quality import compare_rounds
@@ -118,7 +118,7 @@ def refine(
     rounds: int = 1,
     preset: str = "default",
     num_folds: int = 1,
-    warm_start: bool = False,
+    warm_start: bool | None = None,
     stop_dice: float = STOP_DICE,
     min_quality: float = MIN_QUALITY,
     all_rounds: bool = False,
@@ -142,7 +142,8 @@ def refine(
         preset: default, small or tiny.
         num_folds: 1 trains one model on all cases; 2 to 5 deal the cases over as many models, and a case's new label
             comes from the one that did not train on its old label.
-        warm_start: start each round's training from the weights of the round before.
+        warm_start: start each round's training from the weights of the round before, by nnU-Net's
+            `-pretrained_weights`: its last layers are new. Yes when None, but where it began otherwise.
         stop_dice: mean Dice between two rounds' labels from which on they have settled.
         min_quality: estimated mean Dice below which a case is left out until a round lifts it.
         all_rounds: make all rounds, whether labels settle or get worse.
@@ -167,7 +168,11 @@ def refine(
         stop_dice=stop_dice,
     )
     store, raw = open_store(dataset, grown=True)
-    more = {"num_folds": num_folds, "warm_start": warm_start, "weight_by_quality": weight_by_quality}
+    more = {
+        "num_folds": num_folds,
+        "warm_start": _starts_warm(store, warm_start),
+        "weight_by_quality": weight_by_quality,
+    }
     trust = {"self_opinion": opinion_of(store, self_opinion), "min_margin": min_margin}
     plan = make_plan(configuration, trainer, plans, preset, **more, **trust)
     if plan.self_opinion is not None:
@@ -178,6 +183,12 @@ def refine(
         taken = [*work.begin(), *work.take_up()]
         ended = work.rounds()
         return work.result(ended, taken)
+
+
+def _starts_warm(store: Store, asked: bool | None) -> bool:
+    """Whether rounds start from the weights before; a refinement that began under another default goes on by that."""
+    begun = begun_plan(store.folder)
+    return begun.warm_start if asked is None and begun is not None else asked is not False
 
 
 def model_folder(dataset: str, plan: Plan) -> Path:

@@ -41,7 +41,7 @@ class Models:
         """Train every fold on the labels in force, those of round `number`; resumes, or does nothing."""
         plan = self.plan
         for fold in plan.folds:
-            start = self._kept(number - 1) / f"fold_{fold}" / nnunet.FINAL if plan.warm_start and number else None
+            before = self._kept(number - 1) / f"fold_{fold}" / nnunet.FINAL
             nnunet.train(
                 self.dataset,
                 plan.configuration,
@@ -49,7 +49,8 @@ class Models:
                 plan.trainer,
                 plan.plans,
                 self.device,
-                pretrained_weights=start,
+                # Models of earlier rounds may have been removed to save room.
+                pretrained_weights=before if plan.warm_start and number and before.is_file() else None,
             )
 
     def predict(self, cases: Sequence[Case], splits: Splits | None, output: Path, probabilities: bool = False) -> None:

@@ -1,8 +1,8 @@
 """New labels from a model's predictions: one step of every round.
 
 The model is one more opinion: where it agrees with the label of the round before, that is consensus; where it does not,
-the voxel becomes ignore for the next training, and the model's word is the best guess. With a third opinion all three
-must agree, and the best guess lies between the model and that opinion's views.
+the voxel becomes ignore for the next training, and the model's word is the best guess, since two have no majority. With
+a third opinion all three must agree, and the best guess lies between them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from nnunet_oneshot.store import HUMAN_WORD, CaseRecord, Manifest, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import BoolVolume, FloatVolume, LabelVolume
+
+_VOICELESS = ("failed", "rejected")
+"""Whose label of the round before has no voice: an empty one stood in for what was missing, a person refused it."""
 
 
 @dataclass(frozen=True)
@@ -183,18 +186,27 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, task.record
     before = dataset.read_label(store.round_path(task.number - 1, case.name))
     predicted = _read_prediction(task, before.shape)
-    third = _third_opinion(task)
-    # An empty label stood in for one that was missing.
-    said = [predicted] if task.record.status == "failed" else [predicted, before]
-    agreed = fuse([*said, *third]).agreed & _confident(task, before.shape)
-    guess = fuse([*third, predicted], spacing=dataset.image_geometry(case)[1]).label if third else predicted
+    new = [predicted, *_third_opinion(task)]
+    voices = new if task.record.status in _VOICELESS else [*new, before]
+    agreed = fuse(voices).agreed & _confident(task, before.shape)
+    guess = _between(task, voices) if len(new) > 1 else predicted
     target = np.where(agreed, guess, ignore_value(dataset)).astype(np.int16)
-    if case.label is not None:
-        human = dataset.read_label(case.label)
-        by_hand = human != dataset.ignore
-        guess, target = np.where(by_hand, human, guess), np.where(by_hand, human, target)
+    guess, target = _drawn_over(task, guess), _drawn_over(task, target)
     write_round(dataset, store, case, task.number, guess, target)
-    return case.name, _record(task, agreed, guess, before)
+    # A label that has a voice in the new one is no evidence on it: judged is what was said without it.
+    return case.name, _record(task, agreed, _drawn_over(task, _between(task, new)), before)
+
+
+def _between(task: Task, labels: Sequence[LabelVolume]) -> LabelVolume:
+    return fuse(labels, spacing=task.dataset.image_geometry(task.case)[1]).label
+
+
+def _drawn_over(task: Task, label: LabelVolume) -> LabelVolume:
+    """A label with what a person drew of the case, where that is a part of it."""
+    if task.case.label is None:
+        return label
+    human = task.dataset.read_label(task.case.label)
+    return np.where(human != task.dataset.ignore, human, label).astype(np.int16)
 
 
 def _third_opinion(task: Task) -> list[LabelVolume]:
@@ -236,7 +248,7 @@ def mean_dice(first: LabelVolume, second: LabelVolume) -> float:
     return float(np.mean(list(dice.values()))) if dice else 1.0
 
 
-def _record(task: Task, agreed: BoolVolume, guess: LabelVolume, before: LabelVolume) -> CaseRecord:
+def _record(task: Task, agreed: BoolVolume, judged: LabelVolume, before: LabelVolume) -> CaseRecord:
     old = task.record
     new = old.model_copy(update={"round": task.number, "divergence": round(float(1 - agreed.mean()), 6)})
     if old.status == "failed":
@@ -244,7 +256,7 @@ def _record(task: Task, agreed: BoolVolume, guess: LabelVolume, before: LabelVol
         new.status, new.quality = "pseudo", None
         new.reason = f"labelled by the model alone, since there was no label before: {old.reason}"
         return new
-    new.quality = estimate(guess, opinions(task.dataset, task.store, task.case.name, old, before))
+    new.quality = estimate(judged, opinions(task.dataset, task.store, task.case.name, old, before))
     return new
 
 

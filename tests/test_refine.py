@@ -218,9 +218,15 @@ def test_a_sparse_case_that_every_fold_trains_on_is_predicted_by_all(
 
 def test_warm_start_takes_the_weights_of_the_round_before(fake: FakeNnunet) -> None:
     fake.say = drifting
-    run(rounds=2, warm_start=True)
+    run(rounds=2)
     starts = [start and start.relative_to(start.parents[3]).parts[:2] for _, start in fake.trained]
     assert starts == [None, ("oneshot_rounds", "00"), ("oneshot_rounds", "01")]
+
+
+def test_from_scratch_takes_no_weights(fake: FakeNnunet) -> None:
+    fake.say = drifting
+    run(rounds=1, warm_start=False)
+    assert [start for _, start in fake.trained] == [None, None]
 
 
 class Doubter(FakePropagator):

@@ -11,9 +11,11 @@ from fake_propagator import FakePropagator
 from raw_datasets import Roots, geometry, label_array, make_sparse, read, write_image, write_raw
 
 from nnunet_oneshot import rounds
-from nnunet_oneshot.dataset import RawDataset, open_dataset
+from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.quality import estimate
+from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, margin, mean_dice, relabel
 from nnunet_oneshot.rounds import finish_switch, put_in_force
 from nnunet_oneshot.store import Status, Store, ViewRecord, WorkerRecord
@@ -52,6 +54,10 @@ def predictions(tmp_path: Path) -> Path:
 def files(store: Store) -> dict[str, bytes]:
     below = {str(p.relative_to(store.folder)): p for p in store.folder.rglob("*") if p.is_file()}
     return {name: path.read_bytes() for name, path in below.items() if not name.startswith(".oneshot")}
+
+
+def between(dataset: RawDataset, case: Case, *labels: np.ndarray) -> np.ndarray:
+    return fuse(labels, spacing=dataset.image_geometry(case)[1]).label
 
 
 def test_agreement_is_trained_on_and_disagreement_ignored(made: Made, predictions: Path) -> None:
@@ -274,9 +280,7 @@ def third_opinion(made: Made, case: str, label: np.ndarray | None) -> Trust:
     return Trust(opinion="self_01")
 
 
-def test_with_a_third_opinion_all_must_agree_and_the_guess_lies_between_it_and_the_model(
-    made: Made, predictions: Path
-) -> None:
+def test_with_a_third_opinion_all_must_agree_and_the_guess_lies_between_them(made: Made, predictions: Path) -> None:
     dataset, store = made
     case = dataset.case("case_2")
     before, said = read(store.fused_path(case.name)), read(predictions / "case_2.nii.gz")
@@ -285,10 +289,30 @@ def test_with_a_third_opinion_all_must_agree_and_the_guess_lies_between_it_and_t
     agreed = (before == said) & (said == third)
     assert 0 < agreed.mean() < 1
     guess = read(store.fused_path(case.name))
-    between = fuse([third, said], spacing=dataset.read_image(case).spacing).label
-    np.testing.assert_array_equal(guess, between)
+    np.testing.assert_array_equal(guess, between(dataset, case, said, third, before))
     assert (guess != said).any()
     np.testing.assert_array_equal(read(store.label_path(case.name)), np.where(agreed, guess, IGNORE))
+
+
+def test_the_label_before_is_no_evidence_on_the_one_that_it_has_a_voice_in(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    case = dataset.case("case_2")
+    before, said = read(store.fused_path(case.name)), read(predictions / "case_2.nii.gz")
+    third = np.roll(said, 2, axis=2)
+    relabel(dataset, store, predictions, 1, 1, min_quality=0, trust=third_opinion(made, case.name, third))
+    record = store.read_manifest().cases[case.name]
+    known = opinions(dataset, store, case.name, record, before)
+    assert record.quality == estimate(between(dataset, case, said, third), known)
+    assert record.quality != estimate(read(store.fused_path(case.name)), known)
+
+
+def test_a_rejected_label_has_no_voice(made: Made, predictions: Path) -> None:
+    dataset, store = made
+    case, said = dataset.case("case_2"), read(predictions / "case_2.nii.gz")
+    third = np.roll(said, 2, axis=2)
+    with_status(store, "rejected")
+    relabel(dataset, store, predictions, 1, 1, min_quality=0, trust=third_opinion(made, case.name, third))
+    np.testing.assert_array_equal(read(store.fused_path(case.name)), between(dataset, case, said, third))
 
 
 def test_a_third_opinion_that_failed_changes_nothing(made: Made, predictions: Path) -> None:
