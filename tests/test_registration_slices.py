@@ -50,18 +50,18 @@ def test_a_slice_across_thick_slices_keeps_its_few_rows() -> None:
     assert dice(carried_through(data, label, [0])[3], label[3]) > 0.95
 
 
-@settings(deadline=None, max_examples=10)
-@given(drawn=st.sets(st.integers(0, 6), min_size=1, max_size=3), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=6)
+@given(drawn=st.sets(st.integers(0, 4), min_size=2, max_size=3), seed=st.integers(0, 99))
 def test_drawn_slices_stay_and_others_follow_the_nearest(drawn: set[int], seed: int) -> None:
     """What is on slices that nobody drew is never looked at; a slice depends on its nearest drawn one alone."""
-    data, label = slanted(7, 24, seed)
+    data, label = slanted(5, 24, seed)
     silent = label.copy()
-    silent[[at for at in range(7) if at not in drawn]] = 99
+    silent[[at for at in range(5) if at not in drawn]] = 99
     found = carried_through(data, silent, sorted(drawn))
     np.testing.assert_array_equal(found[sorted(drawn)], label[sorted(drawn)])
-    for at in range(7):
-        nearest = min(sorted(drawn), key=lambda one: abs(one - at))
-        np.testing.assert_array_equal(found[at], carried_through(data, silent, [nearest])[at])
+    alone = {one: carried_through(data, silent, [one]) for one in sorted(drawn)}
+    for at in range(5):
+        np.testing.assert_array_equal(found[at], alone[min(alone, key=lambda one: abs(one - at))][at])
 
 
 def test_an_empty_slice_carries_nothing_and_none_at_all_is_refused() -> None:
