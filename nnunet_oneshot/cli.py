@@ -1,21 +1,16 @@
 """The commands. Each parses its arguments, calls the function of the same name and prints a summary.
 
 A command's module is imported when the command runs, not before, so that `-h` answers at once.
-Exit codes: 0 done; 2 bad input or usage, with one sentence; 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import importlib
-import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 from nnunet_oneshot.arguments import (
     add_device,
@@ -27,18 +22,10 @@ from nnunet_oneshot.arguments import (
     add_work,
     new_parser,
 )
-from nnunet_oneshot.errors import USER_ERRORS, NnunetFailureError, OneShotError
+from nnunet_oneshot.command_line import Summary, execute
+from nnunet_oneshot.errors import OneShotError
 
-Summary = Mapping[str, Any]
-"""What a command ends with: "lines" for people, all else for `-json`."""
-Execute = Callable[[argparse.Namespace], Summary]
-
-_KEPT = "what is whole is kept"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""The disk is full, or a user's share of it."""
-_BOLD, _RED, _PLAIN = "\033[1m", "\033[31m", "\033[0m"
 TRIAL_CASES = 5
-INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
 
 
 def suggest(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +47,7 @@ def suggest(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", type=Path, metavar="DIR", help="folder (default: suggest in the dataset's folder)")
     add_processes(parser)
     add_json(parser)
-    _main(parser, _do_suggest, argv)
+    execute(parser, _do_suggest, argv)
 
 
 def make_sparse(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +62,7 @@ def make_sparse(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-slices", type=Path, metavar="CSV", help="table of the drawn slices (default: the non-empty)")
     parser.add_argument("--overwrite", action="store_true", help="replace labels that are there")
     add_json(parser)
-    _main(parser, _do_make_sparse, argv)
+    execute(parser, _do_make_sparse, argv)
 
 
 def propagate(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +82,7 @@ def propagate(argv: Sequence[str] | None = None) -> None:
         "--trial", action="store_true", help="label a few cases that span the set and tell what to expect; no dataset"
     )
     parser.add_argument("-n", type=int, metavar="N", help=f"cases of a --trial (default: {TRIAL_CASES})")
-    _main(parser, _do_propagate, argv)
+    execute(parser, _do_propagate, argv)
 
 
 def consensus(argv: Sequence[str] | None = None) -> None:
@@ -108,7 +95,7 @@ def consensus(argv: Sequence[str] | None = None) -> None:
     add_source(parser)
     parser.add_argument("-i", type=Path, nargs="+", required=True, metavar="FOLDER", help="folders of CASE.EXT labels")
     add_work(parser)
-    _main(parser, _do_consensus, argv)
+    execute(parser, _do_consensus, argv)
 
 
 def refine(argv: Sequence[str] | None = None) -> None:
@@ -123,7 +110,7 @@ def refine(argv: Sequence[str] | None = None) -> None:
     add_device(parser)
     add_processes(parser)
     add_json(parser)
-    _main(parser, _do_refine, argv)
+    execute(parser, _do_refine, argv)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -139,7 +126,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     add_device(parser)
     add_work(parser)
     parser.add_argument("-ref", type=Path, metavar="DIR", help="folder of true labels, to score the final labels by")
-    _main(parser, _do_run, argv)
+    execute(parser, _do_run, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
@@ -154,7 +141,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-djfile", type=Path, required=True, metavar="F", help="dataset.json")
     parser.add_argument("-o", type=Path, metavar="JSON", help="write all scores there")
     add_json(parser)
-    _main(parser, _do_evaluate, argv)
+    execute(parser, _do_evaluate, argv)
 
 
 def report(argv: Sequence[str] | None = None) -> None:
@@ -169,7 +156,7 @@ def report(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-ref", type=Path, metavar="DIR", help="folder of true labels, to show true Dice as well")
     add_processes(parser)
     add_json(parser)
-    _main(parser, _do_report, argv)
+    execute(parser, _do_report, argv)
 
 
 def review(argv: Sequence[str] | None = None) -> None:
@@ -187,7 +174,7 @@ def review(argv: Sequence[str] | None = None) -> None:
     )
     add_device(parser)
     add_json(parser)
-    _main(parser, _do_review, argv)
+    execute(parser, _do_review, argv)
 
 
 def export(argv: Sequence[str] | None = None) -> None:
@@ -205,7 +192,7 @@ def export(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds (default: all, else the numbered ones trained)")
     parser.add_argument("--container", type=Path, metavar="DIR", help="also write a challenge container's folder")
     add_json(parser)
-    _main(parser, _do_export, argv)
+    execute(parser, _do_export, argv)
 
 
 def convert_care_liseg(argv: Sequence[str] | None = None) -> None:
@@ -216,7 +203,7 @@ def convert_care_liseg(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-modalities", nargs="+", metavar="M", help="which ones (default: all that are there)")
     parser.add_argument("-support", metavar="M", help="add this modality's annotated cases to datasets without a label")
     parser.add_argument("-test", type=Path, metavar="DIR", help="validation or test data, for imagesTs")
-    _main(parser, _do_convert_care_liseg, argv)
+    execute(parser, _do_convert_care_liseg, argv)
 
 
 def convert_yoloseg(argv: Sequence[str] | None = None) -> None:
@@ -225,7 +212,7 @@ def convert_yoloseg(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-name", metavar="NAME", help="name of the dataset (default: the folder's)")
     parser.add_argument("-annotated", nargs="+", metavar="FILE", help="annotated pictures (default: the list's)")
     parser.add_argument("-truth", type=Path, metavar="DIR", help="write the labels of all pictures there")
-    _main(parser, _do_convert_yoloseg, argv)
+    execute(parser, _do_convert_yoloseg, argv)
 
 
 def convert_dicom(argv: Sequence[str] | None = None) -> None:
@@ -236,7 +223,7 @@ def convert_dicom(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-description", metavar="RE", help="take only series whose description matches")
     parser.add_argument("-labels", nargs="+", default=["structure"], metavar="NAME", help="classes that will be drawn")
     parser.add_argument("-mapping", type=Path, metavar="JSON", help="write which case came from where (identifiers!)")
-    _main(parser, _do_convert_dicom, argv)
+    execute(parser, _do_convert_dicom, argv)
 
 
 def convert_labels(argv: Sequence[str] | None = None) -> None:
@@ -252,7 +239,7 @@ def convert_labels(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-dicom", type=Path, metavar="DIR", help="write DICOM SEG; the folder that was converted")
     parser.add_argument("-mapping", type=Path, metavar="JSON", help="with -dicom: what convert_dicom -mapping wrote")
     add_json(parser)
-    _main(parser, _do_convert_labels, argv)
+    execute(parser, _do_convert_labels, argv)
 
 
 def demo(argv: Sequence[str] | None = None) -> None:
@@ -270,7 +257,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
     add_device(parser)
     add_processes(parser)
     add_json(parser)
-    _main(parser, _do_demo, argv)
+    execute(parser, _do_demo, argv)
 
 
 def info(argv: Sequence[str] | None = None) -> None:
@@ -281,7 +268,7 @@ def info(argv: Sequence[str] | None = None) -> None:
         "nnUNetv2_oneshot_info",
     )
     add_json(parser)
-    _main(parser, _do_info, argv)
+    execute(parser, _do_info, argv)
 
 
 def _do_suggest(arguments: argparse.Namespace) -> Summary:
@@ -551,67 +538,3 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "self_opinion": None if arguments.self_opinion == "none" else arguments.self_opinion,
         "min_margin": arguments.min_margin,
     }
-
-
-def _main(parser: argparse.ArgumentParser, execute: Execute, argv: Sequence[str] | None) -> None:
-    arguments = parser.parse_args(argv)
-    if getattr(arguments, "device", "cpu") is None:
-        arguments.device = _best_device()
-    try:
-        with _only_errors_printed() if arguments.json else contextlib.nullcontext():
-            summary = execute(arguments)
-    except USER_ERRORS as error:
-        _refuse(parser, " ".join(str(error).split()))
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        _refuse(parser, _no_space(error))
-    except NnunetFailureError as error:
-        parser.exit(1, f"{parser.prog}: {_on_terminal(sys.stderr, _RED, 'failed:')} {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(1, f"\n{parser.prog}: {INTERRUPTED}\n")
-    if arguments.json:
-        print(json.dumps({key: value for key, value in summary.items() if key != "lines"}, indent=2))
-    else:
-        print("\n".join(_shown(summary["lines"])))
-
-
-def _refuse(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
-    parser.exit(2, f"{parser.prog}: {_on_terminal(sys.stderr, _RED, 'error:')} {sentence}\n")
-
-
-def _shown(lines: Sequence[str]) -> list[str]:
-    """What comes next stands out."""
-    return [_on_terminal(sys.stdout, _BOLD, line) if line.startswith("next:") else line for line in lines]
-
-
-def _on_terminal(stream: TextIO, style: str, text: str) -> str:
-    """Text in a style where somebody looks at a terminal that knows styles; plain in files, pipes and old consoles."""
-    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    # Windows Terminal knows styles; the older console shows their codes.
-    plain = plain or (os.name == "nt" and "WT_SESSION" not in os.environ)
-    return text if plain or not stream.isatty() else f"{style}{text}{_PLAIN}"
-
-
-def _no_space(error: OSError) -> str:
-    where = f" for {error.filename}" if error.filename else ""
-    return f"expected free disk space{where}, found none left; free some and run the same command again: {_KEPT}"
-
-
-@contextlib.contextmanager
-def _only_errors_printed() -> Iterator[None]:
-    """Standard output goes to standard error, that of workers and libraries too: with -json it is JSON alone."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _best_device() -> str:
-    torch = importlib.import_module("torch")
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,7 @@ from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, label_array, write_image, write_raw
 
-from nnunet_oneshot import cli
+from nnunet_oneshot import cli, command_line
 from nnunet_oneshot.errors import NnunetFailureError
 from sam2_propagation.errors import PropagationError
 
@@ -64,7 +64,7 @@ def test_help_of_every_command_answers_at_once() -> None:
 
 
 def test_help_shows_an_example_that_parses(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_best_device", lambda: "cpu")
+    monkeypatch.setattr(command_line, "_best_device", lambda: "cpu")
     for name in SCRIPTS.values():
         shown = re.search(r"example: (nnUNetv2_oneshot_\w+.*)", call(getattr(cli, name), "-h").out)
         assert shown, name

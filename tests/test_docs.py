@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from conftest import Answer
 from test_convert_dicom import SHAPE, write_series
 
-from nnunet_oneshot import cli
+from nnunet_oneshot import cli, command_line
 from nnunet_oneshot.phantom import write_phantom_dataset
 
 Call = Callable[..., Answer]
@@ -61,7 +61,7 @@ def ours(code: str) -> Iterator[list[str]]:
 
 
 def test_commands_that_are_not_run_parse(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_best_device", lambda: "cpu")
+    monkeypatch.setattr(command_line, "_best_device", lambda: "cpu")
     for block in EVERY:
         for words in ours(block.code):
             name = SCRIPTS[words[0]]

@@ -27,6 +27,7 @@ STAGES = {
     f"nnunet_oneshot.{name}"
     for name in ("suggest", "propagate", "consensus", "relabel", "refine", "evaluate", "report", "review", "export")
 }
+IMPORTED_LATE = {f"nnunet_oneshot.{name}" for name in ("cli", "command_line")}
 CALL_SEVERAL = {f"nnunet_oneshot.{name}" for name in ("cli", "refine", "run", "demo", "summary")}
 PAIRS = {
     ("nnunet_oneshot.propagate", "nnunet_oneshot.consensus"),
@@ -133,7 +134,7 @@ def imports_of_trainers(imports: Iterable[Import]) -> list[Import]:
 
 
 def imports_in_functions(imports: Iterable[Import]) -> list[Import]:
-    return [i for i in imports if i.inside and i.module != "nnunet_oneshot.cli"]
+    return [i for i in imports if i.inside and i.module not in IMPORTED_LATE]
 
 
 def cycles(imports: Iterable[Import]) -> list[str]:
