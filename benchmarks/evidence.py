@@ -1,17 +1,19 @@
 """How far one label goes: every method on every set, one resumable command, one table.
 
     python benchmarks/evidence.py -o WORK [--sets hippocampus acdc_mr ...] [--methods full annotated ours ...]
-                                  [--annotated default|all] [--cases 26] [--preset small] [-device cpu]
+                                  [--annotated default|all] [--cases 26] [--preset small] [--training 1] [-device cpu]
     python benchmarks/evidence.py --table
 
 A row is one set, annotated case and method, scored on the set's test cases, whose images and labels no labelling or
-training sees. All trained rows of a set share plans, trainer schedule and cases (`--preset`; `--cases` takes the first
-so many of the pool, the annotated one included). Finished rows are small JSON files in benchmarks/results/ and are not
-run again; an unfinished one goes on from what is in WORK. Rows that share labels share their labelling, and a row with
-refinement goes on from the one without, so minutes are those that the row itself took. `--table` writes docs/results.md
-of all rows that there are and names those that are not. Only "full" trains on labels of other cases, and methods from
-one slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images: of a set of
-volumes it gets all slices as one set of images; training is on the volumes again (yoloseg_volumes.py).
+training sees. Every training of a set has as many iterations, by the same planner, on the same cases (`--preset`;
+`--cases` takes the first so many of the pool, the annotated one included); how many trainings made the model that is
+scored is in the row. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own.
+Finished rows are small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is
+in WORK. Rows that share labels share their labelling, and a row with refinement goes on from the one without; the
+minutes of each stage are kept and added up. `--table` writes docs/results.md of all rows that there are and names those
+that are not. Only "full" trains on labels of other cases, and methods from one slice a volume on that slice; elsewhere
+they are read by scoring alone. YoloSeg labels 2D images, and its network is one of slices: of a set of volumes it gets
+all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +40,12 @@ from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import train_annotated_only
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
+from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.make_sparse import make_sparse
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import Plan, open_store, refine
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store
@@ -56,31 +62,35 @@ model that learnt from the best guess says in its place (once more for every tim
 
 
 class Evidence:
-    """One data set, one annotated case, one preset."""
+    """One data set, one annotated case, one preset, one repetition."""
 
-    def __init__(self, name: str, annotated: str, cases: int, preset: str, device: str, work: Path) -> None:
+    def __init__(self, name: str, annotated: str, arguments: argparse.Namespace) -> None:
         self.data: DataSet = data_set(name)
         self.annotated = annotated
         others = [case for case in self.data.split["pool"] if case != annotated]
-        self.pool: list[str] = sorted([annotated, *others[: cases - 1]])
+        self.pool: list[str] = sorted([annotated, *others[: arguments.cases - 1]])
         self.test: list[str] = self.data.split["test"]
         self.configuration = SETS[name]
-        self.preset, self.device = preset, device
-        self.work = work / f"{name}_{annotated}_{len(self.pool)}_{preset}"
+        self.preset: str = arguments.preset
+        self.device: str = arguments.device
+        self.training: int = arguments.training
+        self.again = f"_training{self.training}" if self.training > 1 else ""
+        self.work: Path = arguments.o.resolve() / f"{name}_{annotated}_{len(self.pool)}_{self.preset}{self.again}"
 
     def key(self, method: str) -> str:
         """Name of the row's file."""
-        return f"evidence_{self.data.name}_{self.annotated}_{len(self.pool)}_{self.preset}_{method}"
+        return f"evidence_{self.data.name}_{self.annotated}_{len(self.pool)}_{self.preset}_{method}{self.again}"
 
     def row(self, method: str) -> dict[str, Any]:
         """A finished row, made now where it is not there yet."""
         if (done := read_row(self.key(method))) is not None:
             return done
         use_folders(self.work)
-        recipe, begin = METHODS[method], time.monotonic()
+        recipe = METHODS[method]
         labelling = self._label(recipe)
-        predictions = self._carried(recipe) if recipe.trainer is None else self._trained(method, recipe)
-        minutes = {"labelling": labelling, "all": (time.monotonic() - begin) / 60}
+        stages: list[float] = []
+        predictions = self._carried(recipe) if recipe.trainer is None else self._trained(method, recipe, stages)
+        minutes = {"labelling": labelling, "training": sum(stages)}
         scored = evaluate(self.data.labels, predictions, self._pool() / "dataset.json", cases=self.test)
         return write_row(self.key(method), {**self._about(method, minutes), **figures(scored), **self._labels(recipe)})
 
@@ -93,18 +103,32 @@ class Evidence:
             "pool": len(self.pool),
             "test_cases": len(self.test),
             "preset": self.preset,
-            "configuration": self.configuration,
+            "configuration": METHODS[method].configuration or self.configuration,
+            "training": self.training,
+            "trainings": METHODS[method].trainings,
+            "trainings_of_the_last_model": METHODS[method].trainings_of_the_last_model,
             "minutes": {key: round(value, 1) for key, value in minutes.items()},
             "seed": "propagation 0; nnU-Net's training is not seeded",
         }
 
     def _label(self, recipe: Method) -> float:
         """Label the pool; minutes."""
-        begin = time.monotonic()
-        if recipe.labels in LABELS:
-            (self._sliced if LABELS[recipe.labels].slices else self._pool)()
-            self._propagate(recipe.labels, SLICES if LABELS[recipe.labels].slices else POOL, 0)
-        return (time.monotonic() - begin) / 60
+        if recipe.labels not in LABELS:
+            return 0.0
+        labels, chosen = recipe.labels, LABELS[recipe.labels]
+        (self._sliced if chosen.slices else self._pool)()
+        source = SLICES if chosen.slices else POOL
+        return self._timed(f"label {labels}", lambda: self._propagate(labels, source, 0))
+
+    def _timed(self, stage: str, work: Callable[[], object]) -> float:
+        """Do a stage, which does nothing where it is done; minutes that it took when it was."""
+        path, begin = self.work / "minutes.json", time.monotonic()
+        work()
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if stage not in known:
+            known[stage] = (time.monotonic() - begin) / 60
+            path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        return float(known[stage])
 
     def _propagate(self, labels: str, source: int, offset: int) -> int:
         chosen = LABELS[labels]
@@ -122,46 +146,65 @@ class Evidence:
         assert recipe.labels is not None
         return open_store(self._propagate(recipe.labels, TEST, TESTED))[0].fused_path("x").parent
 
-    def _trained(self, method: str, recipe: Method) -> Path:
+    def _trained(self, method: str, recipe: Method, stages: list[float]) -> Path:
+        """Predictions of the test cases by a model; the minutes of its trainings are added to `stages`."""
         chosen = PRESETS[self.preset]
-        plan = Plan(self.configuration, chosen.trainer(recipe.trainer or ""), chosen.plans, self.preset)
-        number = self._train(recipe, plan)
+        configuration = recipe.configuration or self.configuration
+        plan = Plan(configuration, chosen.trainer(recipe.trainer or ""), chosen.plans, self.preset)
+        number = self._train(recipe, plan, stages)
         # Named after the labels too: predictions that are there are kept, and must not be another model's.
         output = self.work / "predictions" / f"{method}_{number}"
         images = {c: [self.data.folder / "images" / f"{c}{self.data.ending}"] for c in self.test}
         nnunet.predict(number, plan.configuration, ("all",), plan.trainer, plan.plans, images, output, self.device)
         return output
 
-    def _train(self, recipe: Method, plan: Plan) -> int:
+    def _train(self, recipe: Method, plan: Plan, stages: list[float]) -> int:
         """Train; the number of the dataset that was trained on."""
         if recipe.labels is None:
             self._pool()
-            train_annotated_only(
-                POOL,
-                ALONE,
-                plan.configuration,
-                preset=self.preset,
-                device=self.device,
-                num_processes=default_processes(),
-            )
+            stages.append(self._timed("train annotated", lambda: self._train_alone(plan)))
             return ALONE
         if recipe.labels == "truth":
             lay_out(self.data, FULL, self.pool, self.pool, name=f"{self.data.name}_full")
-            return self._train_stock(FULL, plan)
+            return self._train_stock(FULL, plan, stages)
         number = LABELS[recipe.labels].number
         if (found := open_store(number)[0].read_manifest().round) > recipe.rounds:
             raise SystemExit(f"expected labels of round {recipe.rounds} at most, found {found}: use another -o")
         if recipe.trainer == "OneShotTrainer":
-            refine(number, plan.configuration, rounds=recipe.rounds, preset=self.preset, device=self.device)
+            for rounds in range(recipe.rounds + 1):
+                go_on = partial(self._refine, number, rounds, plan)
+                stages.append(self._timed(f"refine {number} {rounds}", go_on))
             return number
-        trained = self._train_stock(number if recipe.ignore else self._best_guess(number), plan)
+        if recipe.ignore and not recipe.rival:
+            # As refinement begins: whichever of the rows that share labels comes first, they are the same.
+            store, raw = open_store(number)
+            take_over(raw, store, default_processes(), MIN_QUALITY)
+        trained = self._train_stock(number if recipe.ignore else self._best_guess(number), plan, stages)
         for again in range(1, recipe.replaced + 1):
-            trained = self._train_stock(self._replaced(number, trained, again, plan), plan)
+            trained = self._train_stock(self._replaced(number, trained, again, plan), plan, stages)
         return trained
 
-    def _train_stock(self, number: int, plan: Plan) -> int:
-        nnunet.plan_and_preprocess(number, PRESETS[self.preset], [plan.configuration], default_processes())
-        nnunet.train(number, plan.configuration, "all", plan.trainer, plan.plans, self.device)
+    def _refine(self, number: int, rounds: int, plan: Plan) -> None:
+        """All rounds up to so many; those that are done are not done again."""
+        if open_store(number)[0].read_manifest().round <= rounds:
+            refine(number, plan.configuration, rounds=rounds, preset=self.preset, device=self.device)
+
+    def _train_alone(self, plan: Plan) -> None:
+        train_annotated_only(
+            POOL,
+            ALONE,
+            plan.configuration,
+            preset=self.preset,
+            device=self.device,
+            num_processes=default_processes(),
+        )
+
+    def _train_stock(self, number: int, plan: Plan, stages: list[float]) -> int:
+        def train() -> None:
+            nnunet.plan_and_preprocess(number, PRESETS[self.preset], [plan.configuration], default_processes())
+            nnunet.train(number, plan.configuration, "all", plan.trainer, plan.plans, self.device)
+
+        stages.append(self._timed(f"train {number} {plan.trainer} {plan.configuration}", train))
         return number
 
     def _best_guess(self, number: int) -> int:
@@ -264,6 +307,7 @@ def main() -> None:
     parser.add_argument("--annotated", default="default", choices=("default", "all"))
     parser.add_argument("--cases", type=int, default=26, help="pool cases, the annotated one included")
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
+    parser.add_argument("--training", type=int, default=1, help="2 and more: once more, since trainings are not seeded")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, help="working folder")
     parser.add_argument("--table", action="store_true", help="only write docs/results.md of the rows that are there")
@@ -275,9 +319,7 @@ def main() -> None:
             split = data_set(name).split
             choices = split["annotated_choices"] if arguments.annotated == "all" else [split["annotated_default"]]
             for annotated in choices:
-                made = Evidence(
-                    name, annotated, arguments.cases, arguments.preset, arguments.device, arguments.o.resolve()
-                )
+                made = Evidence(name, annotated, arguments)
                 for method in sorted(arguments.methods, key=lambda method: METHODS[method].rounds):
                     if name not in FLAT or not METHODS[method].by_slices:
                         made.row(method)

@@ -57,6 +57,8 @@ class Method:
         rounds: of refinement.
         replaced: how often nnU-Net's own predictions take the place of all pseudo labels and it is trained anew, as
             SSL-MedSAM2 does (without its end at convergence).
+        configuration: nnU-Net's, where it is not the set's own.
+        rival: what a user would pick in place of ours; other rows are parts and variants of it.
     """
 
     what: str
@@ -65,6 +67,18 @@ class Method:
     ignore: bool = False
     rounds: int = 0
     replaced: int = 0
+    configuration: str | None = None
+    rival: bool = False
+
+    @property
+    def trainings(self) -> int:
+        """One after another; ours begins each with the weights of the one before, the others begin anew."""
+        return 0 if self.trainer is None else 1 + self.rounds + self.replaced
+
+    @property
+    def trainings_of_the_last_model(self) -> int:
+        """How many of them the model that is scored has been through."""
+        return min(self.trainings, 1 + self.rounds)
 
     @property
     def by_slices(self) -> bool:
@@ -74,22 +88,24 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "full": Method("nnU-Net, fully supervised on the pool", "truth"),
-    "annotated": Method("nnU-Net on the annotated case alone", None),
-    "registration_labels": Method("registration, as it is", "registration", trainer=None),
-    "registration_stock": Method("registration, then nnU-Net", "registration"),
-    "sam2_labels": Method("SAM2 (self mode), as it is", "sam2", trainer=None),
-    "sam2_stock": Method("SAM2 (self mode), then nnU-Net", "sam2"),
+    "annotated": Method("nnU-Net on the annotated case alone", None, rival=True),
+    "registration_labels": Method("registration, as it is", "registration", trainer=None, rival=True),
+    "registration_stock": Method("registration, then nnU-Net", "registration", rival=True),
+    "sam2_labels": Method("SAM2 (self mode), as it is", "sam2", trainer=None, rival=True),
+    "sam2_stock": Method("SAM2 (self mode), then nnU-Net", "sam2", rival=True),
     "fused_stock": Method("SAM2 + registration, then nnU-Net", "sam2_registration"),
     "yoloseg": Method(
-        "YoloSeg's labels (slice by slice in volumes), loss and cross patches",
+        "YoloSeg's labels (slice by slice in volumes), loss and cross patches, nnU-Net 2d",
         "yoloseg",
         "OneShotTrainerYoloSeg",
         ignore=True,
+        configuration="2d",
+        rival=True,
     ),
-    "ssl_medsam2_once": Method("SSL-MedSAM2's labels, then nnU-Net", "ssl_medsam2"),
-    "ssl_medsam2": Method("SSL-MedSAM2: the same, relabelled once by nnU-Net", "ssl_medsam2", replaced=1),
-    "oneseg": Method("OneSeg's labels from the one case, then nnU-Net", "oneseg"),
-    "oneseg_slices": Method("OneSeg's labels from one slice a volume, then nnU-Net", "oneseg_slices"),
+    "ssl_medsam2_once": Method("SSL-MedSAM2's labels, then nnU-Net", "ssl_medsam2", rival=True),
+    "ssl_medsam2": Method("SSL-MedSAM2: the same, relabelled once by nnU-Net", "ssl_medsam2", replaced=1, rival=True),
+    "oneseg": Method("OneSeg's labels from the one case, then nnU-Net", "oneseg", rival=True),
+    "oneseg_slices": Method("OneSeg's labels from one slice a volume, then nnU-Net", "oneseg_slices", rival=True),
     "ours": Method("ours", "ours", "OneShotTrainer", ignore=True, rounds=1),
     "ours_3_rounds": Method("ours, three rounds", "ours", "OneShotTrainer", ignore=True, rounds=3),
     "ours_no_refinement": Method("ours without refinement", "ours", "OneShotTrainer", ignore=True),
