@@ -1,30 +1,47 @@
-"""The table of `evidence.py`: rows that are there, paired differences, and what was not run."""
+"""The tables and the figure of `evidence.py`: rows that are there, paired differences, and what was not run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from common import REPOSITORY, RESULTS, markdown
-from evidence_methods import METHODS
+from evidence_methods import METHODS, Method
 
 from nnunet_oneshot.evaluate import FOREGROUND
 
 Row = Mapping[str, Any]
+Interval = tuple[float, float, float]
+"""A mean and its bootstrap 95 % interval over cases."""
 REFERENCE, OURS = "full", "ours"
+YOLOSEG_GAP = 3.08
+"""Points below full supervision that YoloSeg tells of itself, on its own sets."""
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 PAGE = REPOSITORY / "docs" / "results.md"
+PICTURE = REPOSITORY / "docs" / "pictures" / "evidence.png"
 
 
 def read_rows() -> list[Row]:
     """Every finished row, in the order of METHODS."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("evidence_*.json"))]
-    return sorted(rows, key=lambda row: (row["set"], row["annotated"], list(METHODS).index(row["method"])))
+    order = list(METHODS)
+    return sorted(rows, key=lambda row: (row["set"], *budget(row), order.index(row["method"]), training(row)))
 
 
-def paired(row: Row, other: Row, seed: int = 0) -> tuple[float, float, float]:
+def budget(row: Row) -> tuple[str, int, str]:
+    """What rows must share to be compared: annotated case, size of the pool, preset."""
+    return row["annotated"], row["pool"], row["preset"]
+
+
+def training(row: Row) -> int:
+    """Which repetition a row is of."""
+    return int(row.get("training", 1))
+
+
+def paired(row: Row, other: Row, seed: int = 0) -> Interval:
     """Mean difference of Dice over the cases of both, and its bootstrap 95 % interval."""
     cases = sorted(set(row["dice_per_case"]) & set(other["dice_per_case"]))
     difference = np.array([row["dice_per_case"][c] - other["dice_per_case"][c] for c in cases])
@@ -33,72 +50,217 @@ def paired(row: Row, other: Row, seed: int = 0) -> tuple[float, float, float]:
     return float(difference.mean()), float(low), float(high)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One set's rows."""
-    reference = {(row["annotated"], row["pool"], row["preset"]): row for row in rows if row["method"] == REFERENCE}
-    head = ["method", "annotated", "Dice", "95 %", "against full", "HD95 mm", "ASSD mm", "labels' Dice by round"]
-    head += ["divergence", "min labelling / all"]
-    return markdown(head, [_cells(row, reference.get((row["annotated"], row["pool"], row["preset"]))) for row in rows])
+def by_budget(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
+    """By budget and method, the first repetition of each row."""
+    found: dict[tuple[str, int, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(budget(row), {}).setdefault(row["method"], row)
+    return found
 
 
-def _cells(row: Row, full: Row | None) -> list[Any]:
-    scores = row["scores"][FOREGROUND]
-    dice, low, high = scores["Dice"]
-    against = "-"
-    if full is not None and full is not row:
-        mean, first, last = paired(row, full)
-        against = f"{mean:+.3f} ({first:+.3f} to {last:+.3f})"
-    labels = " / ".join(f"{value:.3f}" for value in row.get("label_dice", {}).values()) or "-"
-    share = f"{row['divergence']:.1%}" if "divergence" in row else "-"
-    minutes = " / ".join(f"{row['minutes'][key]:.0f}" for key in ("labelling", "all"))
-    spread = f"{low:.3f} to {high:.3f}"
-    figures = [f"{dice:.3f}", spread, against, f"{scores['HD95'][0]:.2f}", f"{scores['ASSD'][0]:.2f}"]
-    return [row["what"], row["annotated"], *figures, labels, share, minutes]
+# --- the headline ---------------------------------------------------------------------------------------------------
 
 
 def headline(rows: Sequence[Row]) -> list[str]:
-    """Ours against full supervision and against the best row of others, set by set, and the mean over sets."""
-    lines, gaps = [], []
+    """Ours against full supervision and against the best of what a user would pick instead, by set, and over sets."""
+    lines, gaps, shares = [], [], []
     for name in dict.fromkeys(row["set"] for row in rows):
-        mine = [row for row in rows if row["set"] == name]
-        ours, full = ([row for row in mine if row["method"] == method] for method in (OURS, REFERENCE))
-        others = [row for row in mine if row["method"] != REFERENCE and not row["method"].startswith(OURS)]
-        if not ours or not full:
+        groups = [g for g in by_budget(r for r in rows if r["set"] == name).values() if {OURS, REFERENCE} <= set(g)]
+        if not groups:
             continue
-        gap, low, high = paired(ours[0], full[0])
-        gaps.append(100 * gap)
-        best = max(others, key=lambda row: row["scores"][FOREGROUND]["Dice"][0])
-        mean, first, last = paired(ours[0], best)
-        to_full = f"{100 * gap:+.1f} points against full supervision ({100 * low:+.1f} to {100 * high:+.1f})"
-        to_best = f"{100 * mean:+.1f} ({100 * first:+.1f} to {100 * last:+.1f}) against {best['what']}"
-        lines.append(f"- {name}: {to_full}; {to_best}, the best of the others")
+        gaps.append(float(np.mean([paired(g[OURS], g[REFERENCE])[0] for g in groups])))
+        shares.append(float(np.mean([_dice(g[OURS])[0] / _dice(g[REFERENCE])[0] for g in groups])))
+        lines += [f"- {name}, {group[OURS]['annotated']}: {_against_others(group)}" for group in groups]
     if not lines:
         return ["Ours with its defaults was run on no set yet.", ""]
-    mean = (
-        f"Ours with its defaults, mean over {len(gaps)} set(s): {np.mean(gaps):+.1f} points against full supervision."
+    over = f"mean over {len(gaps)} set(s)"
+    first = (
+        f"**Ours with its defaults, {over}: {100 * np.mean(gaps):+.1f} points against full supervision on the pool** "
     )
-    return [mean, "", *lines, ""]
+    return [
+        f"{first}({100 * np.mean(shares):.1f} % of its Dice; YoloSeg tells -{YOLOSEG_GAP} of its own sets).",
+        "",
+        *lines,
+        "",
+    ]
 
 
-def page(sets: Sequence[str]) -> str:
+def _against_others(group: Mapping[str, Row]) -> str:
+    """One budget's ours in words."""
+    ours, full = group[OURS], group[REFERENCE]
+    said = [
+        f"{_points(paired(ours, full))} against full supervision ({_dice(ours)[0] / _dice(full)[0]:.1%} of its Dice)"
+    ]
+    rivals = [row for method, row in group.items() if METHODS[method].rival]
+    for where, among in (
+        ("from the same annotation", [row for row in rivals if not METHODS[row["method"]].by_slices]),
+        ("from one slice of every volume", [row for row in rivals if METHODS[row["method"]].by_slices]),
+    ):
+        if among:
+            best = max(among, key=lambda row: _dice(row)[0])
+            said.append(f"{_points(paired(ours, best))} against the best other {where}, {best['what']}")
+    return "; ".join(said)
+
+
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+
+def scores_table(rows: Sequence[Row]) -> str:
+    """Of one set, how good each model is on the test cases."""
+    groups = by_budget(rows)
+    head = ["method", "annotated", "trainings", "Dice", "95 %", "against full", "against ours", "HD95 mm", "ASSD mm"]
+    return markdown(head, [_score_cells(row, groups[budget(row)]) for row in rows])
+
+
+def _score_cells(row: Row, group: Mapping[str, Row]) -> list[Any]:
+    dice, low, high = _dice(row)
+    surface = [f"{row['scores'][FOREGROUND][metric][0]:.2f}" for metric in ("HD95", "ASSD")]
+    differences = [_difference(row, group.get(other)) for other in (REFERENCE, OURS)]
+    return [
+        _name(row),
+        _annotation(row),
+        _trainings(row),
+        f"{dice:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        *differences,
+        *surface,
+    ]
+
+
+def classes_table(rows: Sequence[Row]) -> str:
+    """Of one set, Dice, HD95 and ASSD of every class with their intervals."""
+    names = [name for name in rows[0]["scores"] if name != FOREGROUND]
+    lines = [[_name(row), *("; ".join(_metrics(row["scores"][name])) for name in names)] for row in rows]
+    return markdown(["Dice; HD95 mm; ASSD mm (95 %)", *names], lines)
+
+
+def _metrics(scores: Mapping[str, Sequence[float]]) -> list[str]:
+    digits = {"Dice": 3, "HD95": 1, "ASSD": 2}
+    return [
+        f"{scores[metric][0]:.{n}f} ({scores[metric][1]:.{n}f} to {scores[metric][2]:.{n}f})"
+        for metric, n in digits.items()
+    ]
+
+
+def making_table(rows: Sequence[Row]) -> str:
+    """Of one set, the labels that rows were trained on, what they took, and what made them."""
+    head = ["method", "labels' Dice by round", "divergence", "right in consensus", "in divergence"]
+    head += ["min labelling", "min training", "processor", "torch", "commit"]
+    return markdown(head, [_making_cells(row) for row in rows])
+
+
+def _making_cells(row: Row) -> list[Any]:
+    labels = " / ".join(f"{value:.3f}" for value in row.get("label_dice", {}).values()) or "-"
+    keys = ("divergence", "accuracy_in_consensus", "accuracy_in_divergence")
+    shares = [f"{row[key]:.1%}" if row.get(key) is not None else "-" for key in keys]
+    processor = row["hardware"].split(",")[0].replace("(R)", "").replace(" Processor", "")
+    return [_name(row), labels, *shares, *_minutes(row["minutes"]), processor, row["versions"]["torch"], row["commit"]]
+
+
+def _minutes(minutes: Mapping[str, float]) -> list[str]:
+    """Of labelling and of training; rows of before stages were kept tell what their last run took, in brackets."""
+    if "training" in minutes:
+        return [f"{minutes['labelling']:.0f}", f"{minutes['training']:.0f}"]
+    return [f"({minutes['labelling']:.0f})", f"({minutes['all'] - minutes['labelling']:.0f})"]
+
+
+def spread_table(rows: Sequence[Row]) -> str:
+    """Of one set, how rows differ that differ in the annotated case or the repetition alone; empty where none do."""
+    lines = []
+    for method in METHODS:
+        dice = [_dice(row)[0] for row in rows if row["method"] == method]
+        if len(dice) > 1:
+            lines.append([METHODS[method].what, len(dice), f"{np.mean(dice):.3f}", f"{np.std(dice, ddof=1):.3f}"])
+    return markdown(["method", "rows", "mean Dice", "standard deviation"], lines) if lines else ""
+
+
+def _dice(row: Row) -> Interval:
+    mean, low, high = row["scores"][FOREGROUND]["Dice"]
+    return mean, low, high
+
+
+def _name(row: Row) -> str:
+    return row["what"] + (f", repetition {training(row)}" if training(row) > 1 else "")
+
+
+def _annotation(row: Row) -> str:
+    method = METHODS[row["method"]]
+    if row["method"] == REFERENCE:
+        return "every case"
+    return "a slice of every case" if method.by_slices else row["annotated"]
+
+
+def _trainings(row: Row) -> int:
+    """Trainings that the model has been through; rows of before weights were taken over do not say it."""
+    method: Method = METHODS[row["method"]]
+    return int(row.get("trainings_of_the_last_model", min(method.trainings, 1)))
+
+
+def _difference(row: Row, other: Row | None) -> str:
+    if other is None or other is row:
+        return "-"
+    mean, low, high = paired(row, other)
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _points(found: Interval) -> str:
+    mean, low, high = (100 * value for value in found)
+    return f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+# --- the figure and the page ----------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[Row]) -> None:
+    """Dice of every row with its interval, one panel a set."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    tallest = max(sum(row["set"] == name for row in rows) for name in sets)
+    figure, axes = plt.subplots(1, len(sets), figsize=(7 * len(sets), 0.32 * tallest + 1), squeeze=False)
+    for axis, name in zip(axes[0], sets, strict=True):
+        mine = sorted((row for row in rows if row["set"] == name), key=lambda row: _dice(row)[0])
+        for place, row in enumerate(mine):
+            dice, low, high = _dice(row)
+            error = [[max(dice - low, 0)], [max(high - dice, 0)]]
+            axis.errorbar(dice, place, xerr=error, fmt="o", capsize=2, color=_color(row["method"]))
+        axis.set_yticks(range(len(mine)), [_name(row) for row in mine], fontsize=7)
+        axis.set_title(name)
+        axis.set_xlabel("Dice on test cases, 95 % over cases")
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=90)
+    plt.close(figure)
+
+
+def _color(method: str) -> str:
+    if method == REFERENCE:
+        return "black"
+    if METHODS[method].rival:
+        return "tab:orange"
+    return "tab:green" if method == OURS else "tab:blue"
+
+
+def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
     """The generated part of docs/results.md."""
-    rows = read_rows()
     parts = headline(rows)
     for name in sets:
         mine = [row for row in rows if row["set"] == name]
-        if mine:
-            about = sorted({f"{r['pool']} pool cases, {r['test_cases']} test cases, {r['preset']}" for r in mine})
-            where = sorted({f"{r['configuration']}; {r['hardware']}" for r in mine})
-            parts += [f"### {name}", "", f"{'; '.join(about)}; {'; '.join(where)}", "", table(mine), ""]
+        parts += [f"### {name}", "", *_of_set(mine)] if mine else []
         missing = [METHODS[m].what for m in METHODS if m not in {row["method"] for row in mine}]
         if missing:
-            parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of these'}.", ""]
+            parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of the methods above'}.", ""]
     return "\n".join(parts)
 
 
+def _of_set(rows: Sequence[Row]) -> list[str]:
+    about = sorted({f"{r['pool']} pool cases, {r['test_cases']} test cases, preset {r['preset']}" for r in rows})
+    tables = [scores_table(rows), spread_table(rows), making_table(rows), classes_table(rows)]
+    return [f"{'; '.join(about)}.", "", *(part for table in tables if table for part in (table, ""))]
+
+
 def write_results(sets: Sequence[str]) -> None:
-    """Put the tables between the marks of docs/results.md."""
-    text = PAGE.read_text(encoding="utf-8")
+    """Put the tables between the marks of docs/results.md and draw the figure."""
+    text, rows = PAGE.read_text(encoding="utf-8"), read_rows()
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{page(sets)}{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{page(sets, rows)}{END}{after}", encoding="utf-8")
+    if rows:
+        draw(rows)
