@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 @contextmanager
 def opened_files(*folders: Path) -> Iterator[set[str]]:
     """Names of the files in `folders` that any process opened meanwhile; filled in when the block ends."""
-    inotify = pytest.importorskip("inotify_simple", reason="inotify is Linux's; pip install inotify-simple")
+    if sys.platform != "linux":
+        pytest.skip("inotify is Linux's")
+    inotify = importlib.import_module("inotify_simple")
     found: set[str] = set()
     with inotify.INotify() as watch:
         for folder in folders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,13 +50,36 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def _test_cases(phantom: PhantomDataset) -> tuple[Path, Path]:
+    """Two cases once more, with labels, where nnU-Net's users keep those that they test on."""
+    images, labels = phantom.folder / "imagesTs", phantom.folder / "labelsTs"
+    for folder in (images, labels):
+        folder.mkdir()
+    for case in phantom.cases[-2:]:
+        for path in (phantom.folder / "imagesTr").glob(f"{case}_*"):
+            shutil.copy(path, images)
+        shutil.copy(phantom.truth / f"{case}.nii.gz", labels)
+    return images, labels
+
+
+def _predict(images: Path, output: Path) -> None:
+    command = Path(sys.executable).with_name("nnUNetv2_predict")
+    words = ["-d", "601", "-i", images, "-o", output, "-c", "3d_fullres", "-f", "all", "-tr", "OneShotTrainer_tiny"]
+    words += ["-p", "nnUNetOneShotSmallPlans", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    done = subprocess.run([command, *words], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_run_labels_trains_relabels_and_repeats_nothing(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     phantom = _phantom(folders, "thick_slices", (10, 64, 64), 5)
     command = ["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-device", "cpu"]
     command += ["-json", "--all_rounds"]
-    with opened_files(phantom.truth) as opened:
+    test_images, test_labels = _test_cases(phantom)
+    with opened_files(phantom.truth, test_labels) as opened:
         cli.run(command)
-    assert not opened, "labels of un-annotated cases were read while labels were made and a model trained"
+        _predict(test_images, folders / "predicted")
+    assert not opened, "hidden labels were read while labels were made, a model trained and test images predicted"
+    assert len(list((folders / "predicted").glob("*.nii.gz"))) == 2
     capsys.readouterr()
     cli.run([*command, "-ref", str(phantom.truth)])
     summary = json.loads(capsys.readouterr().out)
