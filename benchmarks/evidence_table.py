@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from common import REPOSITORY, RESULTS, markdown
 from evidence_methods import METHODS, Method
+from matplotlib.lines import Line2D
 
 from nnunet_oneshot.evaluate import FOREGROUND
 
@@ -225,8 +226,11 @@ def draw(rows: Sequence[Row]) -> None:
         axis.set_yticks(range(len(mine)), [_name(row) for row in mine], fontsize=7)
         axis.set_title(name)
         axis.set_xlabel("Dice on test cases, 95 % over cases")
+    kinds = {"full supervision": REFERENCE, "ours": OURS, "parts of ours": "ours_stock", "others": "sam2_stock"}
+    marks = [Line2D([], [], marker="o", color=_color(method), label=kind) for kind, method in kinds.items()]
+    figure.legend(handles=marks, ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8)
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=90)
+    figure.savefig(PICTURE, dpi=90, bbox_inches="tight")
     plt.close(figure)
 
 

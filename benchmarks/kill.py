@@ -320,6 +320,8 @@ def main() -> None:
     parser.add_argument("--stand_in", action="store_true", help="replace training and prediction")
     parser.add_argument("--no_row", action="store_true", help="write no row of results")
     arguments = parser.parse_args()
+    # Shells start what they put into the background deaf to it, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = arguments.o.resolve()
     shutil.rmtree(work, ignore_errors=True)
     (work / "trainer").mkdir(parents=True)
