@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,8 +21,7 @@ Interval = tuple[float, float, float]
 REFERENCE, OURS = "full", "ours"
 YOLOSEG_GAP = 3.08
 """Points below full supervision that YoloSeg tells of itself, on its own sets."""
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
-PAGE = REPOSITORY / "docs" / "results.md"
+PAGE, README = REPOSITORY / "docs" / "results.md", REPOSITORY / "README.md"
 PICTURE = REPOSITORY / "docs" / "pictures" / "evidence.png"
 
 
@@ -261,10 +261,16 @@ def _of_set(rows: Sequence[Row]) -> list[str]:
 
 
 def write_results(sets: Sequence[str]) -> None:
-    """Put the tables between the marks of docs/results.md and draw the figure."""
-    text, rows = PAGE.read_text(encoding="utf-8"), read_rows()
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{page(sets, rows)}{END}{after}", encoding="utf-8")
+    """Put the tables into docs/results.md and the headline into README.md, between their marks, and draw the figure."""
+    rows = read_rows()
+    _put(PAGE, "evidence", page(sets, rows))
+    _put(README, "headline", "\n".join(headline(rows)))
     if rows:
         draw(rows)
+
+
+def _put(path: Path, mark: str, content: str) -> None:
+    """Replace what a page has between two marks."""
+    begin, end = (f"<!-- {mark}: {word} -->" for word in ("begin", "end"))
+    before, rest = path.read_text(encoding="utf-8").split(begin, 1)
+    path.write_text(f"{before}{begin}\n{content}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
