@@ -1,0 +1,93 @@
+"""The tables of results: what is compared with what. The rows here are made up."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def table() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import evidence_table
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return evidence_table
+
+
+def row(method: str, dice: float, *, annotated: str = "case_1", **more: Any) -> dict[str, Any]:
+    cases = {f"test_{i}": dice + 0.01 * i for i in range(-2, 3)}
+    scores = {
+        name: {m: [dice, dice - 0.01, dice + 0.01] for m in ("Dice", "HD95", "ASSD")} for name in ("foreground", "a")
+    }
+    made = {"set": "toy", "annotated": annotated, "method": method, "what": f"row {method}", "pool": 9, "test_cases": 5}
+    made |= {
+        "preset": "small",
+        "scores": scores,
+        "dice_per_case": cases,
+        "minutes": {"labelling": 1.0, "training": 2.0},
+    }
+    made |= {"hardware": "A chip, 2 cores", "versions": {"torch": "1"}, "commit": "abc"}
+    return {**made, **more}
+
+
+def test_paired_differences_are_over_the_cases_of_both(table: Any) -> None:
+    first, second = row("ours", 0.8), row("full", 0.9)
+    second["dice_per_case"]["another"] = 0.1
+    assert table.paired(first, second) == pytest.approx((-0.1, -0.1, -0.1))
+
+
+def test_the_headline_holds_ours_against_rivals_of_the_same_annotation(table: Any) -> None:
+    """Parts of ours are no rivals, and who saw a slice of every volume is named apart."""
+    rows = [row("full", 0.9), row("registration_stock", 0.7), row("oneseg_slices", 0.85), row("ours", 0.8)]
+    rows += [row("ours_no_refinement", 0.82), row("stock_with_ignore", 0.84)]
+    mean, _, line, _ = table.headline(rows)
+    assert "-10.0 points against full supervision" in mean
+    assert (
+        "+10.0 points (+10.0 to +10.0) against the best other from the same annotation, row registration_stock" in line
+    )
+    assert "-5.0 points (-5.0 to -5.0) against the best other from one slice of every volume, row oneseg_slices" in line
+
+
+def test_the_headline_averages_over_annotated_cases_and_never_mixes_them(table: Any) -> None:
+    rows = [row("full", 0.9), row("ours", 0.8)]
+    rows += [row("full", 0.6, annotated="case_2"), row("ours", 0.56, annotated="case_2")]
+    lines = table.headline(rows)
+    assert "-7.0 points" in lines[0]
+    assert [line.split(":")[0] for line in lines[2:4]] == ["- toy, case_1", "- toy, case_2"]
+
+
+def test_without_ours_or_full_supervision_there_is_no_headline(table: Any) -> None:
+    assert "no set" in table.headline([row("ours", 0.8), row("registration_stock", 0.7)])[0]
+
+
+def test_repetitions_are_rows_of_their_own_and_their_spread_is_told(table: Any) -> None:
+    rows = [row("ours", 0.80), row("ours", 0.84, training=2), row("full", 0.9)]
+    assert "row ours, repetition 2" in table.scores_table(rows)
+    spread = table.spread_table(rows)
+    assert "| ours | 2 | 0.820 | 0.028 |" in spread
+    assert "full" not in spread
+    assert table.spread_table(rows[1:]) == ""
+
+
+def test_every_class_has_its_figures_and_every_row_its_commit(table: Any) -> None:
+    rows = [row("ours", 0.8, trainings_of_the_last_model=2, label_dice={"0": 0.7, "1": 0.75}, divergence=0.02)]
+    assert "0.800 (0.790 to 0.810); 0.8 (0.8 to 0.8); 0.80 (0.79 to 0.81)" in table.classes_table(rows)
+    made = table.making_table(rows)
+    assert "0.700 / 0.750 | 2.0%" in made
+    assert "| abc |" in made
+    assert "| row ours | case_1 | 2 | 0.800 |" in table.scores_table(rows)
+
+
+def test_the_rows_that_there_are_make_a_page(table: Any) -> None:
+    rows = table.read_rows()
+    page = table.page(sorted({r["set"] for r in rows}), rows)
+    assert all(f"### {name}" in page for name in {r["set"] for r in rows})
+    assert np.all([r["what"] in page for r in rows])
