@@ -10,10 +10,11 @@ training sees. Every training of a set has as many iterations, by the same plann
 scored is in the row. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own.
 Finished rows are small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is
 in WORK. Rows that share labels share their labelling, and a row with refinement goes on from the one without; the
-minutes of each stage are kept and added up. `--table` writes docs/results.md of all rows that there are and names those
-that are not. Only "full" trains on labels of other cases, and methods from one slice a volume on that slice; elsewhere
-they are read by scoring alone. YoloSeg labels 2D images, and its network is one of slices: of a set of volumes it gets
-all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
+minutes of each stage are kept and added up. `--table` writes docs/results.md, the README's headline and the figure of
+all rows that there are and names those that are not. Only "full" trains on labels of other cases, and methods from one
+slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images, and its network is one
+of slices: of a set of volumes it gets all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d
+configuration is trained.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import Plan, open_store, refine
+from nnunet_oneshot.rounds import target_path
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import ignore_value
@@ -87,14 +89,18 @@ class Evidence:
             return done
         use_folders(self.work)
         recipe = METHODS[method]
-        labelling = self._label(recipe)
-        stages: list[float] = []
-        predictions = self._carried(recipe) if recipe.trainer is None else self._trained(method, recipe, stages)
-        minutes = {"labelling": labelling, "training": sum(stages)}
+        labelling, stages = [self._label(recipe)], list[float | None]()
+        if recipe.trainer is None:
+            # What a user would wait for: the test images, not the pool.
+            labelling = [self._timed(f"carry {recipe.labels}", lambda: self._carried(recipe))]
+            predictions = self._carried(recipe)
+        else:
+            predictions = self._trained(method, recipe, stages)
+        minutes = {"labelling": added(labelling), "training": added(stages)}
         scored = evaluate(self.data.labels, predictions, self._pool() / "dataset.json", cases=self.test)
         return write_row(self.key(method), {**self._about(method, minutes), **figures(scored), **self._labels(recipe)})
 
-    def _about(self, method: str, minutes: dict[str, float]) -> dict[str, Any]:
+    def _about(self, method: str, minutes: Mapping[str, float | None]) -> dict[str, Any]:
         return {
             "set": self.data.name,
             "annotated": self.annotated,
@@ -105,13 +111,19 @@ class Evidence:
             "preset": self.preset,
             "configuration": METHODS[method].configuration or self.configuration,
             "training": self.training,
-            "trainings": METHODS[method].trainings,
-            "trainings_of_the_last_model": METHODS[method].trainings_of_the_last_model,
-            "minutes": {key: round(value, 1) for key, value in minutes.items()},
+            "trainings_of_the_model": self._trainings(METHODS[method]),
+            "minutes": {key: None if value is None else round(value, 1) for key, value in minutes.items()},
             "seed": "propagation 0; nnU-Net's training is not seeded",
         }
 
-    def _label(self, recipe: Method) -> float:
+    def _trainings(self, recipe: Method) -> int:
+        """Through how many trainings the model has been: each round's begins with the weights of the one before."""
+        if recipe.trainer is None:
+            return 0
+        refined = recipe.trainer == "OneShotTrainer" and recipe.labels in LABELS
+        return 1 + (open_store(LABELS[str(recipe.labels)].number)[0].read_manifest().round if refined else 0)
+
+    def _label(self, recipe: Method) -> float | None:
         """Label the pool; minutes."""
         if recipe.labels not in LABELS:
             return 0.0
@@ -120,15 +132,23 @@ class Evidence:
         source = SLICES if chosen.slices else POOL
         return self._timed(f"label {labels}", lambda: self._propagate(labels, source, 0))
 
-    def _timed(self, stage: str, work: Callable[[], object]) -> float:
-        """Do a stage, which does nothing where it is done; minutes that it took when it was."""
-        path, begin = self.work / "minutes.json", time.monotonic()
+    def _timed(self, stage: str, work: Callable[[], object]) -> float | None:
+        """Do a stage, or nothing where it is done; minutes that it took, None where it was stopped meanwhile."""
+        begun = self._minutes()
+        if stage not in begun:
+            self._note({**begun, stage: None})
+        begin = time.monotonic()
         work()
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if stage not in known:
-            known[stage] = (time.monotonic() - begin) / 60
-            path.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        return float(known[stage])
+        if stage not in begun:
+            self._note({**self._minutes(), stage: (time.monotonic() - begin) / 60})
+        return self._minutes()[stage]
+
+    def _minutes(self) -> dict[str, float | None]:
+        path = self.work / "minutes.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _note(self, minutes: Mapping[str, float | None]) -> None:
+        (self.work / "minutes.json").write_text(json.dumps(minutes, indent=1), encoding="utf-8")
 
     def _propagate(self, labels: str, source: int, offset: int) -> int:
         chosen = LABELS[labels]
@@ -146,7 +166,7 @@ class Evidence:
         assert recipe.labels is not None
         return open_store(self._propagate(recipe.labels, TEST, TESTED))[0].fused_path("x").parent
 
-    def _trained(self, method: str, recipe: Method, stages: list[float]) -> Path:
+    def _trained(self, method: str, recipe: Method, stages: list[float | None]) -> Path:
         """Predictions of the test cases by a model; the minutes of its trainings are added to `stages`."""
         chosen = PRESETS[self.preset]
         configuration = recipe.configuration or self.configuration
@@ -158,7 +178,7 @@ class Evidence:
         nnunet.predict(number, plan.configuration, ("all",), plan.trainer, plan.plans, images, output, self.device)
         return output
 
-    def _train(self, recipe: Method, plan: Plan, stages: list[float]) -> int:
+    def _train(self, recipe: Method, plan: Plan, stages: list[float | None]) -> int:
         """Train; the number of the dataset that was trained on."""
         if recipe.labels is None:
             self._pool()
@@ -168,20 +188,22 @@ class Evidence:
             lay_out(self.data, FULL, self.pool, self.pool, name=f"{self.data.name}_full")
             return self._train_stock(FULL, plan, stages)
         number = LABELS[recipe.labels].number
-        if (found := open_store(number)[0].read_manifest().round) > recipe.rounds:
+        in_force = recipe.ignore or recipe.trainer == "OneShotTrainer"
+        if in_force and (found := open_store(number)[0].read_manifest().round) > recipe.rounds:
             raise SystemExit(f"expected labels of round {recipe.rounds} at most, found {found}: use another -o")
         if recipe.trainer == "OneShotTrainer":
             for rounds in range(recipe.rounds + 1):
                 go_on = partial(self._refine, number, rounds, plan)
                 stages.append(self._timed(f"refine {number} {rounds}", go_on))
             return number
-        if recipe.ignore and not recipe.rival:
-            # As refinement begins: whichever of the rows that share labels comes first, they are the same.
+        if recipe.gated:
             store, raw = open_store(number)
             take_over(raw, store, default_processes(), MIN_QUALITY)
         trained = self._train_stock(number if recipe.ignore else self._best_guess(number), plan, stages)
         for again in range(1, recipe.replaced + 1):
-            trained = self._train_stock(self._replaced(number, trained, again, plan), plan, stages)
+            replace = partial(self._replaced, number, trained, again, plan)
+            stages.append(self._timed(f"replace {number} {again}", replace))
+            trained = self._train_stock(replace(), plan, stages)
         return trained
 
     def _refine(self, number: int, rounds: int, plan: Plan) -> None:
@@ -199,7 +221,7 @@ class Evidence:
             num_processes=default_processes(),
         )
 
-    def _train_stock(self, number: int, plan: Plan, stages: list[float]) -> int:
+    def _train_stock(self, number: int, plan: Plan, stages: list[float | None]) -> int:
         def train() -> None:
             nnunet.plan_and_preprocess(number, PRESETS[self.preset], [plan.configuration], default_processes())
             nnunet.train(number, plan.configuration, "all", plan.trainer, plan.plans, self.device)
@@ -260,12 +282,16 @@ class Evidence:
             if folder.is_dir():
                 scored = evaluate(self.data.labels, folder, raw.folder / "dataset.json", cases=cases)
                 rounds[str(number)] = round(scored.summary[FOREGROUND]["Dice"].mean, 4)
-        shares = voxel_shares([self._right_voxels(store, raw, case) for case in cases])
+        shares = voxel_shares([self._right_voxels(store, raw, case, recipe.rounds > 0) for case in cases])
         return {"label_dice": rounds, **{key: round(value, 4) for key, value in shares.items()}}
 
-    def _right_voxels(self, store: Store, raw: RawDataset, case: str) -> dict[str, int]:
+    def _right_voxels(self, store: Store, raw: RawDataset, case: str, refined: bool) -> dict[str, int]:
         """How many voxels of a pseudo label are right, in consensus and in divergence."""
-        paths = (store.fused_path(case), store.label_path(case), self.data.labels / f"{case}{self.data.ending}")
+        labels = store.fused_path(case), store.label_path(case)
+        if not refined and target_path(store, 0, case).is_file():
+            # Another row may have refined them since.
+            labels = store.round_path(0, case), target_path(store, 0, case)
+        paths = (*labels, self.data.labels / f"{case}{self.data.ending}")
         guess, target, truth = (raw.read_label(path) for path in paths)
         agreed, right = target != ignore_value(raw), guess == truth
         found = {"consensus": agreed, "consensus_right": agreed & right}
@@ -284,6 +310,12 @@ def figures(scored: Evaluation) -> dict[str, Any]:
         for name, entry in scored.summary.items()
     }
     return {"scores": mean, "dice_per_case": dict(zip(scored.cases, (round(float(v), 4) for v in dice), strict=True))}
+
+
+def added(minutes: Sequence[float | None]) -> float | None:
+    """Their sum; None where one is not known."""
+    known = [value for value in minutes if value is not None]
+    return sum(known) if len(known) == len(minutes) else None
 
 
 def draw_slice(data: DataSet, case: str, folder: Path) -> None:
@@ -310,7 +342,7 @@ def main() -> None:
     parser.add_argument("--training", type=int, default=1, help="2 and more: once more, since trainings are not seeded")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, help="working folder")
-    parser.add_argument("--table", action="store_true", help="only write docs/results.md of the rows that are there")
+    parser.add_argument("--table", action="store_true", help="only write the tables of the rows that are there")
     arguments = parser.parse_args()
     if not arguments.table:
         if arguments.o is None:

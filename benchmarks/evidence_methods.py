@@ -58,6 +58,7 @@ class Method:
         replaced: how often nnU-Net's own predictions take the place of all pseudo labels and it is trained anew, as
             SSL-MedSAM2 does (without its end at convergence).
         configuration: nnU-Net's, where it is not the set's own.
+        gated: cases of low estimated quality are left out, as refinement leaves them.
         rival: what a user would pick in place of ours; other rows are parts and variants of it.
     """
 
@@ -68,17 +69,8 @@ class Method:
     rounds: int = 0
     replaced: int = 0
     configuration: str | None = None
+    gated: bool = False
     rival: bool = False
-
-    @property
-    def trainings(self) -> int:
-        """One after another; ours begins each with the weights of the one before, the others begin anew."""
-        return 0 if self.trainer is None else 1 + self.rounds + self.replaced
-
-    @property
-    def trainings_of_the_last_model(self) -> int:
-        """How many of them the model that is scored has been through."""
-        return min(self.trainings, 1 + self.rounds)
 
     @property
     def by_slices(self) -> bool:
@@ -126,8 +118,12 @@ METHODS: Mapping[str, Method] = {
     "ours_slices": Method("ours, from one slice a volume", "slices", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_fusion": Method("ours, SAM2 alone", "sam2", "OneShotTrainer", ignore=True, rounds=1),
     "no_label_in_divergence": Method(
-        "registration, consistency alone in divergence", "registration", "OneShotTrainerConsistency", ignore=True
+        "registration, consistency alone in divergence",
+        "registration",
+        "OneShotTrainerConsistency",
+        ignore=True,
+        gated=True,
     ),
-    "stock_with_ignore": Method("nnU-Net on our labels with ignore", "ours", ignore=True),
+    "stock_with_ignore": Method("nnU-Net on our labels with ignore", "ours", ignore=True, gated=True),
     "ours_stock": Method("our labels, then nnU-Net", "ours"),
 }

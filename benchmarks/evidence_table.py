@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from common import REPOSITORY, RESULTS, markdown
-from evidence_methods import METHODS, Method
+from evidence_methods import METHODS
 from matplotlib.lines import Line2D
 
 from nnunet_oneshot.evaluate import FOREGROUND
@@ -158,20 +158,23 @@ def _making_cells(row: Row) -> list[Any]:
     return [_name(row), labels, *shares, *_minutes(row["minutes"]), processor, row["versions"]["torch"], row["commit"]]
 
 
-def _minutes(minutes: Mapping[str, float]) -> list[str]:
+def _minutes(minutes: Mapping[str, Any]) -> list[str]:
     """Of labelling and of training; rows of before stages were kept tell what their last run took, in brackets."""
     if "training" in minutes:
-        return [f"{minutes['labelling']:.0f}", f"{minutes['training']:.0f}"]
+        return ["-" if minutes[key] is None else f"{minutes[key]:.0f}" for key in ("labelling", "training")]
     return [f"({minutes['labelling']:.0f})", f"({minutes['all'] - minutes['labelling']:.0f})"]
 
 
 def spread_table(rows: Sequence[Row]) -> str:
     """Of one set, how rows differ that differ in the annotated case or the repetition alone; empty where none do."""
-    lines = []
-    for method in METHODS:
-        dice = [_dice(row)[0] for row in rows if row["method"] == method]
-        if len(dice) > 1:
-            lines.append([METHODS[method].what, len(dice), f"{np.mean(dice):.3f}", f"{np.std(dice, ddof=1):.3f}"])
+    alike: dict[tuple[str, int, str], list[float]] = {}
+    for row in rows:
+        alike.setdefault((row["what"], row["pool"], row["preset"]), []).append(_dice(row)[0])
+    lines = [
+        [what, len(dice), f"{np.mean(dice):.3f}", f"{np.std(dice, ddof=1):.3f}"]
+        for (what, _, _), dice in alike.items()
+        if len(dice) > 1
+    ]
     return markdown(["method", "rows", "mean Dice", "standard deviation"], lines) if lines else ""
 
 
@@ -193,8 +196,7 @@ def _annotation(row: Row) -> str:
 
 def _trainings(row: Row) -> int:
     """Trainings that the model has been through; rows of before weights were taken over do not say it."""
-    method: Method = METHODS[row["method"]]
-    return int(row.get("trainings_of_the_last_model", min(method.trainings, 1)))
+    return int(row.get("trainings_of_the_model", METHODS[row["method"]].trainer is not None))
 
 
 def _difference(row: Row, other: Row | None) -> str:

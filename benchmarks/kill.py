@@ -204,6 +204,8 @@ class Experiment:
         # Told by what is done: how long it takes differs where other work runs beside it.
         while process.poll() is None and not stage(folder).startswith("after"):
             time.sleep(0.05)
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before it could be interrupted: {self._log(folder)[-800:]}")
         os.killpg(process.pid, signal.SIGINT)
         code, said = process.wait(60), self._log(folder)
         no_process_left(folder)

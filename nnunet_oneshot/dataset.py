@@ -83,6 +83,11 @@ class RawDataset:
         """Value of the ignore label, or None where the dataset declares none."""
         return self.json["labels"].get(IGNORE)
 
+    def drawn_over(self, human: LabelVolume, label: LabelVolume) -> LabelVolume:
+        """A label with a person's in its place but where that is the ignore label, int16 (Z, Y, X)."""
+        by_hand = np.ones(human.shape, bool) if self.ignore is None else human != self.ignore
+        return np.where(by_hand, human, label).astype(np.int16)
+
     def is_sparse(self, label: LabelVolume) -> bool:
         """Whether a label leaves voxels open, as the ignore label."""
         return self.ignore is not None and bool((label == self.ignore).any())

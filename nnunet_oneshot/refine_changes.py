@@ -190,7 +190,7 @@ def _by_hand(look: Look, human: LabelVolume) -> BoolVolume:
 
 
 def _drawn_over(look: Look, human: LabelVolume | None, label: LabelVolume) -> LabelVolume:
-    return label if human is None else np.where(_by_hand(look, human), human, label)
+    return label if human is None else look.dataset.drawn_over(human, label)
 
 
 def _checked(look: Look, path: Path) -> LabelVolume:

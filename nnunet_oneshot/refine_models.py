@@ -37,11 +37,18 @@ class Models:
                 "make; move or remove them"
             )
 
-    def train(self, number: int) -> None:
-        """Train every fold on the labels in force, those of round `number`; resumes, or does nothing."""
+    def can_start_warm(self, number: int) -> bool:
+        """Whether the models of the round before are there; they may have been removed to save room."""
+        return all(self._weights_before(number, fold).is_file() for fold in self.plan.folds)
+
+    def train(self, number: int, warm: bool) -> None:
+        """Train every fold on the labels in force, those of round `number`; resumes, or does nothing.
+
+        Args:
+            warm: start from the weights of the round before.
+        """
         plan = self.plan
         for fold in plan.folds:
-            before = self._kept(number - 1) / f"fold_{fold}" / nnunet.FINAL
             nnunet.train(
                 self.dataset,
                 plan.configuration,
@@ -49,8 +56,7 @@ class Models:
                 plan.trainer,
                 plan.plans,
                 self.device,
-                # Models of earlier rounds may have been removed to save room.
-                pretrained_weights=before if plan.warm_start and number and before.is_file() else None,
+                pretrained_weights=self._weights_before(number, fold) if warm else None,
             )
 
     def predict(self, cases: Sequence[Case], splits: Splits | None, output: Path, probabilities: bool = False) -> None:
@@ -110,6 +116,9 @@ class Models:
         numbered = enumerate(splits or [])
         unseen = [fold for fold, split in numbered if case in split["val"] and case not in split["train"]]
         return tuple(unseen[:1]) or self.plan.folds
+
+    def _weights_before(self, number: int, fold: nnunet.Fold) -> Path:
+        return self._kept(number - 1) / f"fold_{fold}" / nnunet.FINAL
 
     def _kept(self, number: int) -> Path:
         return self.folder / "oneshot_rounds" / f"{number:02d}"

@@ -35,7 +35,7 @@ from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import BoolVolume, FloatVolume, LabelVolume
 
 _VOICELESS = ("failed", "rejected")
-"""Whose label of the round before has no voice: an empty one stood in for what was missing, a person refused it."""
+"""Whose label of the round before has no voice: an empty one stands in for what is missing, or a person refused it."""
 
 
 @dataclass(frozen=True)
@@ -186,27 +186,31 @@ def relabel_case(task: Task) -> tuple[str, CaseRecord]:
         return case.name, task.record
     before = dataset.read_label(store.round_path(task.number - 1, case.name))
     predicted = _read_prediction(task, before.shape)
+    human = None if case.label is None else dataset.read_label(case.label)
     new = [predicted, *_third_opinion(task)]
-    voices = new if task.record.status in _VOICELESS else [*new, before]
+    voices = [*new, before] if _has_a_voice(task, before, human) else new
     agreed = fuse(voices).agreed & _confident(task, before.shape)
-    guess = _between(task, voices) if len(new) > 1 else predicted
-    target = np.where(agreed, guess, ignore_value(dataset)).astype(np.int16)
-    guess, target = _drawn_over(task, guess), _drawn_over(task, target)
-    write_round(dataset, store, case, task.number, guess, target)
     # A label that has a voice in the new one is no evidence on it: judged is what was said without it.
-    return case.name, _record(task, agreed, _drawn_over(task, _between(task, new)), before)
+    judged = _between(task, new)
+    guess = _between(task, voices) if len(new) > 1 and voices is not new else judged
+    target = np.where(agreed, guess, ignore_value(dataset)).astype(np.int16)
+    if human is not None:
+        guess, target, judged = (dataset.drawn_over(human, label) for label in (guess, target, judged))
+    write_round(dataset, store, case, task.number, guess, target)
+    return case.name, _record(task, agreed, judged, before)
+
+
+def _has_a_voice(task: Task, before: LabelVolume, human: LabelVolume | None) -> bool:
+    """Whether the label of the round before is anybody's: not where an empty one stands in for one that is missing."""
+    record = task.record
+    if record.status == "sparse" and not record.views:
+        # Nothing was carried to it, so that there is but what a person drew until a model labels it.
+        return human is not None and bool((before[human == task.dataset.ignore] > 0).any())
+    return record.status not in _VOICELESS
 
 
 def _between(task: Task, labels: Sequence[LabelVolume]) -> LabelVolume:
     return fuse(labels, spacing=task.dataset.image_geometry(task.case)[1]).label
-
-
-def _drawn_over(task: Task, label: LabelVolume) -> LabelVolume:
-    """A label with what a person drew of the case, where that is a part of it."""
-    if task.case.label is None:
-        return label
-    human = task.dataset.read_label(task.case.label)
-    return np.where(human != task.dataset.ignore, human, label).astype(np.int16)
 
 
 def _third_opinion(task: Task) -> list[LabelVolume]:

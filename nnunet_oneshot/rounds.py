@@ -160,8 +160,7 @@ def _draw_over(placement: Placement, paths: tuple[Path, ...]) -> None:
 
 def _drawn_over(placement: Placement, label: LabelVolume) -> LabelVolume:
     assert placement.case.label is not None
-    human = placement.dataset.read_label(placement.case.label)
-    return np.where(human != placement.dataset.ignore, human, label).astype(np.int16)
+    return placement.dataset.drawn_over(placement.dataset.read_label(placement.case.label), label)
 
 
 def copy_label(store: Store, source: Path, destination: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -194,7 +195,8 @@ class Store:
                 "wait for it or stop it"
             ) from None
         try:
-            holder.write_text(f"process {os.getpid()}\n", encoding="utf-8")
+            # Computers that share a disk each count their own processes.
+            holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
             yield
         finally:
             holder.unlink(missing_ok=True)

@@ -72,13 +72,13 @@ def test_repetitions_are_rows_of_their_own_and_their_spread_is_told(table: Any) 
     rows = [row("ours", 0.80), row("ours", 0.84, training=2), row("full", 0.9)]
     assert "row ours, repetition 2" in table.scores_table(rows)
     spread = table.spread_table(rows)
-    assert "| ours | 2 | 0.820 | 0.028 |" in spread
+    assert "| row ours | 2 | 0.820 | 0.028 |" in spread
     assert "full" not in spread
     assert table.spread_table(rows[1:]) == ""
 
 
 def test_every_class_has_its_figures_and_every_row_its_commit(table: Any) -> None:
-    rows = [row("ours", 0.8, trainings_of_the_last_model=2, label_dice={"0": 0.7, "1": 0.75}, divergence=0.02)]
+    rows = [row("ours", 0.8, trainings_of_the_model=2, label_dice={"0": 0.7, "1": 0.75}, divergence=0.02)]
     assert "0.800 (0.790 to 0.810); 0.8 (0.8 to 0.8); 0.80 (0.79 to 0.81)" in table.classes_table(rows)
     made = table.making_table(rows)
     assert "0.700 / 0.750 | 2.0%" in made

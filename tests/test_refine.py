@@ -223,6 +223,37 @@ def test_warm_start_takes_the_weights_of_the_round_before(fake: FakeNnunet) -> N
     assert starts == [None, ("oneshot_rounds", "00"), ("oneshot_rounds", "01")]
 
 
+def test_a_fold_that_cases_were_dealt_to_anew_begins_with_new_weights(fake: FakeNnunet) -> None:
+    """Else its weights would have seen the cases that it is to say something new of."""
+    fake.say = drifting
+    run(rounds=1, num_folds=2)
+    assert [start is not None for _, start in fake.trained] == [False, False, True, True]
+    store, _ = open_store(601)
+    write_image(store.fused_path("case_1"), label_array(1))
+    done = run(rounds=2, num_folds=2)
+    assert any("dealt over the folds anew" in line for line in done.taken_up)
+    assert all(start is None for _, start in fake.trained[4:6])
+
+
+def test_weights_that_are_gone_are_told(fake: FakeNnunet) -> None:
+    fake.say = drifting
+    run(rounds=1)
+    store, _ = open_store(601)
+    shutil.rmtree(fake.folder(store.folder.name) / "oneshot_rounds" / "00")
+    write_image(store.fused_path("case_1"), label_array(1))
+    done = run(rounds=1)
+    assert any("models of round 0 are gone: round 1 was trained from new weights" in line for line in done.taken_up)
+    assert fake.trained[-1] == ("all", None)
+
+
+def test_what_never_trained_may_begin_otherwise(fake: FakeNnunet) -> None:
+    fake.say, fake.stop_at = drifting, 2
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=1, warm_start=False)
+    run(rounds=1)
+    assert fake.trained[-1][1] is not None
+
+
 def test_from_scratch_takes_no_weights(fake: FakeNnunet) -> None:
     fake.say = drifting
     run(rounds=1, warm_start=False)
@@ -438,6 +469,7 @@ def test_an_interrupted_refinement_ends_as_an_undisturbed_one(fake: FakeNnunet, 
             expected = np.roll(label_array(int(case[-1])), shift, axis=2)
             np.testing.assert_array_equal(read(store.round_path(number, case)), expected)
     assert [fold for fold, _ in fake.trained] == ["all"] * 3
+    assert [start is not None for _, start in fake.trained] == [False, True, True]
     assert not list((store.state_folder / "tmp").iterdir())
 
 
@@ -569,8 +601,9 @@ def test_an_older_record_without_the_new_settings_goes_on(done: FakeNnunet) -> N
     content = json.loads(path.read_text())
     del content["labels"], content["plan"]["num_folds"], content["plan"]["warm_start"]
     path.write_text(json.dumps(content))
-    run(rounds=1)
-    assert len(done.trained) == 2
+    run(rounds=2)
+    assert len(done.trained) == 3
+    assert done.trained[-1] == ("all", None)
 
 
 def test_a_look_changes_nothing_where_nobody_did(done: FakeNnunet) -> None:

@@ -306,6 +306,23 @@ def test_the_label_before_is_no_evidence_on_the_one_that_it_has_a_voice_in(made:
     assert record.quality != estimate(read(store.fused_path(case.name)), known)
 
 
+def test_what_nothing_was_carried_to_has_no_voice_beyond_what_was_drawn(
+    roots: Roots, fakes: dict[str, FakePropagator], tmp_path: Path
+) -> None:
+    drawn = make_sparse(write_raw(roots.raw))
+    dataset, store = prepare()
+    case, said = dataset.case("case_0"), label_array(0)
+    third = np.roll(said, 1, axis=1)
+    manifest = store.read_manifest()
+    manifest.cases[case.name].views = []
+    store.write_manifest(manifest)
+    assert not read(store.fused_path(case.name))[drawn == IGNORE].any()
+    predictions = predict(tmp_path, 1, case_0=said, case_1=said, case_2=said)
+    relabel(dataset, store, predictions, 1, 1, min_quality=0, trust=third_opinion((dataset, store), case.name, third))
+    expected = dataset.drawn_over(drawn, between(dataset, case, said, third))
+    np.testing.assert_array_equal(read(store.fused_path(case.name)), expected)
+
+
 def test_a_rejected_label_has_no_voice(made: Made, predictions: Path) -> None:
     dataset, store = made
     case, said = dataset.case("case_2"), read(predictions / "case_2.nii.gz")
