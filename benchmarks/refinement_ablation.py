@@ -22,7 +22,8 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
 Trainings are short (`--epochs` of the preset `small`) and seeded; those of round 0 and of `scratch` differ in labels
 alone. With --spoil half of the un-annotated images are inverted, gamma-changed or made noisy before anything is done
 (the test images are not), which is what gating is for; only `before`, round_0 and ungated are made then. Nothing but
-the scores sees a true label. Finished rows are small JSON files, and are not made again.
+the scores sees a true label. Finished rows are small JSON files, and are not made again: those that do not name the
+`voices` of a round are of one in which the labels before had none (`one` apart, which was fused for itself).
 """
 
 from __future__ import annotations
@@ -139,7 +140,11 @@ class Rounds(Ablation):
         content = {**self.settings, "row": name, "of": "labels" if of_labels else "model", "n": len(cases)}
         content |= {"dice": round(scored.summary[FOREGROUND]["Dice"].mean, 4)}
         content |= {"case_dice": [round(float(value), 4) for value in found]}
-        content |= {"left_out": self.left_out, "opinion": opinion_of(open_store(LABELLED)[0], AS_BEFORE)}
+        content |= {
+            "voices": "model, opinion, labels before",
+            "left_out": self.left_out,
+            "opinion": opinion_of(open_store(LABELLED)[0], AS_BEFORE),
+        }
         return write_row(self.key(name), content)
 
     @property
