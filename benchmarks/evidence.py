@@ -1,7 +1,7 @@
 """How far one label goes: every method on every set, one resumable command, one table.
 
     python benchmarks/evidence.py -o WORK [--sets hippocampus acdc_mr ...] [--methods full annotated ours ...]
-                                  [--annotated default|all] [--cases 26] [--preset small] [--training 1] [-device cpu]
+                                  [--annotated default|all|CASE[+CASE]] [--cases 26] [--preset small] [--training 1] [-device cpu]
     python benchmarks/evidence.py --table
 
 A row is one set, annotated case and method, scored on the set's test cases, whose images and labels no labelling or
@@ -64,13 +64,14 @@ model that learnt from the best guess says in its place (once more for every tim
 
 
 class Evidence:
-    """One data set, one annotated case, one preset, one repetition."""
+    """One data set, one annotated case (or several, joined by +), one preset, one repetition."""
 
     def __init__(self, name: str, annotated: str, arguments: argparse.Namespace) -> None:
         self.data: DataSet = data_set(name)
         self.annotated = annotated
-        others = [case for case in self.data.split["pool"] if case != annotated]
-        self.pool: list[str] = sorted([annotated, *others[: arguments.cases - 1]])
+        self.supports = annotated.split("+")
+        others = [case for case in self.data.split["pool"] if case not in self.supports]
+        self.pool: list[str] = sorted([*self.supports, *others[: arguments.cases - len(self.supports)]])
         self.test: list[str] = self.data.split["test"]
         self.configuration = SETS[name]
         self.preset: str = arguments.preset
@@ -162,7 +163,7 @@ class Evidence:
 
     def _carried(self, recipe: Method) -> Path:
         """Labels of the test images, carried like those of the pool."""
-        lay_out(self.data, TEST, self.test, [self.annotated], name=f"{self.data.name}_test")
+        lay_out(self.data, TEST, self.test, self.supports, name=f"{self.data.name}_test")
         assert recipe.labels is not None
         return open_store(self._propagate(recipe.labels, TEST, TESTED))[0].fused_path("x").parent
 
@@ -258,7 +259,7 @@ class Evidence:
         return new
 
     def _pool(self) -> Path:
-        return lay_out(self.data, POOL, self.pool, [self.annotated])
+        return lay_out(self.data, POOL, self.pool, self.supports)
 
     def _sliced(self) -> Path:
         """The pool with one annotated slice a volume, everything else of its label ignored."""
@@ -336,8 +337,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=sorted(SETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=sorted(METHODS))
-    parser.add_argument("--annotated", default="default", choices=("default", "all"))
-    parser.add_argument("--cases", type=int, default=26, help="pool cases, the annotated one included")
+    parser.add_argument("--annotated", default="default", help="default, all (one after another) or CASE[+CASE ...]")
+    parser.add_argument("--cases", type=int, default=26, help="pool cases, annotated ones included")
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--training", type=int, default=1, help="2 and more: once more, since trainings are not seeded")
     parser.add_argument("-device", default="cpu")
@@ -349,7 +350,8 @@ def main() -> None:
             parser.error("-o is needed to run rows")
         for name in arguments.sets:
             split = data_set(name).split
-            choices = split["annotated_choices"] if arguments.annotated == "all" else [split["annotated_default"]]
+            named = {"all": split["annotated_choices"], "default": [split["annotated_default"]]}
+            choices = named.get(arguments.annotated, [arguments.annotated])
             for annotated in choices:
                 made = Evidence(name, annotated, arguments)
                 for method in sorted(arguments.methods, key=lambda method: METHODS[method].rounds):

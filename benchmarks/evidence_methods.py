@@ -125,5 +125,6 @@ METHODS: Mapping[str, Method] = {
         gated=True,
     ),
     "stock_with_ignore": Method("nnU-Net on our labels with ignore", "ours", ignore=True, gated=True),
+    "ours_labels": Method("our labels, as they are", "ours", trainer=None),
     "ours_stock": Method("our labels, then nnU-Net", "ours"),
 }
