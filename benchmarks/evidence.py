@@ -1,7 +1,8 @@
 """How far one label goes: every method on every set, one resumable command, one table.
 
     python benchmarks/evidence.py -o WORK [--sets hippocampus acdc_mr ...] [--methods full annotated ours ...]
-                                  [--annotated default|all|CASE[+CASE]] [--cases 26] [--preset small] [--training 1] [-device cpu]
+                                  [--annotated default|all|CASE[+CASE]] [--cases 26] [--preset small]
+                                  [--training 1] [-device cpu]
     python benchmarks/evidence.py --table
 
 A row is one set, annotated case and method, scored on the set's test cases, whose images and labels no labelling or
