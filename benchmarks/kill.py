@@ -37,6 +37,7 @@ import numpy as np
 from common import use_folders, write_row
 
 from nnunet_oneshot.phantom import write_phantom_dataset
+from nnunet_oneshot.refresh_case import MASKS
 
 TRAINER = """
 import torch
@@ -254,6 +255,9 @@ def result(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.suffix in (".log", ".lock") or "oneshot_refresh.json" in name or "__pycache__" in name:
             continue
+        if MASKS in path.parts:
+            # Kept for the next time of every case that was looked at, which after a kill may be one more.
+            continue
         found[name] = content(path)
     return found
 
@@ -265,8 +269,8 @@ def content(path: Path) -> Any:
     if path.suffix == ".b2nd":
         array = np.ascontiguousarray(blosc2.open(urlpath=str(path), mode="r")[:])
         return hashlib.sha256(array.tobytes()).hexdigest()
-    # Pickled properties and kept masks hold times of files; that they are there is enough.
-    return "" if path.suffix in (".pkl", ".npz") else hashlib.sha256(path.read_bytes()).hexdigest()
+    # Pickled properties hold times of files; that they are there is enough.
+    return "" if path.suffix == ".pkl" else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def without_times(value: Any) -> Any:
