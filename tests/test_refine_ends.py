@@ -485,8 +485,11 @@ def test_folds_that_are_dealt_anew_amid_a_training_are_all_trained_again(fake: F
     assert [fold for fold, _ in fake.trained] == [0, 1, 0, 1, 0]
     correct_to_what_it_is("case_1")
     said = run(rounds=2, num_folds=2).taken_up
-    assert said == ["cases were dealt over the folds anew amid training on round 2: training it again"]
-    assert [fold for fold, _ in fake.trained[5:]] == [0, 1]
+    assert said == [
+        "cases were dealt over the folds anew amid training on round 2: training it again",
+        "cases were dealt over the folds anew: round 2 was trained from new weights",
+    ]
+    assert fake.trained[5:] == [(0, None), (1, None)]
 
 
 # --- one rule for two rounds --------------------------------------------------------------------------------------
