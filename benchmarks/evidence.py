@@ -91,14 +91,14 @@ class Evidence:
             return done
         use_folders(self.work)
         recipe = METHODS[method]
-        labelling, stages = [self._label(recipe)], list[float | None]()
+        labelling, stages = self._label(recipe), list[float | None]()
         if recipe.trainer is None:
             # What a user would wait for: the test images, not the pool.
-            labelling = [self._timed(f"carry {recipe.labels}", lambda: self._carried(recipe))]
+            labelling = self._timed(f"carry {recipe.labels}", lambda: self._carried(recipe))
             predictions = self._carried(recipe)
         else:
             predictions = self._trained(method, recipe, stages)
-        minutes = {"labelling": added(labelling), "training": added(stages)}
+        minutes = {"labelling": labelling, "training": added(stages)}
         scored = evaluate(self.data.labels, predictions, self._pool() / "dataset.json", cases=self.test)
         return write_row(self.key(method), {**self._about(method, minutes), **figures(scored), **self._labels(recipe)})
 
@@ -122,8 +122,9 @@ class Evidence:
         """Through how many trainings the model has been: each round's begins with the weights of the one before."""
         if recipe.trainer is None:
             return 0
-        refined = recipe.trainer == "OneShotTrainer" and recipe.labels in LABELS
-        return 1 + (open_store(LABELS[str(recipe.labels)].number)[0].read_manifest().round if refined else 0)
+        if recipe.trainer != "OneShotTrainer" or recipe.labels not in LABELS:
+            return 1
+        return 1 + open_store(LABELS[recipe.labels].number)[0].read_manifest().round
 
     def _label(self, recipe: Method) -> float | None:
         """Label the pool; minutes."""

@@ -75,14 +75,11 @@ def headline(rows: Sequence[Row]) -> list[str]:
     if not lines:
         return ["Ours with its defaults was run on no set yet.", ""]
     over = f"mean over {len(gaps)} set(s)"
-    # docs/method.md, three seeds of short trainings.
-    chance = "one training each, which may differ from the next by 3 points on hippocampus and 6 on hearts"
     first = (
         f"**Ours with its defaults, {over}: {100 * np.mean(gaps):+.1f} points against full supervision on the pool** "
     )
     return [
-        f"{first}({100 * np.mean(shares):.1f} % of its Dice; YoloSeg tells -{YOLOSEG_GAP} of its own sets). "
-        f"In brackets below are 95 % intervals over test cases; it is {chance}.",
+        f"{first}({100 * np.mean(shares):.1f} % of its Dice; YoloSeg tells -{YOLOSEG_GAP} of its own sets).",
         "",
         *lines,
         "",

@@ -33,9 +33,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _phantom(folders: Path, kind: str, shape: tuple[int, int, int], cases: int) -> PhantomDataset:
-    raw = folders / "nnUNet_raw"
-    return write_phantom_dataset(raw, 501, truth=folders / "truth", cases=cases, shape=shape, kind=kind)
+def _phantom(folders: Path, kind: str, shape: tuple[int, int, int], cases: int, test_cases: int = 0) -> PhantomDataset:
+    raw, truth = folders / "nnUNet_raw", folders / "truth"
+    return write_phantom_dataset(raw, 501, truth=truth, cases=cases, test_cases=test_cases, shape=shape, kind=kind)
 
 
 def _dice(phantom: PhantomDataset, labels: Path) -> float:
@@ -50,16 +50,13 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def _test_cases(phantom: PhantomDataset) -> tuple[Path, Path]:
-    """Two cases once more, with labels, where nnU-Net's users keep those that they test on."""
-    images, labels = phantom.folder / "imagesTs", phantom.folder / "labelsTs"
-    for folder in (images, labels):
-        folder.mkdir()
-    for case in phantom.cases[-2:]:
-        for path in (phantom.folder / "imagesTr").glob(f"{case}_*"):
-            shutil.copy(path, images)
+def _labels_beside(phantom: PhantomDataset) -> Path:
+    """The test cases' labels where nnU-Net's users keep them."""
+    labels = phantom.folder / "labelsTs"
+    labels.mkdir()
+    for case in phantom.test_cases:
         shutil.copy(phantom.truth / f"{case}.nii.gz", labels)
-    return images, labels
+    return labels
 
 
 def _predict(images: Path, output: Path) -> None:
@@ -71,13 +68,12 @@ def _predict(images: Path, output: Path) -> None:
 
 
 def test_run_labels_trains_relabels_and_repeats_nothing(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    phantom = _phantom(folders, "thick_slices", (10, 64, 64), 5)
+    phantom = _phantom(folders, "thick_slices", (10, 64, 64), 5, test_cases=2)
     command = ["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-device", "cpu"]
     command += ["-json", "--all_rounds"]
-    test_images, test_labels = _test_cases(phantom)
-    with opened_files(phantom.truth, test_labels) as opened:
+    with opened_files(phantom.truth, _labels_beside(phantom)) as opened:
         cli.run(command)
-        _predict(test_images, folders / "predicted")
+        _predict(phantom.folder / "imagesTs", folders / "predicted")
     assert not opened, "hidden labels were read while labels were made, a model trained and test images predicted"
     assert len(list((folders / "predicted").glob("*.nii.gz"))) == 2
     capsys.readouterr()

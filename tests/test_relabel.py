@@ -280,12 +280,18 @@ def third_opinion(made: Made, case: str, label: np.ndarray | None) -> Trust:
     return Trust(opinion="self_01")
 
 
+def relabel_with_a_third(made: Made, predictions: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Round 1 where SAM2 says something else of case_2 than the model; what the model said of it, and SAM2."""
+    said = read(predictions / "case_2.nii.gz")
+    third = np.roll(said, 2, axis=2)
+    relabel(*made, predictions, 1, 1, min_quality=0, trust=third_opinion(made, "case_2", third))
+    return said, third
+
+
 def test_with_a_third_opinion_all_must_agree_and_the_guess_lies_between_them(made: Made, predictions: Path) -> None:
     dataset, store = made
-    case = dataset.case("case_2")
-    before, said = read(store.fused_path(case.name)), read(predictions / "case_2.nii.gz")
-    third = np.roll(said, 2, axis=2)
-    relabel(dataset, store, predictions, 1, 1, min_quality=0, trust=third_opinion(made, case.name, third))
+    case, before = dataset.case("case_2"), read(store.fused_path("case_2"))
+    said, third = relabel_with_a_third(made, predictions)
     agreed = (before == said) & (said == third)
     assert 0 < agreed.mean() < 1
     guess = read(store.fused_path(case.name))
@@ -296,10 +302,8 @@ def test_with_a_third_opinion_all_must_agree_and_the_guess_lies_between_them(mad
 
 def test_the_label_before_is_no_evidence_on_the_one_that_it_has_a_voice_in(made: Made, predictions: Path) -> None:
     dataset, store = made
-    case = dataset.case("case_2")
-    before, said = read(store.fused_path(case.name)), read(predictions / "case_2.nii.gz")
-    third = np.roll(said, 2, axis=2)
-    relabel(dataset, store, predictions, 1, 1, min_quality=0, trust=third_opinion(made, case.name, third))
+    case, before = dataset.case("case_2"), read(store.fused_path("case_2"))
+    said, third = relabel_with_a_third(made, predictions)
     record = store.read_manifest().cases[case.name]
     known = opinions(dataset, store, case.name, record, before)
     assert record.quality == estimate(between(dataset, case, said, third), known)
@@ -325,10 +329,9 @@ def test_what_nothing_was_carried_to_has_no_voice_beyond_what_was_drawn(
 
 def test_a_rejected_label_has_no_voice(made: Made, predictions: Path) -> None:
     dataset, store = made
-    case, said = dataset.case("case_2"), read(predictions / "case_2.nii.gz")
-    third = np.roll(said, 2, axis=2)
+    case = dataset.case("case_2")
     with_status(store, "rejected")
-    relabel(dataset, store, predictions, 1, 1, min_quality=0, trust=third_opinion(made, case.name, third))
+    said, third = relabel_with_a_third(made, predictions)
     np.testing.assert_array_equal(read(store.fused_path(case.name)), between(dataset, case, said, third))
 
 
