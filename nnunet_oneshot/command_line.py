@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import importlib
 import json
 import os
@@ -15,15 +14,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
-from nnunet_oneshot.errors import USER_ERRORS, NnunetFailureError
+from nnunet_oneshot.errors import DISK_FULL, USER_ERRORS, NnunetFailureError
 
 Summary = Mapping[str, Any]
 """What a command ends with: "lines" for people, all else for `-json`."""
 Command = Callable[[argparse.Namespace], Summary]
 
 _KEPT = "what is whole is kept"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""The disk is full, or a user's share of it."""
 _BOLD, _RED, _PLAIN = "\033[1m", "\033[31m", "\033[0m"
 _INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
 
@@ -39,7 +36,7 @@ def execute(parser: argparse.ArgumentParser, command: Command, argv: Sequence[st
     except USER_ERRORS as error:
         _refuse(parser, " ".join(str(error).split()))
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         _refuse(parser, _no_space(error))
     except NnunetFailureError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from sam2_propagation.errors import PropagationError
 
 
@@ -13,5 +15,7 @@ class NnunetFailureError(RuntimeError):
     """nnU-Net stopped with an error although the input looked good. Carries the end of its log. Exit code 1."""
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The disk is full, or a user's share of it."""
 USER_ERRORS = (OneShotError, PropagationError)
 """A user's mistakes, of either package."""

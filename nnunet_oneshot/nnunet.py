@@ -265,7 +265,7 @@ def predict(
         checkpoint: the checkpoint's file name.
 
     Raises:
-        OneShotError: a fold is not trained.
+        OneShotError: a fold is not trained, or its checkpoint is another trainer's.
         NnunetFailureError: nnU-Net failed; the message ends with its log.
     """
     model = results_folder(dataset, trainer, plans, configuration)
@@ -292,6 +292,7 @@ def predict(
         "save_probabilities": save_probabilities,
         "previous_stage": str(previous_stage.resolve()) if previous_stage else None,
         "checkpoint": checkpoint,
+        "trainer": trainer,
         "mirroring": mirrors(trainer),
     }
     with Progress("predict", len(images), partial(_count, output, f"*{ending}")) as bar:

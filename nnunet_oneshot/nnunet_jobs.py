@@ -29,6 +29,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
 from nnunet_oneshot.errors import USER_ERRORS
+from nnunet_oneshot.model_checkpoints import check_trainer
 from nnunet_oneshot.nnunet_process import STAGING, USER_ERROR
 from nnunet_oneshot.planner import OneShotSmallPlanner, SmallFingerprintExtractor
 
@@ -60,6 +61,9 @@ def predict(
     model: str, folds: list[str], images: Mapping[str, list[str]], output: str, device: str, **options: Any
 ) -> None:
     """Predict each case into a staging folder and move it to `output` when it is whole."""
+    for fold in folds:
+        # nnU-Net builds the network of whatever trainer the first fold's checkpoint names.
+        check_trainer(Path(model) / f"fold_{fold}" / options["checkpoint"], options["trainer"])
     predictor = nnUNetPredictor(use_mirroring=options["mirroring"], device=torch.device(device), allow_tqdm=False)
     chosen = tuple(fold if fold == "all" else int(fold) for fold in folds)
     predictor.initialize_from_trained_model_folder(model, chosen, options["checkpoint"])

@@ -9,13 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import _nnunet_oneshot_path
-from nnunet_oneshot.errors import NnunetFailureError, OneShotError
+from nnunet_oneshot.errors import DISK_FULL, NnunetFailureError, OneShotError
 from nnunet_oneshot.parallel import default_processes, progress_bar
 
 _POLL_SECONDS = 0.3
@@ -24,6 +25,8 @@ USER_ERROR = "bad input: "
 STAGING = ".unfinished"
 """Folder inside a prediction folder for files that are still being written."""
 _LOG_LINES = 15
+_PROBE = 1 << 20
+"""Bytes that are written to see whether a disk is full: more than what a failed write leaves of its last block."""
 
 
 def _environment() -> dict[str, str]:
@@ -87,7 +90,14 @@ def run_job(
     follow: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run a job of nnunet_jobs in a process group of its own; it ends with this process, whatever ends this one."""
+    """Run a job of nnunet_jobs in a process group of its own; it ends with this process, whatever ends this one.
+
+    Raises:
+        OneShotError: the job found a mistake of the user.
+        OSError: it failed and the disk, or the user's share of it, is full.
+        NnunetFailureError: it failed otherwise.
+    """
+    logged = log.stat().st_size if log.is_file() else 0
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "nnunet_oneshot.nnunet_jobs"],
@@ -105,10 +115,21 @@ def run_job(
         finally:
             _end(process)
     if process.returncode:
-        _, found, sentence = _tail(log).rpartition(USER_ERROR)
+        end = _end_of(log, logged)
+        _, found, sentence = end.rpartition(USER_ERROR)
         if process.returncode == 2 and found:
             raise OneShotError(sentence.splitlines()[0])
-        raise NnunetFailureError(f"nnU-Net failed to {job['job']}; the end of {log}:\n{_tail(log)}")
+        _raise_where_full(log.parent, end)
+        raise NnunetFailureError(f"nnU-Net failed to {job['job']}; the end of {log}:\n{end}")
+
+
+def _raise_where_full(folder: Path, end: str) -> None:
+    """OSError where nnU-Net ended because it could not write: it says so itself, or nor can this process."""
+    for number in DISK_FULL:
+        if os.strerror(number) in end:
+            raise OSError(number, os.strerror(number), str(folder))
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(_PROBE))
 
 
 def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
@@ -129,5 +150,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-_LOG_LINES:])
+def _end_of(log: Path, logged: int) -> str:
+    """The last lines of what was added after so many bytes."""
+    added = log.read_bytes()[logged:].decode("utf-8", errors="replace")
+    return "\n".join(added.splitlines()[-_LOG_LINES:])

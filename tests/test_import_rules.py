@@ -17,7 +17,14 @@ TRAINERS = ("trainers", "oneshot_trainer", "oneshot_trainer_variants")
 
 FOR_TRAINERS = {f"nnunet_oneshot.{name}" for name in ("losses", "cross_patch", "settings", "errors")} | {
     f"nnunet_oneshot.{name}"
-    for name in ("case_selection", "training_views", "training_cases", "filled_labels", "next_stage")
+    for name in (
+        "case_selection",
+        "training_views",
+        "training_cases",
+        "filled_labels",
+        "next_stage",
+        "model_checkpoints",
+    )
 }
 """What the design names, and the modules that hold what did not fit into those."""
 BELOW_TRAINERS = FOR_TRAINERS | {"sam2_propagation.errors", "nnunet_oneshot.parallel", "nnunet_oneshot.file_hash"}

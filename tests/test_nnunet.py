@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ from tiny_dataset import write_dataset
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.errors import NnunetFailureError, OneShotError
-from nnunet_oneshot.nnunet_process import STAGING
+from nnunet_oneshot.nnunet_process import STAGING, run_job
 from nnunet_oneshot.settings import PRESETS, SMALL_PLANS
 
 NAME = "Dataset901_Tiny"
@@ -189,6 +192,44 @@ def test_a_failure_of_nnunet_ends_with_its_log(roots: Path) -> None:
     (folder / "imagesTr" / "case_000_0000.nii.gz").write_bytes(b"not an image")
     with pytest.raises(NnunetFailureError, match=r"nnU-Net failed to prepare(.|\n)*case_000_0000.nii.gz"):
         nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_fills_up_inside_nnunet_is_said(roots: Path) -> None:
+    write_dataset(roots / "nnUNet_raw", NAME, cases=1)
+    preprocessed = roots / "nnUNet_preprocessed" / NAME
+    preprocessed.mkdir()
+    (preprocessed / "dataset_fingerprint.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    assert caught.value.filename == str(preprocessed)
+
+
+def test_a_disk_too_full_for_the_log_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with pytest.raises(NnunetFailureError):
+        run_job({"job": "nothing of that name"}, tmp_path / "log")
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)):
+        run_job({"job": "nothing of that name"}, tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_predictions_by_another_trainers_network_are_refused(roots: Path) -> None:
+    write_dataset(roots / "nnUNet_raw", NAME, cases=1)
+    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    fold = nnunet.train(901, "2d", "all", "Quick", SMALL_PLANS, "cpu")
+    other = nnunet.results_folder(901, "OneShotTrainer_tiny", SMALL_PLANS, "2d")
+    shutil.copytree(fold.parent, other)
+    image = roots / "nnUNet_raw" / NAME / "imagesTr" / "case_000_0000.nii.gz"
+    output = roots / "predicted"
+    arguments = (901, "2d", ("all",), "OneShotTrainer_tiny", SMALL_PLANS, {"case_000": [image]}, output, "cpu")
+    with pytest.raises(OneShotError, match="expected a checkpoint of OneShotTrainer_tiny, found one of Quick"):
+        nnunet.predict(*arguments)
+    assert not list(output.glob("*.nii.gz"))
 
 
 @pytest.mark.slow

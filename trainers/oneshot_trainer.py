@@ -29,6 +29,7 @@ from nnunet_oneshot.cross_patch import CrossPatch, before_targets, cell_size
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.filled_labels import fill_labels, filled_folder
 from nnunet_oneshot.losses import DualComponentLoss, ShownViews, divergence, ramp, show_views
+from nnunet_oneshot.model_checkpoints import check_trainer
 from nnunet_oneshot.next_stage import predict_for_next_stages
 from nnunet_oneshot.settings import LossSettings, parse_block
 from nnunet_oneshot.training_cases import Crop, TrainingCases, any_ignored
@@ -48,13 +49,7 @@ class WholeCheckpoints(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """nnU-Net's, but another trainer's checkpoint is refused: its schedule and optimizer are not this one's."""
         if isinstance(filename_or_checkpoint, str):
-            # Mapped, so that no weights are read for a look at the name.
-            content = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False, mmap=True)
-            if content["trainer_name"] != type(self).__name__:
-                raise OneShotError(
-                    f"{filename_or_checkpoint}: expected a checkpoint of {type(self).__name__}, found one of "
-                    f"{content['trainer_name']}; move it away, or give it as -pretrained_weights"
-                )
+            check_trainer(filename_or_checkpoint, type(self).__name__)
         super().load_checkpoint(filename_or_checkpoint)
 
 
