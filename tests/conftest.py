@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_propagator import FakePropagator
+from hypothesis import settings
 from raw_datasets import Roots, write_raw
 
 import _nnunet_oneshot_path
@@ -29,6 +32,27 @@ class Answer:
 
 
 Command = Callable[[Sequence[str] | None], None]
+
+
+# A busy machine makes any example slow.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """The same draws in every run, of nnU-Net's loaders too where they run in line."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that are learnt or downloaded stay out of the user's folder, and tests apart."""
+    monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(tmp_path / "checkpoints_of_this_test"))
+    # Servers of tests are here, wherever the user's proxy is.
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
 
 @pytest.fixture

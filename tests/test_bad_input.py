@@ -352,6 +352,8 @@ def test_no_write_permission_is_refused(
     write_raw(roots.raw)
     roots.raw.chmod(0o555 if closed == "raw" else 0o777)
     before = roots.snapshot()
+    # Nobody may not enter the folder of the modules that a command imports when it is called.
+    refused(call(cli.propagate, "-d", 999, *PROPAGATE[2:]), "999")
     with _without_privileges():
         answer = call(cli.propagate, *PROPAGATE)
     roots.raw.chmod(0o755)

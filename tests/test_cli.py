@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,13 +49,11 @@ def test_every_command_of_the_contract_is_installed() -> None:
 
 
 def test_help_of_every_command_answers_at_once() -> None:
-    begin = time.process_time(), time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", HELP, *SCRIPTS.values()], capture_output=True, encoding="utf-8", check=True
     )
     answer = json.loads(done.stdout)
     assert answer["heavy"] == [], "what takes seconds to import"
-    assert time.monotonic() - begin[1] < 10, "all commands together, on a busy machine"
     for name in SCRIPTS.values():
         code, text = answer["said"][name]
         assert code == 0

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from sam2_propagation.consensus import fuse
 
-quick = settings(deadline=None, max_examples=50)
+quick = settings(max_examples=50)
 
 
 @st.composite

@@ -15,7 +15,7 @@ from torch import Tensor
 from nnunet_oneshot.cross_patch import CrossPatch, Exchange, apply_exchange, cell_size, cells, draw_exchange
 
 IGNORE = 3
-FEW = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=20)
 shapes = st.one_of(st.tuples(*[st.integers(4, 16)] * 2), st.tuples(*[st.integers(4, 16)] * 3))
 
 

@@ -32,7 +32,7 @@ from nnunet_oneshot.settings import LossSettings
 from nnunet_oneshot.training_views import TrainingView, ViewChoice, rotation_obstacle
 
 IGNORE = 3
-FEW = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=20)
 
 
 class Equivariant(nn.Module):

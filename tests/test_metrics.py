@@ -113,7 +113,7 @@ def test_shapes_must_agree() -> None:
         score(np.ones((2, 2, 2), bool), np.ones((2, 2, 3), bool), (1.0, 1.0, 1.0))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), shift=st.tuples(*[st.integers(-1, 1)] * 3))
 def test_symmetric_ordered_and_blind_to_a_common_shift(seed: int, shift: tuple[int, int, int]) -> None:
     a, b, spacing = blob(seed), blob(seed + 1), (3.0, 1.0, 1.5)

@@ -45,7 +45,7 @@ def test_every_item_once_and_set_up_before(processes: int) -> None:
 def half_way(item: int) -> None:
     advance(0.25)
     advance(0.25)
-    time.sleep(1.2)
+    time.sleep(3)
     advance(3.0)
 
 

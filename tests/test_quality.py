@@ -38,7 +38,7 @@ def moved(by: int) -> LabelVolume:
     return np.roll(LABEL, by, axis=1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(LABELS, LABELS)
 def test_dice_is_the_textbook_one(first: LabelVolume, second: LabelVolume) -> None:
     found = dice_by_class(first, second, [1, 2, 3])

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -126,7 +126,7 @@ def test_a_support_that_cannot_be_aligned_stays_as_it_is(case) -> None:
     assert affinely_aligned(support, query) is support
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.floats(-500, 500)] * 3))
 def test_the_grid_of_the_query_does_not_matter(order: list[int], flips: tuple[bool, ...], origin: tuple) -> None:
     """The same body stored along other axes, the direction telling so, gets the same label."""
@@ -159,7 +159,7 @@ def _stored(image: Image, order: list[int], flips: list[int], origin: tuple[floa
     return Image(image.case, turn(image.data[0])[None], spacing, origin, direction), turn
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.sampled_from([1, 4, 5, 7])] * 3))
 def test_a_frame_is_left_the_way_it_was_entered(order: list[int], flips: tuple[bool, ...], shape: tuple) -> None:
     if shape.count(1) > 1:
@@ -178,7 +178,7 @@ def test_an_oblique_direction_is_read_as_the_nearest_axes() -> None:
     assert (frame.order, frame.flips) == ((0, 1, 2), ())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.integers(1, 12), st.integers(2, 3))
 def test_a_label_carried_nowhere_is_unchanged(seed: int, classes: int, dimension: int) -> None:
     label = np.random.default_rng(seed).integers(0, classes + 1, (5,) * dimension).astype(np.int16)
@@ -346,12 +346,14 @@ def test_matched_takes_the_histogram_of_the_reference() -> None:
     assert (np.diff(same[np.argsort(array)]) >= 0).all()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
+@example((8, 40, 40), (0.5, 9.0, 9.0), 1000)
 @given(st.tuples(*[st.integers(8, 40)] * 3), st.tuples(*[st.floats(0.5, 9)] * 3), st.integers(1000, 20000))
 def test_a_coarser_grid_keeps_place_and_budget(size: tuple[int, ...], spacing: tuple, voxels: int) -> None:
     image = centred(np.zeros(size, np.float32), spacing)
     small = coarser(image, working_spacing(image, voxels))
-    assert np.prod(small.GetSize()) <= 2 * voxels
+    # An axis that would be one voxel long stays two, the others are rounded up.
+    assert np.prod(small.GetSize()) <= 2.2 * voxels
     middle = [(n - 1) / 2 for n in small.GetSize()]
     np.testing.assert_allclose(small.TransformContinuousIndexToPhysicalPoint(middle), 0, atol=1e-6)
 

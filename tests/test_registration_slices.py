@@ -50,7 +50,7 @@ def test_a_slice_across_thick_slices_keeps_its_few_rows() -> None:
     assert dice(carried_through(data, label, [0])[3], label[3]) > 0.95
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(drawn=st.sets(st.integers(0, 4), min_size=2, max_size=3), seed=st.integers(0, 99))
 def test_drawn_slices_stay_and_others_follow_the_nearest(drawn: set[int], seed: int) -> None:
     """What is on slices that nobody drew is never looked at; a slice depends on its nearest drawn one alone."""

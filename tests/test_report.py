@@ -199,7 +199,7 @@ def overlay(direction: np.ndarray, spacing: tuple[float, float, float] = (1.0, 1
     return Overlay(image, label, divergence)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(flips=st.tuples(*[st.booleans()] * 3), axis=st.integers(0, 2))
 def test_the_same_patient_is_drawn_the_same_however_it_is_stored(flips: tuple[bool, ...], axis: int) -> None:
     """Stored backwards along any axis, with the direction that says so, the picture does not change."""

@@ -98,7 +98,7 @@ def test_what_cannot_be_carried(patient: tuple[Image, LabelVolume], carrier: Car
         Carrier("no_such_weights").carry(image, truth, corrected(truth, np.roll(truth, 1, axis=2), MIDDLE))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(axis=st.integers(0, 2), indices=st.sets(st.integers(0, 5), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_corrected_slices_are_found_in_any_plane(axis: int, indices: set[int], seed: int) -> None:
     before = np.zeros((6, 6, 6), np.int16)

@@ -45,7 +45,7 @@ def test_it_is_the_same_every_time(one: Example) -> None:
     assert not torch.equal(states[0], states[2])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**20), strength=st.floats(0, 1))
 def test_image_and_label_are_warped_alike(seed: int, strength: float) -> None:
     label = torch.zeros(2, 64, 64, dtype=torch.long)

@@ -187,7 +187,7 @@ def test_sets_of_2d_images_of_several_sizes(order: str, background: bool) -> Non
     extent=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     margin=st.floats(0, 2),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_window_holds_the_objects_and_pastes_back_where_it_was_cut(
     size: tuple[int, int], corner: tuple[int, int], extent: tuple[int, int], margin: float
 ) -> None:

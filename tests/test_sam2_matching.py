@@ -17,7 +17,7 @@ def _anatomy(at: np.ndarray) -> np.ndarray:
     return np.sin(at[:, None] * waves + waves).astype(np.float32)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(queries=st.integers(5, 40), slices=st.integers(5, 40))
 def test_position_matches_ends_to_ends(queries: int, slices: int) -> None:
     everything = np.arange(slices)

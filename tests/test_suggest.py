@@ -228,7 +228,7 @@ def test_a_table_that_names_no_slices_is_refused(tmp_path: Path, text: str) -> N
         read_slices(tmp_path / "t.csv")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), gain=st.floats(0.2, 5), lift=st.floats(-50, 50))
 def test_brightness_and_contrast_do_not_change_what_an_image_looks_like(seed: int, gain: float, lift: float) -> None:
     data = blobs((9, 9), seed)[None].astype(np.float32) + 200
@@ -267,7 +267,7 @@ def test_an_empty_image_is_like_nothing_and_stops_nothing() -> None:
     assert float(alike(empty.whole[None], other.whole[None])[0, 0]) == 0
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), count=st.integers(2, 6))
 def test_coverage_grows_by_less_and_less(seed: int, count: int) -> None:
     vectors = np.random.default_rng(seed).normal(size=(9, 4))

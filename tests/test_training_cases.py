@@ -17,7 +17,7 @@ from nnunet_oneshot.case_selection import with_share
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.training_cases import Crop, TrainingCases
 
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=25)
 KEY = (-1, 0, 1)
 
 

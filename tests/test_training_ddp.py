@@ -26,7 +26,7 @@ from nnunet_oneshot.settings import SMALL_PLANS
 from nnunet_oneshot.training_views import TrainingView
 
 IGNORE = 2
-SECONDS = 120
+SECONDS = 480
 """Processes that wait for each other for ever fail instead."""
 KEYS = (["case_000", "case_001"], ["case_001", "case_002"])
 """Of each process's batch: one annotated and one pseudo-labelled sample in the first, pseudo labels in the second."""

@@ -23,7 +23,7 @@ def _image(shape: tuple[int, int, int], direction: np.ndarray | None = None, spa
     return Image("case", data, spacing, direction=tuple((np.eye(3) if direction is None else direction).ravel()))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     shape=st.tuples(st.integers(2, 6), st.integers(1, 7), st.integers(1, 5)),
     view=st.sampled_from(VIEWS),
@@ -38,7 +38,7 @@ def test_every_view_is_undone(shape: tuple[int, int, int], view: str, direction:
     assert np.array_equal(shown.inverse(shown.forward(image.data[0])), image.data[0])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(view=st.sampled_from(VIEWS), direction=st.sampled_from(SIGNED_AXES))
 def test_storage_does_not_change_what_is_seen(view: str, direction: np.ndarray) -> None:
     upright = _image((3, 4, 5), spacing=(5.0, 1.0, 1.0))

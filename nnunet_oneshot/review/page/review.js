@@ -35,13 +35,15 @@ async function attempt(what, action) {
   say(what);
   try {
     say((await action()) ?? "");
+    return;
   } catch (error) {
     say(error.message, true);
-    await refresh().catch(() => {});
   } finally {
     state.busy = false;
     document.body.setAttribute("aria-busy", "false");
   }
+  // After a refusal the list may be out of date; what is clicked meanwhile counts.
+  await refresh().catch(() => {});
 }
 
 // The list.
