@@ -11,6 +11,8 @@ that helps late is not seen here. Parts (`PARTS` says how each is left out):
     no_damaged_masks    the query is never its own, badly labelled, memory
     clean_images        tones and texture alone: no noise, blur, bias, streaks, ghosts, speckle, coarse pixels
     organs_only         one kind of anatomy in place of six
+    no_clutter          nothing but the anatomy's own parts
+    no_chains           no prediction becomes a memory of the slices after it
 
 Mean Dice on held-out synthetic tasks of the whole generator, and mean foreground Dice of two modes on phantoms,
 chaos_mr_t2 and hippocampus ($ONESHOT_DATA, or ../shared/data beside the repository): `across` (retrieve) and `self`,
@@ -25,7 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,7 +48,7 @@ from sam2_propagation.pretraining.appearance import Look
 from sam2_propagation.pretraining.model import CONFIGURATION
 from sam2_propagation.pretraining.recipe import GENERATOR, Difficulty, Recipe, curriculum
 from sam2_propagation.pretraining.templates import organs
-from sam2_propagation.pretraining.training import Schedule, Worker, train
+from sam2_propagation.pretraining.training import Run, Schedule, Worker, train
 from sam2_propagation.pretraining.validation import TASKS, validate
 from sam2_propagation.sam2 import Sam2Propagator
 
@@ -54,6 +56,8 @@ SETS = ("phantom", "chaos_mr_t2", "hippocampus")
 MODES = ("across", "self")
 BATCHES = 8
 """Of held-out synthetic tasks, of each kind."""
+DECAY_SHARE = 0.35
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def _clean(look: Look) -> Look:
@@ -69,11 +73,13 @@ class Part:
         tasks: what becomes of the difficulty of a step.
         looks: what becomes of a drawn appearance.
         kinds: draws the parts of an anatomy; None for the generator's own kinds.
+        recipe: fields of the recipe that differ.
     """
 
     tasks: Callable[[Difficulty], Difficulty] = lambda difficulty: difficulty
     looks: Callable[[Look], Look] = lambda look: look
     kinds: Callable[[np.random.Generator], Any] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 PARTS: Mapping[str, Part] = {
@@ -83,6 +89,8 @@ PARTS: Mapping[str, Part] = {
     "no_damaged_masks": Part(tasks=lambda difficulty: replace(difficulty, own_memory=0.0)),
     "clean_images": Part(looks=_clean),
     "organs_only": Part(kinds=lambda rng: tuple(organs(rng))),
+    "no_clutter": Part(looks=lambda look: replace(look, clutter=(0.0,) * 3)),
+    "no_chains": Part(recipe={"hop_share": 0.0}),
 }
 
 
@@ -103,18 +111,19 @@ def without(part: Part) -> Iterator[None]:
         yield
 
 
-def trained(work: Path, name: str, steps: int, seed: int) -> tuple[Path, dict[str, float]]:
-    """The exported weights of a short training, and their Dice on held-out tasks of the whole generator."""
-    folder = work / f"{GENERATOR}_{name}_{steps}_{seed}"
+def trained(folder: Path, recipe: Recipe, steps: int) -> Run:
+    """A short training to its end on one thread, resumed where the folder holds one; its weights are exported there."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, schedule = Recipe(seed=seed, decay_share=0.35), Schedule(steps, validation_batches=0)
-    device = torch.device("cpu")
-    with without(PARTS[name]):
-        run = train(folder, recipe, schedule, Worker(), device, report=lambda line: None)
-    path = folder / "checkpoint.safetensors"
-    export(run, path)
-    scores = validate(run.average, Recipe(), device, BATCHES)
-    return path, {task: round(scores[task], 4) for task in TASKS}
+    schedule = Schedule(steps, validation_batches=0)
+    run = train(folder, recipe, schedule, Worker(), torch.device("cpu"), report=lambda line: None)
+    export(run, folder / CHECKPOINT)
+    return run
+
+
+def held_out(run: Run, size: int = Recipe.size) -> dict[str, float]:
+    """Dice on held-out tasks of the whole generator, by kind."""
+    scores = validate(run.average, Recipe(size=size), torch.device("cpu"), BATCHES)
+    return {task: round(scores[task], 4) for task in TASKS}
 
 
 def carried(checkpoint: Path, name: str, count: int, work: Path) -> dict[str, float]:
@@ -143,8 +152,11 @@ def run_part(name: str, steps: int, seed: int, cases: int, work: Path) -> dict[s
     title = f"generator{GENERATOR}_{name}_{steps}_{seed}"
     if (row := read_row(title)) is not None:
         return row
-    checkpoint, synthetic = trained(work, name, steps, seed)
-    real = {data: carried(checkpoint, data, cases, work) for data in SETS}
+    folder = work / f"{GENERATOR}_{name}_{steps}_{seed}"
+    with without(PARTS[name]):
+        run = trained(folder, Recipe(seed=seed, decay_share=DECAY_SHARE, **PARTS[name].recipe), steps)
+    synthetic = held_out(run)
+    real = {data: carried(folder / CHECKPOINT, data, cases, work) for data in SETS}
     about = {"part": name, "steps": steps, "seed": seed, "n": cases}
     return write_row(title, {**about, "synthetic": synthetic, "dice": real})
 
