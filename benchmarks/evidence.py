@@ -49,6 +49,7 @@ from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import Plan, open_store, refine
+from nnunet_oneshot.refine_record import Record
 from nnunet_oneshot.rounds import target_path
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store
@@ -285,8 +286,16 @@ class Evidence:
             if folder.is_dir():
                 scored = evaluate(self.data.labels, folder, raw.folder / "dataset.json", cases=cases)
                 rounds[str(number)] = round(scored.summary[FOREGROUND]["Dice"].mean, 4)
+        record = Record(store)
+        made = [str(n) for n in range(1, recipe.rounds + 1) if record.is_done(f"quality-{n}")]
+        changes = {n: list((record.value(f"relabel-{n}") or {}).values()) for n in made}
         shares = voxel_shares([self._right_voxels(store, raw, case, recipe.rounds > 0) for case in cases])
-        return {"label_dice": rounds, **{key: round(value, 4) for key, value in shares.items()}}
+        return {
+            "label_dice": rounds,
+            "agreement_with_round_before": {n: round(float(np.mean(values)), 4) for n, values in changes.items()},
+            "agreement_with_views": {n: record.value(f"quality-{n}") for n in made},
+            **{key: round(value, 4) for key, value in shares.items()},
+        }
 
     def _right_voxels(self, store: Store, raw: RawDataset, case: str, refined: bool) -> dict[str, int]:
         """How many voxels of a pseudo label are right, in consensus and in divergence."""

@@ -9,12 +9,18 @@ import torch
 from nnunet_oneshot.errors import OneShotError
 
 
-def check_trainer(checkpoint: str | Path, trainer: str) -> None:
-    """OneShotError where the checkpoint was written by another trainer than the one named."""
-    # Mapped, so that no weights are read for a look at the name.
+def check_trainer(checkpoint: str | Path, trainer: str, remedy: str) -> None:
+    """Refuse a checkpoint that another trainer wrote.
+
+    Args:
+        checkpoint: a file of nnU-Net's.
+        trainer: name of the class that should have written it.
+        remedy: what the user may do about it.
+
+    Raises:
+        OneShotError: it is another trainer's.
+    """
+    # Mapped, so that no weights are read for a look at the name; nnU-Net's checkpoints hold more than tensors.
     found = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["trainer_name"]
     if found != trainer:
-        raise OneShotError(
-            f"{checkpoint}: expected a checkpoint of {trainer}, found one of {found}; "
-            "move it away, or give it as -pretrained_weights"
-        )
+        raise OneShotError(f"{checkpoint}: expected a checkpoint of {trainer}, found one of {found}; {remedy}")

@@ -1,7 +1,7 @@
 """The one place that drives nnU-Net: planning, preprocessing, training and prediction, each in a process of its own.
 
-Whatever nnU-Net prints goes to a log file; a failure raises NnunetFailureError with the log's last lines. Every
-function is resumable: what is whole already is not done again.
+Whatever nnU-Net prints goes to a log file; a failure raises NnunetFailureError with the log's last lines, or OSError
+where the disk is full. Every function is resumable: what is whole already is not done again.
 """
 
 from __future__ import annotations

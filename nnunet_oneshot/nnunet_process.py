@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -25,6 +26,8 @@ USER_ERROR = "bad input: "
 STAGING = ".unfinished"
 """Folder inside a prediction folder for files that are still being written."""
 _LOG_LINES = 15
+_NO_SPACE = (os.strerror(errno.ENOSPC), f"[Errno {errno.EDQUOT}]")
+"""How Python and PyTorch say that a disk, shared memory or a user's share of a disk is full."""
 _PROBE = 1 << 20
 """Bytes that are written to see whether a disk is full: more than what a failed write leaves of its last block."""
 
@@ -93,8 +96,8 @@ def run_job(
     """Run a job of nnunet_jobs in a process group of its own; it ends with this process, whatever ends this one.
 
     Raises:
-        OneShotError: the job found a mistake of the user.
-        OSError: it failed and the disk, or the user's share of it, is full.
+        OneShotError: the job found a mistake of the user, or no space to write somewhere else than beside the log.
+        OSError: it failed and the disk of the log, or the user's share of it, is full.
         NnunetFailureError: it failed otherwise.
     """
     logged = log.stat().st_size if log.is_file() else 0
@@ -119,17 +122,24 @@ def run_job(
         _, found, sentence = end.rpartition(USER_ERROR)
         if process.returncode == 2 and found:
             raise OneShotError(sentence.splitlines()[0])
-        _raise_where_full(log.parent, end)
+        _raise_where_full(log, end)
         raise NnunetFailureError(f"nnU-Net failed to {job['job']}; the end of {log}:\n{end}")
 
 
-def _raise_where_full(folder: Path, end: str) -> None:
-    """OSError where nnU-Net ended because it could not write: it says so itself, or nor can this process."""
-    for number in DISK_FULL:
-        if os.strerror(number) in end:
-            raise OSError(number, os.strerror(number), str(folder))
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        probe.write(bytes(_PROBE))
+def _raise_where_full(log: Path, end: str) -> None:
+    """OSError where nothing can be written beside the log any more, OneShotError where nnU-Net says so of elsewhere."""
+    try:
+        with tempfile.TemporaryFile(dir=log.parent) as probe:
+            probe.write(bytes(_PROBE))
+    except OSError as error:
+        # What else may be wrong with the folder is not why nnU-Net failed, or its log says so.
+        if error.errno in DISK_FULL:
+            raise OSError(error.errno, error.strerror, str(log.parent)) from error
+    if said := [line.strip() for line in end.splitlines() if any(words in line for words in _NO_SPACE)]:
+        raise OneShotError(
+            f"expected space for what nnU-Net writes, found none left ('{said[-1]}', at the end of {log}); free some "
+            f"on its disks, in shared memory or in {tempfile.gettempdir()} and run the same command again"
+        )
 
 
 def _send(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:

@@ -34,9 +34,9 @@ class Answer:
 Command = Callable[[Sequence[str] | None], None]
 
 
-# A busy machine makes any example slow.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+# A busy machine makes any example slow, and no run sees other examples than the one before.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,11 @@ def seeds() -> None:
 def own_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks that are learnt or downloaded stay out of the user's folder, and tests apart."""
     monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(tmp_path / "checkpoints_of_this_test"))
-    # Servers of tests are here, wherever the user's proxy is.
+
+
+@pytest.fixture(autouse=True)
+def no_proxy_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of tests are on this machine, wherever the user's proxy is."""
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
 
 

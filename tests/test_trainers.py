@@ -169,8 +169,8 @@ def test_annotated_cases_have_the_share_of_draws_that_the_settings_give_them(mak
     trainer = make(fold="all", cases=4)
     trainer.loss_settings = replace(trainer.loss_settings, annotated_share=0.6)
     trainer.initialize()
-    trainer.get_dataloaders()
-    drawn = trainer.get_tr_and_val_datasets()[0].identifiers
+    loader, _ = trainer.get_dataloaders()
+    drawn = list(loader.data_loader.indices)
     assert drawn.count("case_000") / len(drawn) == pytest.approx(5 / 8), "of whole cases, at least so many"
 
 

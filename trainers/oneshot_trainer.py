@@ -49,7 +49,8 @@ class WholeCheckpoints(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """nnU-Net's, but another trainer's checkpoint is refused: its schedule and optimizer are not this one's."""
         if isinstance(filename_or_checkpoint, str):
-            check_trainer(filename_or_checkpoint, type(self).__name__)
+            remedy = "move it away, or give it as -pretrained_weights"
+            check_trainer(filename_or_checkpoint, type(self).__name__, remedy)
         super().load_checkpoint(filename_or_checkpoint)
 
 

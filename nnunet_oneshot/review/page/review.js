@@ -4,7 +4,7 @@ import { Niivue } from "./niivue.js";
 const MULTIPLANAR = 3;
 const REFRESH_SECONDS = 5;
 const $ = (id) => document.getElementById(id);
-const state = { cases: [], current: null, offer: null, edited: false, typed: false, opacity: 0.5, busy: false, opened: 0 };
+const state = { cases: [], current: null, offer: null, edited: false, typed: false, opacity: 0.5, busy: false, asked: 0, opened: 0 };
 let viewer = null;
 
 // Talking to the server.
@@ -49,7 +49,10 @@ async function attempt(what, action) {
 // The list.
 
 async function refresh() {
+  const asked = ++state.asked;
   const dataset = await (await ask("/api/dataset")).json();
+  // An answer that a later one has overtaken is out of date.
+  if (asked !== state.asked) return;
   state.dataset = dataset;
   state.cases = dataset.cases;
   $("dataset").textContent = document.title = dataset.name;
