@@ -82,6 +82,7 @@ METHODS: dict[str, Method] = {
     "self": Method({"mode": "self"}, prompt="fused"),
     "self_registration": Method({"mode": "self"}, prompt="fused", with_registration=True),
     "self_relay": Method({"mode": "self"}, prompt="relay", with_registration=True),
+    "self_relay_adapt150": Method({"mode": "self"}, adapt=150, prompt="relay", with_registration=True),
     "self_turns_relay": Method({"mode": "self"}, prompt="relay", with_registration=True, views=TURNED),
     "across": Method({"mode": "retrieve"}),
     "across_registration": Method({"mode": "retrieve"}, with_registration=True),
