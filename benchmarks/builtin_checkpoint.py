@@ -64,6 +64,7 @@ class Method:
         views: other than the default ones.
         copies: warped copies of the annotated case that are supports beside it (arXiv 2503.04826: each query slice is
             matched to the nearest of many augmented copies of the support slices).
+        supports: annotated cases, the set's other choices after the one that the row is of; these are not scored.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Method:
     with_registration: bool = False
     views: tuple[str, ...] | None = None
     copies: int = 0
+    supports: int = 1
 
 
 def _self(**settings: Any) -> Method:
@@ -85,6 +87,8 @@ METHODS: dict[str, Method] = {
     "self_relay_adapt150": Method({"mode": "self"}, adapt=150, prompt="relay", with_registration=True),
     "self_turns_relay": Method({"mode": "self"}, prompt="relay", with_registration=True, views=TURNED),
     "across": Method({"mode": "retrieve"}),
+    "across_supports2": Method({"mode": "retrieve"}, supports=2),
+    "across_supports3": Method({"mode": "retrieve"}, supports=3),
     "across_registration": Method({"mode": "retrieve"}, with_registration=True),
     "self_turns_registration": Method({"mode": "self"}, prompt="fused", with_registration=True, views=TURNED),
     "self_adapt150": Method({"mode": "self"}, adapt=150, prompt="fused"),
@@ -203,10 +207,19 @@ def warped_copies(support: Support, count: int) -> list[Support]:
     return copies
 
 
+def annotated_cases(name: str, annotated: str, count: int) -> list[str]:
+    """The annotated case and as many more of the set's choices as make `count`."""
+    if name == "phantom":
+        choices = [f"phantom_{number:03d}" for number in range(1, PHANTOMS + 1)]
+    else:
+        choices = split_of(name)["annotated_choices"]
+    return [annotated, *(case for case in choices if case != annotated)][:count]
+
+
 @cache
-def _supports(name: str, annotated: str, copies: int) -> list[Support]:
-    support = _support(name, annotated)
-    return [support, *warped_copies(support, copies)]
+def _supports(name: str, annotated: str, count: int, copies: int) -> list[Support]:
+    supports = [_support(name, case) for case in annotated_cases(name, annotated, count)]
+    return [*supports, *warped_copies(supports[0], copies)]
 
 
 def make_propagator(row: Row, cases: Sequence[str]) -> Sam2Propagator:
@@ -332,7 +345,7 @@ def score_case(task: tuple[Row, str]) -> dict[str, Any]:
     in_slices = method.settings["mode"] == "slice"
     carried = {} if in_slices or not (method.prompt or method.with_registration) else registered(row, query)["labels"]
     by_relays, relaying = relayed(row, query) if method.prompt == "relay" else (None, 0.0)
-    supports = [_sparse(row, case)] if in_slices else _supports(row.name, row.annotated, method.copies)
+    supports = [_sparse(row, case)] if in_slices else _supports(row.name, row.annotated, method.supports, method.copies)
     begin = time.process_time()
     labels = _sam2(row, supports, query, _prompt(method, carried) if by_relays is None else by_relays)
     seconds = time.process_time() - begin
@@ -548,7 +561,9 @@ def main() -> None:
                 if name == "hc18_us" and METHODS.get(method, Method()).settings.get("mode") == "slice":
                     continue  # one slice is all that there is
                 row = Row(name, annotated, method, arguments.checkpoint, arguments.config, known, arguments.work)
-                rows.append(run_row(row, cases[: arguments.cases], arguments.np))
+                given = annotated_cases(name, annotated, METHODS.get(method, Method()).supports)
+                queries = [case for case in cases[: arguments.cases] if case not in given]
+                rows.append(run_row(row, queries, arguments.np))
     print(table(rows))
 
 
