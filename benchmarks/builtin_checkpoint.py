@@ -48,7 +48,7 @@ from sam2_propagation.sam2_settings import TURNED, Sam2Settings
 
 SETS = ("hippocampus", "chaos_mr_t2", "acdc_mr", "hc18_us", "phantom")
 REGISTRATION = "registration"
-PHANTOMS = 11
+PHANTOM_CASES = [f"phantom_{number:03d}" for number in range(1, 12)]
 IGNORE = 99
 
 
@@ -179,8 +179,7 @@ def read_case(name: str, case: str) -> tuple[Image, Callable[[], LabelVolume]]:
 def pool(name: str, choice: str) -> list[tuple[str, list[str]]]:
     """Annotated cases and their queries."""
     if name == "phantom":
-        cases = [f"phantom_{number:03d}" for number in range(1, PHANTOMS + 1)]
-        return [(cases[0], cases[1:])]
+        return [(PHANTOM_CASES[0], PHANTOM_CASES[1:])]
     split = split_of(name)
     chosen = [split["annotated_default"]] if choice == "default" else split["annotated_choices"]
     return [(annotated, [case for case in split["pool"] if case != annotated]) for annotated in chosen]
@@ -209,10 +208,7 @@ def warped_copies(support: Support, count: int) -> list[Support]:
 
 def annotated_cases(name: str, annotated: str, count: int) -> list[str]:
     """The annotated case and as many more of the set's choices as make `count`."""
-    if name == "phantom":
-        choices = [f"phantom_{number:03d}" for number in range(1, PHANTOMS + 1)]
-    else:
-        choices = split_of(name)["annotated_choices"]
+    choices = PHANTOM_CASES if name == "phantom" else split_of(name)["annotated_choices"]
     return [annotated, *(case for case in choices if case != annotated)][:count]
 
 

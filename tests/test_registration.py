@@ -353,7 +353,7 @@ def test_a_coarser_grid_keeps_place_and_budget(size: tuple[int, ...], spacing: t
     image = centred(np.zeros(size, np.float32), spacing)
     small = coarser(image, working_spacing(image, voxels))
     # An axis that would be one voxel long stays two, the others are rounded.
-    assert np.prod(small.GetSize()) <= 2.2 * voxels
+    assert np.prod([n if n > 2 else 1 for n in small.GetSize()]) <= 1.5 * voxels
     middle = [(n - 1) / 2 for n in small.GetSize()]
     np.testing.assert_allclose(small.TransformContinuousIndexToPhysicalPoint(middle), 0, atol=1e-6)
 

@@ -201,7 +201,7 @@ def test_a_sparse_label_trains(write: Write) -> None:
         file.unlink()
         blosc2.asarray(seg, urlpath=str(file))
     outputs = train(trainer("3d_fullres"))
-    assert np.mean([output["divergence"] for output in outputs]) > 0.5
+    assert min(output["divergence"] for output in outputs) > 0.5
 
 
 def test_nnunets_flags_do_what_they_do_for_its_own_trainer(write: Write, tmp_path: Path) -> None:
