@@ -28,6 +28,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 
+from nnunet_oneshot.bfloat16 import compute_in_bfloat16, pays
 from nnunet_oneshot.errors import USER_ERRORS
 from nnunet_oneshot.model_checkpoints import check_trainer
 from nnunet_oneshot.nnunet_process import STAGING, USER_ERROR
@@ -68,6 +69,8 @@ def predict(
     predictor = nnUNetPredictor(use_mirroring=options["mirroring"], device=torch.device(device), allow_tqdm=False)
     chosen = tuple(fold if fold == "all" else int(fold) for fold in folds)
     predictor.initialize_from_trained_model_folder(model, chosen, options["checkpoint"])
+    if pays(predictor.device):
+        compute_in_bfloat16(predictor.network)
     staging = Path(output) / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     size = 1 if device == "cpu" else options["batch"]

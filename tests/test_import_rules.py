@@ -24,6 +24,7 @@ FOR_TRAINERS = {f"nnunet_oneshot.{name}" for name in ("losses", "cross_patch", "
         "filled_labels",
         "next_stage",
         "model_checkpoints",
+        "bfloat16",
     )
 }
 """What the design names, and the modules that hold what did not fit into those."""
