@@ -15,6 +15,7 @@ from hypothesis import settings
 from raw_datasets import Roots, write_raw
 
 import _nnunet_oneshot_path
+from nnunet_oneshot.bfloat16 import VARIABLE
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def seeds() -> None:
 def own_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks that are learnt or downloaded stay out of the user's folder, and tests apart."""
     monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(tmp_path / "checkpoints_of_this_test"))
+
+
+@pytest.fixture(autouse=True)
+def same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures on every processor; tests of bfloat16 ask for it."""
+    monkeypatch.setenv(VARIABLE, "0")
 
 
 @pytest.fixture(autouse=True)
