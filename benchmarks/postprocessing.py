@@ -1,11 +1,11 @@
-"""What keeping the largest piece gives the predictions of `evidence.py`, where an annotated case shows one piece.
+"""What keeping the largest piece gives to what `evidence.py` made, where an annotated case shows one piece.
 
     python benchmarks/postprocessing.py -o WORK [--sets acdc_mr hippocampus] [--cases 24 26] [--preset small]
 
-Data: $ONESHOT_DATA, or ../shared/data beside the repository, and the predictions for test cases that `evidence.py` left
-in WORK. Which structures are one piece is read from the annotated case's label alone. Mean foreground Dice before and
-after, by method; test labels are read for scoring only. Nothing is random. A finished row,
-benchmarks/results/postprocessing_<set>_<annotated>_<cases>_<preset>.json, is not computed again.
+Data: $ONESHOT_DATA, or ../shared/data beside the repository, and what `evidence.py` left in WORK: predictions for test
+cases, and the pool's pseudo labels of every round of ours. Which structures are one piece is read from the annotated
+case's label alone. Mean foreground Dice before and after; other labels are read for scoring only. Nothing is random. A
+finished row, benchmarks/results/postprocessing_<set>_<annotated>_<cases>_<preset>.json, is not computed again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from common import markdown, read_row, write_row
+from evidence_methods import LABELS
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from registration import dice, read_label, split_of
 
 from nnunet_oneshot.postprocessing import one_piece
 
 
-def scores(name: str, folder: Path, single: list[int]) -> dict[str, float]:
-    """Mean Dice of a folder of predictions before and after."""
+def scores(name: str, folder: Path, single: list[int], left_out: str = "") -> dict[str, float]:
+    """Mean Dice of a folder of labels before and after; the annotated case is left out."""
     before, after = [], []
     for path in sorted(folder.glob("*.nii.gz")):
-        truth = read_label(name, path.name.removesuffix(".nii.gz"))
+        case = path.name.removesuffix(".nii.gz")
+        if case == left_out:
+            continue
+        truth = read_label(name, case)
         found = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).astype(np.int16)
         kept = found
         for value in single:
@@ -48,7 +52,9 @@ def run(name: str, cases: int, preset: str, work: Path) -> dict[str, Any]:
     # Named METHOD_NUMBER.
     folders = sorted(path for path in (work / title / "predictions").iterdir() if any(path.glob("*.nii.gz")))
     found = {folder.name.rpartition("_")[0]: scores(name, folder, single) for folder in folders}
-    return write_row(f"postprocessing_{title}", {"set": name, "one_piece": single, "methods": found})
+    rounds = sorted((work / title / "nnUNet_raw").glob(f"Dataset{LABELS['ours'].number}_*/pseudoTr/rounds/[0-9]*"))
+    labels = {f"labels of round {int(folder.name)}": scores(name, folder, single, annotated) for folder in rounds}
+    return write_row(f"postprocessing_{title}", {"set": name, "one_piece": single, "methods": found | labels})
 
 
 def main() -> None:
