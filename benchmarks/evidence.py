@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+import torch
 from common import DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import LABELS, METHODS, Method
 from evidence_table import write_results
@@ -40,6 +41,7 @@ from yoloseg_volumes import label_by_slices
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import train_annotated_only
+from nnunet_oneshot.bfloat16 import pays
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_oneshot.first_round import take_over
@@ -113,11 +115,19 @@ class Evidence:
             "test_cases": len(self.test),
             "preset": self.preset,
             "configuration": METHODS[method].configuration or self.configuration,
+            "precision": self._precision(METHODS[method]),
             "training": self.training,
             "trainings_of_the_model": self._trainings(METHODS[method]),
             "minutes": {key: None if value is None else round(value, 1) for key, value in minutes.items()},
             "seed": "propagation 0; nnU-Net's training is not seeded",
         }
+
+    def _precision(self, recipe: Method) -> str | None:
+        """What a row's trainings compute in; None where it has none."""
+        if recipe.trainer is None:
+            return None
+        shortened = PRESETS[self.preset].schedule is not None
+        return "bfloat16" if shortened and pays(torch.device(self.device)) else "nnU-Net's own"
 
     def _trainings(self, recipe: Method) -> int:
         """Through how many trainings the model has been: each round's begins with the weights of the one before."""

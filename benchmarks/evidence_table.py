@@ -155,7 +155,9 @@ def _making_cells(row: Row) -> list[Any]:
     keys = ("divergence", "accuracy_in_consensus", "accuracy_in_divergence")
     shares = [f"{row[key]:.1%}" if row.get(key) is not None else "-" for key in keys]
     processor = row["hardware"].split(",")[0].replace("(R)", "").replace(" Processor", "")
-    return [_name(row), labels, *shares, *_minutes(row["minutes"]), processor, row["versions"]["torch"], row["commit"]]
+    # Rows of before there was a choice do not name it.
+    computed = f"{processor}, bfloat16" if row.get("precision") == "bfloat16" else processor
+    return [_name(row), labels, *shares, *_minutes(row["minutes"]), computed, row["versions"]["torch"], row["commit"]]
 
 
 def _minutes(minutes: Mapping[str, Any]) -> list[str]:
