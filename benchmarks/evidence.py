@@ -62,9 +62,10 @@ SETS = {"hippocampus": "3d_fullres", "chaos_mr_t2": "3d_fullres", "acdc_mr": "2d
 FLAT = ("hc18_us",)
 """Sets of single images: one slice a volume is all of it."""
 POOL, ALONE, FULL, TEST, SLICES = 501, 502, 503, 504, 505
-STOCK, TESTED, REPLACED = 100, 200, 300
+STOCK, TESTED, REPLACED, AGAIN = 100, 200, 300, 30
 """Added to the number of a label dataset: its best guess everywhere, the same labels for the test images, and what a
-model that learnt from the best guess says in its place (once more for every time that it is replaced)."""
+model that learnt from the best guess says in its place (once more for every time that it is replaced); to that of all
+true labels, for every time that a network is trained on them once more."""
 
 
 class Evidence:
@@ -134,7 +135,7 @@ class Evidence:
         if recipe.trainer is None:
             return 0
         if recipe.trainer != "OneShotTrainer" or recipe.labels not in LABELS:
-            return 1
+            return 1 + recipe.again
         return 1 + open_store(LABELS[recipe.labels].number)[0].read_manifest().round
 
     def _label(self, recipe: Method) -> float | None:
@@ -199,8 +200,7 @@ class Evidence:
             stages.append(self._timed("train annotated", lambda: self._train_alone(plan)))
             return ALONE
         if recipe.labels == "truth":
-            lay_out(self.data, FULL, self.pool, self.pool, name=f"{self.data.name}_full")
-            return self._train_stock(FULL, plan, stages)
+            return self._train_supervised(recipe.again, plan, stages)
         number = LABELS[recipe.labels].number
         in_force = recipe.ignore or recipe.trainer == "OneShotTrainer"
         if in_force and (found := open_store(number)[0].read_manifest().round) > recipe.rounds:
@@ -235,10 +235,21 @@ class Evidence:
             num_processes=default_processes(),
         )
 
-    def _train_stock(self, number: int, plan: Plan, stages: list[float | None]) -> int:
+    def _train_supervised(self, again: int, plan: Plan, stages: list[float | None]) -> int:
+        """Train on all true labels of the pool, and once more from these weights, in a dataset of its own each time."""
+        before = None
+        for number in range(FULL, FULL + again * AGAIN + 1, AGAIN):
+            lay_out(self.data, number, self.pool, self.pool, name=f"{self.data.name}_full")
+            self._train_stock(number, plan, stages, before)
+            model = nnunet.results_folder(number, plan.trainer, plan.plans, plan.configuration)
+            before = model / "fold_all" / "checkpoint_final.pth"
+        return number
+
+    def _train_stock(self, number: int, plan: Plan, stages: list[float | None], before: Path | None = None) -> int:
         def train() -> None:
             nnunet.plan_and_preprocess(number, PRESETS[self.preset], [plan.configuration], default_processes())
-            nnunet.train(number, plan.configuration, "all", plan.trainer, plan.plans, self.device)
+            chosen = (plan.configuration, "all", plan.trainer, plan.plans, self.device)
+            nnunet.train(number, *chosen, pretrained_weights=before)
 
         stages.append(self._timed(f"train {number} {plan.trainer} {plan.configuration}", train))
         return number

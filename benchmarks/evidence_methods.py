@@ -57,6 +57,7 @@ class Method:
         rounds: of refinement.
         replaced: how often nnU-Net's own predictions take the place of all pseudo labels and it is trained anew, as
             SSL-MedSAM2 does (without its end at convergence).
+        again: how often it is trained once more on the same labels, from the weights of before, as a round of ours is.
         configuration: nnU-Net's, where it is not the set's own.
         gated: cases of low estimated quality are left out, as refinement leaves them.
         rival: what a user would pick in place of ours; other rows are parts and variants of it.
@@ -68,6 +69,7 @@ class Method:
     ignore: bool = False
     rounds: int = 0
     replaced: int = 0
+    again: int = 0
     configuration: str | None = None
     gated: bool = False
     rival: bool = False
@@ -80,6 +82,7 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "full": Method("nnU-Net, fully supervised on the pool", "truth"),
+    "full_again": Method("nnU-Net, fully supervised, trained once more", "truth", again=1),
     "annotated": Method("nnU-Net on the annotated case alone", None, rival=True),
     "registration_labels": Method("registration, as it is", "registration", trainer=None, rival=True),
     "registration_stock": Method("registration, then nnU-Net", "registration", rival=True),
