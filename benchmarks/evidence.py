@@ -71,6 +71,8 @@ true labels, for every time that a network is trained on them once more."""
 class Evidence:
     """One data set, one annotated case (or several, joined by +), one preset, one repetition."""
 
+    prefix = "evidence"
+
     def __init__(self, name: str, annotated: str, arguments: argparse.Namespace) -> None:
         self.data: DataSet = data_set(name)
         self.annotated = annotated
@@ -78,7 +80,7 @@ class Evidence:
         others = [case for case in self.data.split["pool"] if case not in self.supports]
         self.pool: list[str] = sorted([*self.supports, *others[: arguments.cases - len(self.supports)]])
         self.test: list[str] = self.data.split["test"]
-        self.configuration = SETS[name]
+        self.configuration = SETS.get(name, "3d_fullres")
         self.preset: str = arguments.preset
         self.device: str = arguments.device
         self.training: int = arguments.training
@@ -87,7 +89,7 @@ class Evidence:
 
     def key(self, method: str) -> str:
         """Name of the row's file."""
-        return f"evidence_{self.data.name}_{self.annotated}_{len(self.pool)}_{self.preset}_{method}{self.again}"
+        return f"{self.prefix}_{self.data.name}_{self.annotated}_{len(self.pool)}_{self.preset}_{method}{self.again}"
 
     def row(self, method: str) -> dict[str, Any]:
         """A finished row, made now where it is not there yet."""
