@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nnunet_oneshot.bfloat16 import pays
 from nnunet_oneshot.consensus import PACKAGES
 from nnunet_oneshot.output import NNUNET_ROOTS
 from nnunet_oneshot.parallel import default_processes
@@ -26,6 +27,7 @@ def info() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "mps": torch.backends.mps.is_available(),
+        "bfloat16 on the CPU": pays(torch.device("cpu")),
         "checkpoints": _checkpoints(),
         "folders": {name: os.environ.get(name) for name in (*NNUNET_ROOTS, "nnUNet_extTrainer")},
     }

@@ -19,6 +19,7 @@ from torch import nn
 
 from nnunet_oneshot import nnunet_jobs
 from nnunet_oneshot.bfloat16 import VARIABLE, compute_in_bfloat16, pays
+from nnunet_oneshot.info import info
 from nnunet_oneshot.settings import SMALL_PLANS
 
 CPU = torch.device("cpu")
@@ -63,6 +64,7 @@ def test_a_processor_with_units_for_it_uses_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert pays(CPU) is expected
     assert not pays(torch.device("cuda"))
+    assert info()["bfloat16 on the CPU"] is expected
     monkeypatch.setenv(VARIABLE, "0" if expected else "1")
     assert pays(CPU) is not expected
 
