@@ -12,10 +12,10 @@ scored is in the row. nnU-Net's trainings are not seeded: `--training 2` does al
 Finished rows are small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is
 in WORK. Rows that share labels share their labelling, and a row with refinement goes on from the one without; the
 minutes of each stage are kept and added up. `--table` writes docs/results.md, the README's headline and the figure of
-all rows that there are and names those that are not. Only "full" trains on labels of other cases, and methods from one
-slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images, and its network is one
-of slices: of a set of volumes it gets all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d
-configuration is trained.
+all rows that there are and names those that are not. Only "full" and "full_again" train on labels of other cases, and
+methods from one slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images, and
+its network is one of slices: of a set of volumes it gets all slices as one set of images (yoloseg_volumes.py), and
+nnU-Net's 2d configuration is trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 from common import DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import LABELS, METHODS, Method
 from evidence_table import write_results
@@ -41,7 +40,6 @@ from yoloseg_volumes import label_by_slices
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import train_annotated_only
-from nnunet_oneshot.bfloat16 import pays
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_oneshot.first_round import take_over
@@ -101,14 +99,16 @@ class Evidence:
         if recipe.trainer is None:
             # What a user would wait for: the test images, not the pool.
             labelling = self._timed(f"carry {recipe.labels}", lambda: self._carried(recipe))
-            predictions = self._carried(recipe)
+            predictions, precision = self._carried(recipe), None
         else:
-            predictions = self._trained(method, recipe, stages)
+            number = self._train(recipe, self._plan(recipe), stages)
+            predictions, precision = self._predicted(method, recipe, number), self._precision(number)
         minutes = {"labelling": labelling, "training": added(stages)}
         scored = evaluate(self.data.labels, predictions, self._pool() / "dataset.json", cases=self.test)
-        return write_row(self.key(method), {**self._about(method, minutes), **figures(scored), **self._labels(recipe)})
+        about = self._about(method, minutes, precision)
+        return write_row(self.key(method), {**about, **figures(scored), **self._labels(recipe)})
 
-    def _about(self, method: str, minutes: Mapping[str, float | None]) -> dict[str, Any]:
+    def _about(self, method: str, minutes: Mapping[str, float | None], precision: str | None) -> dict[str, Any]:
         return {
             "set": self.data.name,
             "annotated": self.annotated,
@@ -118,19 +118,23 @@ class Evidence:
             "test_cases": len(self.test),
             "preset": self.preset,
             "configuration": METHODS[method].configuration or self.configuration,
-            "precision": self._precision(METHODS[method]),
+            "precision": precision,
             "training": self.training,
             "trainings_of_the_model": self._trainings(METHODS[method]),
             "minutes": {key: None if value is None else round(value, 1) for key, value in minutes.items()},
             "seed": "propagation 0; nnU-Net's training is not seeded",
         }
 
-    def _precision(self, recipe: Method) -> str | None:
-        """What a row's trainings compute in; None where it has none."""
-        if recipe.trainer is None:
-            return None
-        shortened = PRESETS[self.preset].schedule is not None
-        return "bfloat16" if shortened and pays(torch.device(self.device)) else "nnU-Net's own"
+    def _plan(self, recipe: Method) -> Plan:
+        chosen = PRESETS[self.preset]
+        configuration = recipe.configuration or self.configuration
+        return Plan(configuration, chosen.trainer(recipe.trainer or ""), chosen.plans, self.preset)
+
+    def _precision(self, number: int) -> str:
+        """What the trainings on a dataset computed in, as their logs tell."""
+        logs = nnunet.root("nnUNet_results").glob(f"Dataset{number}_*/**/training_log*.txt")
+        said = {"bfloat16" in log.read_text(encoding="utf-8") for log in logs}
+        return "bfloat16" if said == {True} else "nnU-Net's own" if said == {False} else "mixed"
 
     def _trainings(self, recipe: Method) -> int:
         """Through how many trainings the model has been: each round's begins with the weights of the one before."""
@@ -147,16 +151,19 @@ class Evidence:
         labels, chosen = recipe.labels, LABELS[recipe.labels]
         (self._sliced if chosen.slices else self._pool)()
         source = SLICES if chosen.slices else POOL
-        return self._timed(f"label {labels}", lambda: self._propagate(labels, source, 0))
+        return self._timed(f"label {labels}", lambda: self._propagate(labels, source, 0), self._is_there(chosen.number))
 
-    def _timed(self, stage: str, work: Callable[[], object]) -> float | None:
-        """Do a stage, or nothing where it is done; minutes that it took, None where it was stopped meanwhile."""
+    def _timed(self, stage: str, work: Callable[[], object], there: bool = False) -> float | None:
+        """Do a stage, or nothing where it is done; minutes that it took.
+
+        None where it was stopped meanwhile, or was `there` before anybody timed it.
+        """
         begun = self._minutes()
         if stage not in begun:
             self._note({**begun, stage: None})
         begin = time.monotonic()
         work()
-        if stage not in begun:
+        if stage not in begun and not there:
             self._note({**self._minutes(), stage: (time.monotonic() - begin) / 60})
         return self._minutes()[stage]
 
@@ -170,12 +177,16 @@ class Evidence:
     def _propagate(self, labels: str, source: int, offset: int) -> int:
         chosen = LABELS[labels]
         number = chosen.number + offset
-        if not list(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{number}_*/oneshot.json")):
+        if not self._is_there(number):
             if chosen.flat and self.data.name not in FLAT:
                 label_by_slices(source, number, chosen, self.work)
             else:
                 propagate(source, number, propagators=chosen.propagators, options=chosen.options)
         return number
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a dataset of pseudo labels is."""
+        return any(nnunet.root("nnUNet_raw").glob(f"Dataset{number}_*/oneshot.json"))
 
     def _carried(self, recipe: Method) -> Path:
         """Labels of the test images, carried like those of the pool."""
@@ -183,12 +194,9 @@ class Evidence:
         assert recipe.labels is not None
         return open_store(self._propagate(recipe.labels, TEST, TESTED))[0].fused_path("x").parent
 
-    def _trained(self, method: str, recipe: Method, stages: list[float | None]) -> Path:
-        """Predictions of the test cases by a model; the minutes of its trainings are added to `stages`."""
-        chosen = PRESETS[self.preset]
-        configuration = recipe.configuration or self.configuration
-        plan = Plan(configuration, chosen.trainer(recipe.trainer or ""), chosen.plans, self.preset)
-        number = self._train(recipe, plan, stages)
+    def _predicted(self, method: str, recipe: Method, number: int) -> Path:
+        """Predictions of the test cases by the model that was trained on a dataset."""
+        plan = self._plan(recipe)
         # Named after the labels too: predictions that are there are kept, and must not be another model's.
         output = self.work / "predictions" / f"{method}_{number}"
         images = {c: [self.data.folder / "images" / f"{c}{self.data.ending}"] for c in self.test}
@@ -196,7 +204,7 @@ class Evidence:
         return output
 
     def _train(self, recipe: Method, plan: Plan, stages: list[float | None]) -> int:
-        """Train; the number of the dataset that was trained on."""
+        """Train; the number of the dataset that was trained on. Each training's minutes are added to `stages`."""
         if recipe.labels is None:
             self._pool()
             stages.append(self._timed("train annotated", lambda: self._train_alone(plan)))
@@ -253,7 +261,8 @@ class Evidence:
             chosen = (plan.configuration, "all", plan.trainer, plan.plans, self.device)
             nnunet.train(number, *chosen, pretrained_weights=before)
 
-        stages.append(self._timed(f"train {number} {plan.trainer} {plan.configuration}", train))
+        model = list(nnunet.root("nnUNet_results").glob(f"Dataset{number}_*/{plan.trainer}__*__{plan.configuration}"))
+        stages.append(self._timed(f"train {number} {plan.trainer} {plan.configuration}", train, bool(model)))
         return number
 
     def _best_guess(self, number: int) -> int:

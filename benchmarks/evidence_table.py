@@ -191,7 +191,7 @@ def _name(row: Row) -> str:
 
 def _annotation(row: Row) -> str:
     method = METHODS[row["method"]]
-    if row["method"] == REFERENCE:
+    if method.labels == "truth":
         return "every case"
     return "a slice of every case" if method.by_slices else row["annotated"]
 
@@ -239,7 +239,7 @@ def draw(rows: Sequence[Row]) -> None:
 
 
 def _color(method: str) -> str:
-    if method == REFERENCE:
+    if METHODS[method].labels == "truth":
         return "black"
     if METHODS[method].rival:
         return "tab:orange"

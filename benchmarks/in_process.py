@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunet_oneshot.bfloat16 import VARIABLE
 from nnunet_oneshot.next_stage import predictor_of
 from nnunet_oneshot.nnunet import Fold
 
@@ -30,6 +32,7 @@ def make(
     *,
     fold: Fold = "all",
     before: Callable[[Any], None] = nothing,
+    bfloat16: bool = False,
 ) -> Any:
     """A trainer with its network and loss, of which `run_training` is seeded where `nnUNet_n_proc_DA` is 0.
 
@@ -38,7 +41,9 @@ def make(
         trainer_and_plans: names.
         epochs: how long it is to train; the learning rate depends on it.
         before: what is to be changed in the trainer before it makes network and loss.
+        bfloat16: whether the network computes in it; float32, as in all rows but precision.py's, where it does not.
     """
+    os.environ[VARIABLE] = "1" if bfloat16 else "0"
     name, plans = trainer_and_plans
     trainer = get_trainer_from_args(str(dataset), configuration, fold, name, plans, device=torch.device("cpu"))
     trainer.num_epochs, trainer.disable_checkpointing = epochs, True

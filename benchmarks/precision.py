@@ -22,11 +22,10 @@ from in_process import Weights, make, predict
 from refinement_ablation import UNGATED, Rounds
 from trainer_ablation import PRESET, add_data_arguments, difference
 
-from nnunet_oneshot.bfloat16 import VARIABLE
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
 from nnunet_oneshot.metrics import METRICS
 
-PRECISIONS = {"float32": "0", "bfloat16": "1"}
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Precision(Rounds):
@@ -38,7 +37,7 @@ class Precision(Rounds):
         """The row of one seed, made now where it is not there yet."""
         self.seed = seed
         if (done := read_row(self.key("pair"))) is not None:
-            return done
+            return self.checked("pair", done, {**self.settings, "pool": len(self.pool) + 1, "n": len(self.test)})
         found: dict[str, Any] = {}
         weights: Weights = {}
         for precision in PRECISIONS:
@@ -54,8 +53,8 @@ class Precision(Rounds):
         return write_row(self.key("pair"), {**about, "trainings": found})
 
     def _made(self, precision: str) -> Any:
-        os.environ[VARIABLE] = PRECISIONS[precision]
-        return make(UNGATED, self.configuration, (PRESET.trainer(), PRESET.plans), self.epochs, self.seed)
+        names = (PRESET.trainer(), PRESET.plans)
+        return make(UNGATED, self.configuration, names, self.epochs, self.seed, bfloat16=precision == "bfloat16")
 
     def _scored(self, trainer: Any, name: str, precision: str, weights: Weights | None = None) -> dict[str, Any]:
         output = self.work / "predictions" / f"precision_{name}_seed{self.seed}"

@@ -22,6 +22,7 @@ from common import markdown, use_folders, write_row
 from nnunetv2.run.run_training import get_trainer_from_args
 from trainer_ablation import LABELLED, PRESET, ROWS, Ablation, Recipe, add_data_arguments
 
+from nnunet_oneshot.bfloat16 import VARIABLE
 from nnunet_oneshot.settings import LossSettings
 
 TIMED = {
@@ -67,6 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     use_folders(arguments.o)
     os.environ["nnUNet_n_proc_DA"] = "0"
+    os.environ[VARIABLE] = "0"
     ablation = Ablation(arguments)
     ablation.prepare()
     trainers = {name: ready(r, arguments.c, torch.device(arguments.device)) for name, r in TIMED.items()}

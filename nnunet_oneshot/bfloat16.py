@@ -1,7 +1,7 @@
 """nnU-Net's networks in bfloat16 on processors that multiply its matrices (AMX), where they are much faster.
 
-nnU-Net computes in half precision on a GPU and in float32 on the CPU, where half precision is slow; since there are
-processors with units for it, it is not (benchmarks/precision.py). Without such units it is half as fast.
+nnU-Net computes in half precision on a GPU and in float32 on the CPU, where half precision is slow; on processors with
+units for it, it is not (benchmarks/precision.py). Without any instruction for it, it takes twice as long as float32.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ VARIABLE = "nnUNet_oneshot_bfloat16"
 def pays(device: torch.device) -> bool:
     """Whether networks are to compute in bfloat16 on a device: a CPU with AMX, if nothing else is asked for.
 
-    Other devices never: nnU-Net itself chooses what they compute in.
+    Other devices never: nnU-Net itself chooses what they compute in. PyTorch must be one that tells what the processor
+    has (`torch.cpu.get_capabilities`): older ones need the environment variable.
     """
     if device.type != "cpu":
         return False
     if (asked := os.environ.get(VARIABLE)) is not None:
         return asked.lower() in ("1", "true", "t")
-    # Older releases of PyTorch do not tell.
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16", False))
 
@@ -35,8 +35,9 @@ def compute_in_bfloat16(network: nn.Module) -> None:
 
     Args:
         network: one whose output is a tensor, or a list of them where it is supervised deeply. It keeps its names and
-            weights: checkpoints are those of the network as it was.
+            weights: checkpoints are those of the network as it was. It may be compiled, but not have run yet.
     """
+    network = getattr(network, "_orig_mod", network)
     kind: type[nn.Module] = type(network)
 
     class InBfloat16(kind):  # type: ignore[misc, valid-type]
@@ -45,5 +46,7 @@ def compute_in_bfloat16(network: nn.Module) -> None:
                 found = super().forward(data)
             return [level.float() for level in found] if isinstance(found, (list, tuple)) else found.float()
 
+    # As nnU-Net's logs should name it.
+    InBfloat16.__name__ = kind.__name__
     # A wrapper would put its name before that of every weight.
     network.__class__ = InBfloat16

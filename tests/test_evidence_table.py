@@ -76,6 +76,12 @@ def test_repetitions_are_rows_of_their_own_and_their_spread_is_told(table: Any) 
     assert table.spread_table(rows[1:]) == ""
 
 
+def test_full_supervision_trained_once_more_is_annotated_like_it_and_no_part_of_ours(table: Any) -> None:
+    rows = [row("full", 0.9), row("full_again", 0.92), row("ours", 0.8)]
+    assert table.scores_table(rows).count("| every case |") == 2
+    assert "-10.0 points against full supervision" in table.headline(rows)[0]
+
+
 def test_every_class_has_its_figures_and_every_row_its_commit(table: Any) -> None:
     rows = [row("ours", 0.8, trainings_of_the_model=2, label_dice={"0": 0.7, "1": 0.75}, divergence=0.02)]
     assert "0.800 (0.790 to 0.810); 0.8 (0.8 to 0.8); 0.80 (0.79 to 0.81)" in table.classes_table(rows)

@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from tiny_dataset import write_dataset
 
 from nnunet_oneshot import nnunet
+from nnunet_oneshot.bfloat16 import VARIABLE
 from nnunet_oneshot.errors import NnunetFailureError, OneShotError
 from nnunet_oneshot.nnunet_process import STAGING, run_job
 from nnunet_oneshot.settings import PRESETS, SMALL_PLANS
@@ -221,6 +223,30 @@ def test_a_disk_too_full_for_the_log_is_said(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
         run_job(broken, tmp_path / "log")
     assert caught.value.filename == str(tmp_path)
+
+
+@pytest.mark.slow
+def test_it_trains_goes_on_and_predicts_in_bfloat16(roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(roots / "nnUNet_raw", NAME, cases=2)
+    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    monkeypatch.setenv(VARIABLE, "1")
+    arguments = (901, "2d", "all", "OneShotTrainer_tiny", SMALL_PLANS, "cpu")
+    fold = nnunet.train(*arguments)
+    trained = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert all(weight.dtype == torch.float32 for weight in trained.values())
+    os.replace(fold / "checkpoint_final.pth", fold / "checkpoint_latest.pth")
+    nnunet.train(*arguments)
+    again = torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert all(torch.equal(weight, again[name]) for name, weight in trained.items())
+    image = roots / "nnUNet_raw" / NAME / "imagesTr" / "case_001_0000.nii.gz"
+    labels = []
+    for asked in ("1", "0"):
+        monkeypatch.setenv(VARIABLE, asked)
+        output = roots / asked
+        nnunet.predict(901, "2d", ("all",), "OneShotTrainer_tiny", SMALL_PLANS, {"case_001": [image]}, output, "cpu")
+        labels.append(sitk.GetArrayFromImage(sitk.ReadImage(str(output / "case_001.nii.gz"))))
+    assert (labels[1] > 0).any()
+    assert (labels[0] == labels[1]).mean() > 0.99
 
 
 @pytest.mark.slow

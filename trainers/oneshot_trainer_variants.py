@@ -38,8 +38,8 @@ class _Shortened(WholeCheckpoints):
     def initialize(self):
         super().initialize()
         if pays(self.device):
-            compute_in_bfloat16(self.network.module if self.is_ddp else self.network)
-            self.print_to_log_file(f"Computing in bfloat16, which this processor is made for; {VARIABLE}=0: in float32")
+            compute_in_bfloat16(self.network)
+            self.print_to_log_file(f"Computing in bfloat16; {VARIABLE}=0 is float32")
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
