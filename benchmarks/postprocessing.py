@@ -4,8 +4,8 @@
 
 Data: $ONESHOT_DATA, or ../shared/data beside the repository, and what `evidence.py` left in WORK: predictions for test
 cases, and the pool's pseudo labels of every round of ours. Which structures are one piece is read from the annotated
-case's label alone. Mean foreground Dice before and after; other labels are read for scoring only. Nothing is random. A
-finished row, benchmarks/results/postprocessing_<set>_<annotated>_<cases>_<preset>.json, is not computed again.
+case's label alone. Mean foreground Dice before and after; other labels are read for scoring only. Nothing is random.
+What benchmarks/results/postprocessing_<set>_<annotated>_<cases>_<preset>.json holds of what is no longer in WORK stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from common import markdown, read_row, write_row
-from evidence_methods import LABELS
+from evidence_methods import LABELS, METHODS
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from registration import dice, read_label, split_of
 
@@ -43,18 +43,17 @@ def scores(name: str, folder: Path, single: list[int], left_out: str = "") -> di
 
 
 def run(name: str, cases: int, preset: str, work: Path) -> dict[str, Any]:
-    """One set's row, from its file if it is there."""
+    """One set's row, what WORK has beside what its file had."""
     annotated = split_of(name)["annotated_default"]
     title = f"{name}_{annotated}_{cases}_{preset}"
-    if (row := read_row(f"postprocessing_{title}")) is not None:
-        return row
+    before = (read_row(f"postprocessing_{title}") or {}).get("methods", {})
     single = one_piece([read_label(name, annotated)], None)
     # Named METHOD_NUMBER.
-    folders = sorted(path for path in (work / title / "predictions").iterdir() if any(path.glob("*.nii.gz")))
-    found = {folder.name.rpartition("_")[0]: scores(name, folder, single) for folder in folders}
+    folders = {path.name.rpartition("_")[0]: path for path in sorted((work / title / "predictions").iterdir())}
+    found = {method: scores(name, folders[method], single) for method in METHODS if method in folders}
     rounds = sorted((work / title / "nnUNet_raw").glob(f"Dataset{LABELS['ours'].number}_*/pseudoTr/rounds/[0-9]*"))
     labels = {f"labels of round {int(folder.name)}": scores(name, folder, single, annotated) for folder in rounds}
-    return write_row(f"postprocessing_{title}", {"set": name, "one_piece": single, "methods": found | labels})
+    return write_row(f"postprocessing_{title}", {"set": name, "one_piece": single, "methods": before | found | labels})
 
 
 def main() -> None:
