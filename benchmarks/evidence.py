@@ -98,7 +98,8 @@ class Evidence:
         labelling, stages = self._label(recipe), list[float | None]()
         if recipe.trainer is None:
             # What a user would wait for: the test images, not the pool.
-            labelling = self._timed(f"carry {recipe.labels}", lambda: self._carried(recipe))
+            there = self._is_there(LABELS[recipe.labels or ""].number + TESTED)
+            labelling = self._timed(f"carry {recipe.labels}", lambda: self._carried(recipe), there)
             predictions, precision = self._carried(recipe), None
         else:
             number = self._train(recipe, self._plan(recipe), stages)
@@ -218,7 +219,8 @@ class Evidence:
         if recipe.trainer == "OneShotTrainer":
             for rounds in range(recipe.rounds + 1):
                 go_on = partial(self._refine, number, rounds, plan)
-                stages.append(self._timed(f"refine {number} {rounds}", go_on))
+                there = self._has_model(number, plan) and open_store(number)[0].read_manifest().round >= rounds
+                stages.append(self._timed(f"refine {number} {rounds}", go_on, there))
             return number
         if recipe.gated:
             store, raw = open_store(number)
@@ -261,9 +263,14 @@ class Evidence:
             chosen = (plan.configuration, "all", plan.trainer, plan.plans, self.device)
             nnunet.train(number, *chosen, pretrained_weights=before)
 
-        model = list(nnunet.root("nnUNet_results").glob(f"Dataset{number}_*/{plan.trainer}__*__{plan.configuration}"))
-        stages.append(self._timed(f"train {number} {plan.trainer} {plan.configuration}", train, bool(model)))
+        stage = f"train {number} {plan.trainer} {plan.configuration}"
+        stages.append(self._timed(stage, train, self._has_model(number, plan)))
         return number
+
+    def _has_model(self, number: int, plan: Plan) -> bool:
+        """Whether a training on a dataset has begun."""
+        model = f"{plan.trainer}__{plan.plans}__{plan.configuration}"
+        return any(nnunet.root("nnUNet_results").glob(f"Dataset{number}_*/{model}"))
 
     def _best_guess(self, number: int) -> int:
         """A dataset of round 0's best guess everywhere; its number."""

@@ -102,6 +102,16 @@ def test_a_copy_has_its_own_weights_and_computes_alike() -> None:
     assert dtypes == {torch.bfloat16}
 
 
+def test_a_compiled_network_computes_in_it() -> None:
+    """nnU-Net's predictor compiles where the user asks for it."""
+    network = unet()
+    compiled = torch.compile(network, backend="eager")
+    compute_in_bfloat16(compiled)
+    with convolved(network) as dtypes:
+        assert compiled(torch.randn(1, 1, 32, 32)).dtype == torch.float32
+    assert dtypes == {torch.bfloat16}
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -79,6 +79,7 @@ def test_repetitions_are_rows_of_their_own_and_their_spread_is_told(table: Any) 
 def test_full_supervision_trained_once_more_is_annotated_like_it_and_no_part_of_ours(table: Any) -> None:
     rows = [row("full", 0.9), row("full_again", 0.92), row("ours", 0.8)]
     assert table.scores_table(rows).count("| every case |") == 2
+    assert table._color("full_again") == table._color("full") != table._color("ours_no_sam2")
     assert "-10.0 points against full supervision" in table.headline(rows)[0]
 
 
