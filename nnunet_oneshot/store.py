@@ -7,6 +7,7 @@ case; the manifest is merged from them. A file appears under its name only when 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -153,12 +154,18 @@ class Store:
                 os.replace(written, path.parent / written.name)
 
     def write_json(self, content: Mapping[str, Any] | Sequence[Any], path: Path) -> None:
-        """Write JSON atomically, below the dataset's folder or on the same file system."""
+        """Write JSON atomically; below the dataset's folder several processes may write the same file at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.temporary_folder() as folder:
-            (folder / path.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            shutil.move(folder / path.name, path.parent / f".{path.name}.new")
-            os.replace(path.parent / f".{path.name}.new", path)
+            written = folder / path.name
+            written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            try:
+                os.replace(written, path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # On another file system, where one process writes at a time: in place at once only from beside it.
+                os.replace(shutil.move(written, path.parent / f".{path.name}.new"), path)
 
     def write_worker(self, record: WorkerRecord) -> None:
         """Write one case's result of one source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -145,6 +146,34 @@ def test_json_reaches_another_folder(store: Store, tmp_path: Path) -> None:
     store.write_json([1], target)
     assert json.loads(target.read_text()) == [1]
     assert [p.name for p in target.parent.iterdir()] == ["splits_final.json"]
+
+
+def test_json_reaches_another_file_system(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Path, path: Path) -> None:
+        if Path(source).parent != Path(path).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        put(source, path)
+
+    put, target = os.replace, tmp_path / "preprocessed" / "splits_final.json"
+    monkeypatch.setattr(os, "replace", replace)
+    store.write_json([1], target)
+    assert json.loads(target.read_text()) == [1]
+    assert [p.name for p in target.parent.iterdir()] == ["splits_final.json"]
+
+
+def test_shards_that_write_one_file_at_once_all_go_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the jobs of a cluster's array that begin a dataset together."""
+    path, put, inner = store.folder / "settings.json", os.replace, [True]
+
+    def replace(source: Path, destination: Path) -> None:
+        if inner and inner.pop():
+            store.write_json({"shard": 2}, path)
+        put(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    store.write_json({"shard": 1}, path)
+    assert json.loads(path.read_text()) == {"shard": 1}
+    assert files(store) == {"settings.json"}
 
 
 def test_side_files_come_with_the_label(roots: object, store: Store) -> None:
