@@ -12,13 +12,14 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
@@ -32,7 +33,7 @@ from nnunet_oneshot.bfloat16 import compute_in_bfloat16, pays
 from nnunet_oneshot.errors import USER_ERRORS
 from nnunet_oneshot.model_checkpoints import check_trainer
 from nnunet_oneshot.nnunet_process import STAGING, USER_ERROR
-from nnunet_oneshot.planner import OneShotSmallPlanner, SmallFingerprintExtractor
+from nnunet_oneshot.planner import OneShotSmallPlanner, PseudoLabelFingerprintExtractor, SmallFingerprintExtractor
 
 
 def prepare(
@@ -45,17 +46,40 @@ def prepare(
 
 
 def _plan(dataset: int, small: bool, new_fingerprint: bool) -> None:
-    extractor = SmallFingerprintExtractor if small else DatasetFingerprintExtractor
+    extractor = SmallFingerprintExtractor if small else PseudoLabelFingerprintExtractor
     planner = OneShotSmallPlanner if small else ExperimentPlanner
     extract_fingerprint_dataset(dataset, extractor, _workers(), clean=new_fingerprint)
     plan_experiment_dataset(dataset, planner)
 
 
-def train(dataset: str, configuration: str, fold: str, trainer: str, plans: str, device: str, **options: Any) -> None:
+def train(
+    dataset: str,
+    configuration: str,
+    fold: str,
+    trainer: str,
+    plans: str,
+    device: str,
+    pretrained_weights: str | None = None,
+    **options: Any,
+) -> None:
     """nnU-Net's training with its final validation; options are those of nnU-Net's run_training."""
     if device == "cuda":
         torch.set_num_threads(1)
-    run_training(dataset, configuration, fold, trainer, plans, device=torch.device(device), **options)
+    with _loadable(pretrained_weights) as weights:
+        options["pretrained_weights"] = weights
+        run_training(dataset, configuration, fold, trainer, plans, device=torch.device(device), **options)
+
+
+@contextmanager
+def _loadable(checkpoint: str | None) -> Iterator[str | None]:
+    """A checkpoint as nnU-Net can load it here: it loads pretrained weights where they were trained alone."""
+    if checkpoint is None or torch.cuda.is_available():
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(checkpoint).name
+        torch.save(torch.load(checkpoint, map_location="cpu", weights_only=False), copy)
+        yield str(copy)
 
 
 def predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -39,8 +40,23 @@ class OneShotSmallPlanner(ExperimentPlanner):
         return plan
 
 
-class SmallFingerprintExtractor(DatasetFingerprintExtractor):
-    """nnU-Net's fingerprint from fewer voxels: the same percentiles within noise, in seconds and little memory."""
+class PseudoLabelFingerprintExtractor(DatasetFingerprintExtractor):
+    """nnU-Net's fingerprint, its foreground that of each case's best guess.
+
+    nnU-Net takes every label above 0 for foreground, and so would count ignore: of a case that is left out all of its
+    image, air included. Of CT these intensities decide how images are normalised.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        guesses = Path(self.input_folder) / "pseudoTr" / "fused"
+        for entry in self.dataset.values():
+            if (guess := guesses / Path(entry["label"]).name).is_file():
+                entry["label"] = str(guess)
+
+
+class SmallFingerprintExtractor(PseudoLabelFingerprintExtractor):
+    """The same from fewer voxels: percentiles are the same within noise, in seconds and little memory."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -19,16 +19,20 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from tiny_dataset import write_dataset
+from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from tiny_dataset import LABELS, write_dataset
 
-from nnunet_oneshot import nnunet
+from nnunet_oneshot import nnunet, nnunet_jobs
 from nnunet_oneshot.bfloat16 import VARIABLE
 from nnunet_oneshot.errors import NnunetFailureError, OneShotError
 from nnunet_oneshot.nnunet_process import STAGING, run_job
+from nnunet_oneshot.planner import PseudoLabelFingerprintExtractor
 from nnunet_oneshot.settings import PRESETS, SMALL_PLANS
 
 NAME = "Dataset901_Tiny"
 TINY = PRESETS["tiny"]
+LABELS_WITHOUT_IGNORE = {name: value for name, value in LABELS.items() if name != "ignore"}
 QUICK = """
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -250,6 +254,48 @@ def test_it_trains_goes_on_and_predicts_in_bfloat16(roots: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+def test_weights_trained_on_a_gpu_start_a_training_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, checkpoint = {"layer": torch.arange(3.0)}, tmp_path / "checkpoint_final.pth"
+    with monkeypatch.context() as trained_on_a_gpu:
+        trained_on_a_gpu.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        torch.save({"network_weights": weights}, checkpoint)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(checkpoint, weights_only=False)
+    loaded: list[torch.Tensor] = []
+
+    def run_training(*_: object, pretrained_weights: str, **__: object) -> None:
+        loaded.append(torch.load(pretrained_weights, weights_only=False)["network_weights"]["layer"])
+
+    monkeypatch.setattr(nnunet_jobs, "run_training", run_training)
+    nnunet_jobs.train("Dataset901_Tiny", "2d", "all", "OneShotTrainer", "nnUNetPlans", "cpu", str(checkpoint))
+    assert torch.equal(loaded[0], weights["layer"])
+
+
+@pytest.mark.slow
+def test_intensities_are_of_foreground_alone_where_labels_are_ignored(
+    roots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of CT they decide how images are normalised; a case that is left out is ignore throughout, air included."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.setattr(fingerprint_extractor, variable, str(roots / variable))
+    write_dataset(roots / "nnUNet_raw", "Dataset902_True", labels=LABELS_WITHOUT_IGNORE)
+    folder = write_dataset(roots / "nnUNet_raw", NAME, left_out=["case_001", "case_002"])
+    shutil.copytree(folder.with_name("Dataset902_True") / "labelsTr", folder / "pseudoTr" / "fused")
+    found = {
+        extractor: {
+            name: extractor(name, 1).run(True)["foreground_intensity_properties_per_channel"]
+            for name in ("Dataset902_True", NAME)
+        }
+        for extractor in (PseudoLabelFingerprintExtractor, DatasetFingerprintExtractor)
+    }
+    ours, stock = found.values()
+    assert ours[NAME] == ours["Dataset902_True"] == stock["Dataset902_True"]
+    assert stock[NAME][0]["mean"] < ours[NAME][0]["mean"] - 10, "what nnU-Net would make of what is ignored"
+
+
 def test_predictions_by_another_trainers_network_are_refused(roots: Path) -> None:
     write_dataset(roots / "nnUNet_raw", NAME, cases=1)
     nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
