@@ -103,7 +103,11 @@ class PredictedLabels(_LabelsOnDisk):
         self._dataset = dataset
         self._folder = folder
 
-    def _label(self, case: str) -> LabelVolume | None:
+    def shows_anything(self, case: str) -> bool:
+        """Whether there is any foreground in what the model predicted of a case."""
+        return bool(self._label(case).any())
+
+    def _label(self, case: str) -> LabelVolume:
         return self._dataset.read_label(self._folder / f"{case}{self._dataset.file_ending}")
 
 

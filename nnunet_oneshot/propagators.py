@@ -251,13 +251,15 @@ def _numbers(words: Sequence[str], kind: type[Number], flag: str, expected: str)
         raise OneShotError(f"expected {expected} for {flag}, found {' '.join(words)}; correct it") from error
 
 
-def self_prompted(checkpoint: str, device: str, prompter: Propagator) -> Sam2Propagator:
+def self_prompted(options: PropagatorOptions, prompter: Propagator) -> Sam2Propagator:
     """SAM2 in `self` mode, prompted by whatever labels there are.
 
     Raises:
+        OneShotError: a window or channels that nobody knows.
         PropagationError: weights or a device that cannot be had.
     """
-    propagator = Sam2Propagator(checkpoint, mode="self", device=device, prompter=prompter)
+    propagator = _sam2(replace(options, mode="self"))
+    propagator.prompter = prompter
     propagator.prepare()
     return propagator
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.first_round import take_over
+from nnunet_oneshot.first_round import regate, take_over
 from nnunet_oneshot.nnunet import Fold
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
-from nnunet_oneshot.refine_changes import is_added, take_up
+from nnunet_oneshot.refine_changes import check_no_edit_amid_switch, is_added, take_up
 from nnunet_oneshot.refine_models import Models
 from nnunet_oneshot.refine_record import Plan, Record, Splits, begun_plan, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, refresh
@@ -37,7 +37,7 @@ from nnunet_oneshot.rounds import (
     put_in_force,
     record_path,
 )
-from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of
+from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of, why_none
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
 from nnunet_oneshot.training_data import splits, write_training_files
@@ -182,7 +182,7 @@ def refine(
     with store.lock("refine"):
         store.remove_leftovers()
         work = _Work(store, raw, plan, device, num_processes or default_processes(), limits, plans is not None)
-        work.said += [*work.begin(), *work.take_up()]
+        work.said += [*why_none(store, self_opinion), *work.begin(), *work.take_up()]
         return work.result(work.rounds())
 
 
@@ -292,6 +292,7 @@ class _Work:
         if begun is None:
             self.models.check_none()
         self.record.begin(self.plan)
+        check_no_edit_amid_switch(self.raw, self.store)
         finish_switch(self.raw, self.store, self.processes)
         self._adopt_plan()
         return [str(t) for t in take_over(self.raw, self.store, self.processes, self.limits.min_quality)]
@@ -301,6 +302,7 @@ class _Work:
         taken = take_up(self.raw, self.store, self.processes)
         number = self.store.read_manifest().round
         said = [str(change) for change in taken]
+        regate(self.raw, self.store, self.processes, self.limits.min_quality)
         self._label_added(number)
         before, now = self.record.labels(number), self._label_hashes()
         if before is not None and before != now:
@@ -376,8 +378,9 @@ class _Work:
             self.models.predict(cases, folds, predictions, probabilities=margins)
             trust = Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
             quality = self.limits.min_quality
-            agreement = relabel(self.raw, self.store, predictions, number, self.processes, quality, trust).agreement
-            self.record.mark(f"relabel-{number}", agreement)
+            change = relabel(self.raw, self.store, predictions, number, self.processes, quality, trust)
+            self.said += [str(taken) for taken in change.taken_up]
+            self.record.mark(f"relabel-{number}", agreement := change.agreement)
         # Probabilities are as large as all images together, and of no use once labels are made of them.
         for path in (*predictions.glob("*.npz"), *predictions.glob("*.pkl")):
             path.unlink()
@@ -427,6 +430,7 @@ class _Work:
         An earlier run may have ended at another round, by other limits.
         """
         if self.store.read_manifest().round != number:
+            self.said += [str(taken) for taken in take_up(self.raw, self.store, self.processes)]
             put_in_force(self.raw, self.store, number, self.processes)
         if (before := self.record.in_place()) == number:
             return

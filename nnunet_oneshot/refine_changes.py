@@ -24,7 +24,7 @@ from nnunet_oneshot.checks import checked_label
 from nnunet_oneshot.dataset import IGNORE, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.rounds import copy_label, target_path
+from nnunet_oneshot.rounds import copy_label, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import DRAWN, HUMAN_WORD, LEFT_OUT, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import BoolVolume, LabelVolume
@@ -123,9 +123,44 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
     return taken
 
 
+def check_no_edit_amid_switch(dataset: RawDataset, store: Store) -> None:
+    """OneShotError where a label was edited while a round lay half in force, since finishing would overwrite it.
+
+    Then some labels are of the one round and some of the other: an edit is what neither wrote.
+    """
+    if (number := switching_to(store)) is None:
+        return
+    now, then = store.read_manifest(), kept_manifest(store, number)
+    for name, record in now.cases.items():
+        if record.status in HUMAN_WORD or name not in then.cases:
+            continue
+        looks = [Look(dataset, store, dataset.case(name), record, now.round)]
+        looks.append(replace(looks[0], record=then.cases[name], number=number))
+        rewritten = {
+            store.fused_path(name): store.round_path(number, name),
+            store.label_path(name): target_path(store, number, name),
+        }
+        for path, source in rewritten.items():
+            if all(_edit_in(look, _read_human(look), path) is not None for look in looks):
+                raise OneShotError(
+                    f"{path}: expected a label of round {now.round} or {number}, found one that was edited after a run "
+                    f"was stopped between the two; move your edit elsewhere, copy {source} there, run again, and then "
+                    "put the edit back"
+                )
+
+
 def look_at(look: Look) -> Change | None:
-    """What a person changed about a case, its new labels staged; None where nobody changed anything."""
+    """What a person changed about a case, its new labels staged; None where nobody changed anything.
+
+    Raises:
+        OneShotError: what a person drew is gone, or cannot be read.
+    """
     store, name, human = look.store, look.case.name, _read_human(look)
+    if human is None and look.record.status in ("annotated", "sparse"):
+        raise OneShotError(
+            f"case {name}: expected its label in {look.dataset.name}/labelsTr, which a person drew, found none; put it "
+            "back, or make the labels again without it (propagate --overwrite)"
+        )
     # A label that a person drew whole in the source dataset is the last word on its case.
     if human is None or look.dataset.is_sparse(human):
         label = _edited(look, human)
@@ -158,23 +193,28 @@ def _edited(look: Look, human: LabelVolume | None) -> LabelVolume | None:
 
     What a person drew in the source dataset, `human`, stands in it whatever the edit says there.
     """
-    store, name = look.store, look.case.name
     if look.record.status == "annotated":
         # Its label is the source dataset's, and is changed there.
         return None
+    found = (_edit_in(look, human, path(look.case.name)) for path in (look.store.fused_path, look.store.label_path))
+    return next((label for label in found if label is not None), None)
+
+
+def _edit_in(look: Look, human: LabelVolume | None, path: Path) -> LabelVolume | None:
+    """The label of one file in force where it is not what the look's round wrote, else None."""
+    store, name = look.store, look.case.name
     guess, target = store.round_path(look.written, name), target_path(store, look.written, name)
+    trained_on = path == store.label_path(name)
     # What was accepted or drawn in the review is the best guess and the label to train on at once.
-    targets = [target, guess] if look.record.status in HUMAN_WORD else [target]
+    written = ([target, guess] if look.record.status in HUMAN_WORD else [target]) if trained_on else [guess]
     # Compared as files first: reading every label of a large set would take minutes.
-    for path, written in ((store.fused_path(name), [guess]), (store.label_path(name), targets)):
-        if any(filecmp.cmp(path, known, shallow=False) for known in written):
-            continue
-        label = _drawn_over(look, human, _checked(look, path))
-        before = (_drawn_over(look, human, look.dataset.read_label(known)) for known in written)
-        nothing_said = path == store.label_path(name) and _says_nothing(look, human, label)
-        if not nothing_said and not any(np.array_equal(label, known) for known in before):
-            return label
-    return None
+    if any(filecmp.cmp(path, known, shallow=False) for known in written):
+        return None
+    label = _drawn_over(look, human, _checked(look, path))
+    if trained_on and _says_nothing(look, human, label):
+        return None
+    before = (_drawn_over(look, human, look.dataset.read_label(known)) for known in written)
+    return None if any(np.array_equal(label, known) for known in before) else label
 
 
 def _says_nothing(look: Look, human: LabelVolume | None, label: LabelVolume) -> bool:

@@ -8,7 +8,7 @@ a third opinion all three must agree, and the best guess lies between them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.quality import dice_by_class, estimate, foreground
 from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
 from nnunet_oneshot.quality_opinions import opinions
+from nnunet_oneshot.refine_changes import Taken, take_up
 from nnunet_oneshot.rounds import (
     Placement,
     is_kept,
@@ -71,10 +72,12 @@ class Change:
     Attributes:
         number: the round that made the new labels.
         agreement: mean foreground Dice between each case's new and old best guess, by case.
+        taken_up: what people changed in the labels of the round before since it was trained on.
     """
 
     number: int
     agreement: dict[str, float]
+    taken_up: tuple[Taken, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -93,8 +96,9 @@ def relabel(
 ) -> Change:
     """Make round `number`'s labels of the model's predictions and those of the round before, and put it in force.
 
-    Idempotent: it reads the predictions, `pseudoTr/rounds/<number - 1>` and the manifest of the round before, so an
-    interrupted run is repeated; where the round is kept already, it is only put in force.
+    What people changed meanwhile is taken up before it is put in force. Idempotent: it reads the predictions,
+    `pseudoTr/rounds/<number - 1>` and the manifest of the round before, so an interrupted run is repeated; where the
+    round is kept already, it is only put in force.
 
     Args:
         dataset: the raw dataset with the images.
@@ -112,10 +116,13 @@ def relabel(
         manifest = store.read_manifest()
         tasks = _tasks(dataset, store, dataset.cases, manifest, predictions, number, trust)
         _make(store, manifest, tasks, number, processes, min_quality)
-    manifest = store.read_manifest()
-    if manifest.round != number:
+    taken: list[Taken] = []
+    if (before := store.read_manifest().round) != number:
+        if is_kept(store, before):
+            # Training takes hours, in which people correct labels: those are theirs now, whatever the new round says.
+            taken = take_up(dataset, store, processes)
         put_in_force(dataset, store, number, processes)
-    return _change(dataset, store, kept_manifest(store, number))
+    return replace(_change(dataset, store, kept_manifest(store, number)), taken_up=tuple(taken))
 
 
 def _tasks(
@@ -173,8 +180,9 @@ def _change(dataset: RawDataset, store: Store, manifest: Manifest) -> Change:
 
 
 def cases_to_predict(dataset: RawDataset, manifest: Manifest) -> list[Case]:
-    """Cases whose label a model may refresh: all but those with a person's whole word."""
-    return [case for case in dataset.cases if manifest.cases[case.name].status not in HUMAN_WORD]
+    """Cases whose label a model may refresh: all but those with a person's whole word, and images added since."""
+    known = manifest.cases
+    return [case for case in dataset.cases if case.name in known and known[case.name].status not in HUMAN_WORD]
 
 
 def relabel_case(task: Task) -> tuple[str, CaseRecord]:

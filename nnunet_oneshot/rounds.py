@@ -24,6 +24,7 @@ from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import LabelVolume
 
 _SWITCH = "switch.json"
+_DECIDED = (*HUMAN_WORD, "rejected")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Placement:
     Attributes:
         left_out: the label to train on is ignore but for what a person drew.
         drawn: a person drew a part of its label, maybe after that round was made.
+        withdrawn: that round has a person's word, which was taken back since.
     """
 
     dataset: RawDataset
@@ -41,6 +43,7 @@ class Placement:
     number: int
     left_out: bool
     drawn: bool = False
+    withdrawn: bool = False
 
 
 def target_path(store: Store, number: int, case: str) -> Path:
@@ -106,10 +109,10 @@ def put_in_force(dataset: RawDataset, store: Store, number: int, processes: int)
     """
     store.write_json({"to": number}, store.state_folder / _SWITCH)
     manifest = kept_manifest(store, number)
-    left_out = {name for name, record in manifest.cases.items() if record.status in LEFT_OUT}
-    manifest.cases = _persons_word_kept(store.read_manifest().cases, manifest.cases)
+    then, now = manifest.cases, store.read_manifest().cases
+    manifest.cases = _persons_word_kept(now, then)
     placements = [
-        Placement(dataset, store, dataset.case(name), number, _is_left_out(record, name in left_out), _is_drawn(record))
+        _placement(dataset, store, dataset.case(name), number, record, then.get(name), now.get(name))
         for name, record in manifest.cases.items()
         if record.status not in HUMAN_WORD
     ]
@@ -123,17 +126,23 @@ def put_in_force(dataset: RawDataset, store: Store, number: int, processes: int)
 
 def finish_switch(dataset: RawDataset, store: Store, processes: int) -> None:
     """Finish putting a round in force where a run was killed amid it."""
+    if (number := switching_to(store)) is not None:
+        put_in_force(dataset, store, number, processes)
+
+
+def switching_to(store: Store) -> int | None:
+    """The round that a run was putting in force when it was killed; None where none was."""
     path = store.state_folder / _SWITCH
-    if path.is_file():
-        put_in_force(dataset, store, json.loads(path.read_text(encoding="utf-8"))["to"], processes)
+    return json.loads(path.read_text(encoding="utf-8"))["to"] if path.is_file() else None
 
 
 def place(placement: Placement) -> None:
     """Copy one case's labels of a round to where they are in force."""
     store, name = placement.store, placement.case.name
     guess, target = store.round_path(placement.number, name), target_path(store, placement.number, name)
-    if not target.is_file():
-        # An image that was added since has no label of that round: the one that it has becomes its label there.
+    if placement.withdrawn or not target.is_file():
+        # An image that was added since has no label of that round, and one whose decision was undone a person's: the
+        # one that it has becomes its label there.
         copy_label(store, store.fused_path(name), guess)
         copy_label(store, store.label_path(name), target)
         return
@@ -181,7 +190,7 @@ def _persons_word_kept(now: Mapping[str, CaseRecord], then: Mapping[str, CaseRec
 
 
 def _decided(then: CaseRecord, now: CaseRecord) -> CaseRecord:
-    if now.status in HUMAN_WORD:
+    if now.status in HUMAN_WORD or _is_withdrawn(then, now):
         return now
     if now.status == "rejected":
         # Its best guess is that round's, and so is what is known of it: a person may look again.
@@ -192,10 +201,23 @@ def _decided(then: CaseRecord, now: CaseRecord) -> CaseRecord:
     return then.model_copy(update={"review": now.review})
 
 
-def _is_drawn(record: CaseRecord) -> bool:
-    return record.status == "sparse"
+def _is_withdrawn(then: CaseRecord, now: CaseRecord) -> bool:
+    """Whether a person decided on the case when a round was made, and took that back since."""
+    return then.status in _DECIDED and now.status not in _DECIDED
 
 
-def _is_left_out(record: CaseRecord, was_left_out: bool) -> bool:
-    """Whether no voxel of a program is trained on: a label that was left out is no better for what a person drew."""
-    return record.status in LEFT_OUT or (was_left_out and _is_drawn(record))
+def _placement(
+    dataset: RawDataset,
+    store: Store,
+    case: Case,
+    number: int,
+    record: CaseRecord,
+    then: CaseRecord | None,
+    now: CaseRecord | None,
+) -> Placement:
+    """How a case of that record is placed, which was `then` when the round was made and is `now` in force."""
+    drawn = record.status == "sparse"
+    # A label that was left out is no better for what a person drew.
+    left_out = record.status in LEFT_OUT or (drawn and then is not None and then.status in LEFT_OUT)
+    withdrawn = then is not None and now is not None and _is_withdrawn(then, now)
+    return Placement(dataset, store, case, number, left_out, drawn, withdrawn)

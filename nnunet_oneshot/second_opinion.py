@@ -13,15 +13,17 @@ from pathlib import Path
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.prompting import PredictedLabels
 from nnunet_oneshot.propagate import Job, carry
-from nnunet_oneshot.propagators import self_prompted
+from nnunet_oneshot.propagators import PropagatorOptions, self_prompted
 from nnunet_oneshot.refine_record import begun_plan
 from nnunet_oneshot.store import Store
 from sam2_propagation.checkpoints import load_checkpoint
 from sam2_propagation.sam2 import PLANES
 
 _PREFIX = "self_"
-_NOT_REPEATED = {"config", "window", "channels", "adapt"}
-"""Options of round 0's SAM2 that an opinion would not have: what looked otherwise is not asked again unless told to."""
+_REPEATED = ("window", "channels")
+"""Options of round 0's SAM2 that hold for an opinion too: what it sees of an image."""
+_NOT_REPEATED = ("config", "adapt")
+"""Those that an opinion would not have: weights that were other ones are not asked again unless told to."""
 AS_BEFORE = "auto"
 """Ask the weights that labelled the images along three planes: prompted by a model they bettered its labels on phantoms
 and on hippocampus (benchmarks/opinion.py); along one plane they did not."""
@@ -39,8 +41,27 @@ def opinion_of(store: Store, asked: str | None) -> str | None:
     if (begun := begun_plan(store.folder)) is not None:
         return begun.self_opinion
     settings = store.read_manifest().settings
-    planes = tuple(settings.get("views", {}).get("sam2", ())) == PLANES
-    return settings.get("checkpoint", "builtin") if planes and not _NOT_REPEATED & set(settings) else None
+    return settings.get("checkpoint", "builtin") if _along_planes(store) and not _unrepeated(store) else None
+
+
+def why_none(store: Store, asked: str | None) -> list[str]:
+    """In words, why "auto" asks for no opinion though SAM2 labelled the images along three planes, if so."""
+    flags = {"config": "-sam2_cfg", "adapt": "-adapt"}
+    if asked != AS_BEFORE or opinion_of(store, asked) is not None or not _along_planes(store):
+        return []
+    given = " and ".join(flags[key] for key in _unrepeated(store))
+    if not given:
+        return []
+    return [f"SAM2 is not asked again in rounds, since {given} is not repeated; -self_opinion builtin asks it without"]
+
+
+def _along_planes(store: Store) -> bool:
+    return tuple(store.read_manifest().settings.get("views", {}).get("sam2", ())) == PLANES
+
+
+def _unrepeated(store: Store) -> list[str]:
+    settings = store.read_manifest().settings
+    return [key for key in _NOT_REPEATED if key in settings]
 
 
 def check_sam2(checkpoint: str, device: str) -> None:
@@ -60,6 +81,9 @@ def ask_sam2(
 ) -> str:
     """Let SAM2 label the cases, prompted by their predictions; cases that are done are kept.
 
+    It sees of an image what it saw when it labelled them. Cases in which the model predicts nothing are not asked
+    about: with nothing to prompt it, it would look for what the annotated images show.
+
     Args:
         predictions: folder with one predicted label a case.
         number: the round that is made.
@@ -71,10 +95,14 @@ def ask_sam2(
     Raises:
         PropagationError: weights or a device that cannot be had.
     """
-    propagator = self_prompted(checkpoint, device, PredictedLabels(dataset, predictions))
+    settings = store.read_manifest().settings
+    seen = {key: settings[key] for key in _REPEATED if key in settings}
+    prompter = PredictedLabels(dataset, predictions)
+    propagator = self_prompted(PropagatorOptions(device, checkpoint, **seen), prompter)
     propagator.name = source_of(number)
     views = propagator.fitting_views([dataset.support(case) for case in dataset.annotated])
-    carry(Job(dataset, store, propagator, views), cases, processes)
+    asked = [case for case in cases if prompter.shows_anything(case.name)]
+    carry(Job(dataset, store, propagator, views), asked, processes)
     return propagator.name
 
 

@@ -21,6 +21,7 @@ from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.propagators import PropagatorOptions
 from nnunet_oneshot.refine import Refinement, open_store, refine
 from nnunet_oneshot.refine_record import Record
 from nnunet_oneshot.store import Store
@@ -268,9 +269,10 @@ class Doubter(FakePropagator):
     def fitting_views(self, supports: Sequence[Support]) -> tuple[str, ...]:
         return self.default_views
 
-    def __init__(self, prompter: Propagator) -> None:
+    def __init__(self, prompter: Propagator, options: PropagatorOptions) -> None:
         super().__init__()
         self.prompter = prompter
+        self.options = options
 
     def propagate(
         self, supports: Sequence[Support], queries: Iterable[Image], views: Sequence[str]
@@ -288,9 +290,9 @@ def doubters(monkeypatch: pytest.MonkeyPatch) -> list[Doubter]:
     """SAM2 replaced; one doubter for each round."""
     made: list[Doubter] = []
 
-    def make(checkpoint: str, device: str, prompter: Propagator) -> Doubter:
-        assert checkpoint == "builtin"
-        made.append(Doubter(prompter))
+    def make(options: PropagatorOptions, prompter: Propagator) -> Doubter:
+        assert options.checkpoint == "builtin"
+        made.append(Doubter(prompter, options))
         return made[-1]
 
     monkeypatch.setattr(second_opinion, "self_prompted", make)
@@ -316,7 +318,8 @@ def test_sam2_prompted_by_the_model_is_one_more_opinion(fake: FakeNnunet, doubte
     [
         (["axial", "coronal", "sagittal"], {}, "auto", "builtin"),
         (["axial", "coronal", "sagittal"], {"checkpoint": "mine.pt"}, "auto", "mine.pt"),
-        (["axial", "coronal", "sagittal"], {"window": "abdomen"}, "auto", None),
+        (["axial", "coronal", "sagittal"], {"window": "abdomen"}, "auto", "builtin"),
+        (["axial", "coronal", "sagittal"], {"config": "mine.yaml"}, "auto", None),
         (["axial", "coronal", "sagittal"], {"adapt": 150}, "auto", None),
         (["axial", "coronal", "sagittal"], {}, None, None),
         (["identity", "rot90", "rot180"], {}, "auto", None),
@@ -332,6 +335,35 @@ def test_sam2_is_asked_again_where_it_looked_along_three_planes(
     manifest.settings = {"views": {"registration": ["local"], "sam2": sam2}, **settings}
     store.write_manifest(manifest)
     assert second_opinion.opinion_of(store, asked) == chosen
+
+
+def test_sam2_sees_in_a_round_what_it_saw_before(fake: FakeNnunet, doubters: list[Doubter]) -> None:
+    store, _ = open_store(601)
+    manifest = store.read_manifest()
+    manifest.settings |= {"views": {"sam2": ["axial", "coronal", "sagittal"]}, "window": "abdomen", "channels": "1"}
+    store.write_manifest(manifest)
+    result = run(rounds=1)
+    assert (doubters[0].options.window, doubters[0].options.channels) == ("abdomen", "1")
+    assert not result.taken_up
+
+
+def test_that_sam2_is_not_asked_again_is_said(fake: FakeNnunet) -> None:
+    store, _ = open_store(601)
+    manifest = store.read_manifest()
+    manifest.settings |= {"views": {"sam2": ["axial", "coronal", "sagittal"]}, "adapt": 150}
+    store.write_manifest(manifest)
+    assert any("-adapt is not repeated" in line for line in run(rounds=0).taken_up)
+    assert second_opinion.why_none(store, None) == []
+
+
+def test_sam2_is_not_asked_where_the_model_sees_nothing(fake: FakeNnunet, doubters: list[Doubter]) -> None:
+    """With nothing to prompt it, SAM2 would look for what the annotated image shows."""
+    store, _ = open_store(601)
+    fake.say = lambda case, _: label_array(int(case[-1])) * (case != "case_2")
+    run(rounds=1, self_opinion="builtin")
+    assert doubters[0].asked == ["case_1", "case_3", "case_4"]
+    before = read(store.round_path(0, "case_2"))
+    np.testing.assert_array_equal(read(store.label_path("case_2")), np.where(before > 0, IGNORE, 0))
 
 
 def test_a_refinement_that_began_without_an_opinion_goes_on_without(fake: FakeNnunet) -> None:
