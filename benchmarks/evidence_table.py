@@ -32,9 +32,14 @@ def read_rows() -> list[Row]:
     return sorted(rows, key=lambda row: (row["set"], *budget(row), order.index(row["method"]), training(row)))
 
 
-def budget(row: Row) -> tuple[str, int, str]:
-    """What rows must share to be compared: annotated case, size of the pool, preset."""
-    return row["annotated"], row["pool"], row["preset"]
+def budget(row: Row) -> tuple[str, int, str, str]:
+    """What rows must share to be compared: annotated case, size of the pool, preset, and what is not the set's own."""
+    return row["annotated"], row["pool"], row["preset"], variant(row)
+
+
+def variant(row: Row) -> str:
+    """The configuration where it is another than that of the set; empty where it is that."""
+    return str(row.get("variant", ""))
 
 
 def training(row: Row) -> int:
@@ -51,9 +56,9 @@ def paired(row: Row, other: Row, seed: int = 0) -> Interval:
     return float(difference.mean()), float(low), float(high)
 
 
-def by_budget(rows: Iterable[Row]) -> dict[tuple[str, int, str], dict[str, Row]]:
+def by_budget(rows: Iterable[Row]) -> dict[tuple[str, int, str, str], dict[str, Row]]:
     """By budget and method, the first repetition of each row."""
-    found: dict[tuple[str, int, str], dict[str, Row]] = {}
+    found: dict[tuple[str, int, str, str], dict[str, Row]] = {}
     for row in rows:
         found.setdefault(budget(row), {}).setdefault(row["method"], row)
     return found
@@ -248,13 +253,16 @@ def _color(method: str) -> str:
 
 def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
     """The generated part of docs/results.md."""
-    parts = headline(rows)
+    parts = headline([row for row in rows if not variant(row)])
     for name in sets:
-        mine = [row for row in rows if row["set"] == name]
+        mine = [row for row in rows if row["set"] == name and not variant(row)]
         parts += [f"### {name}", "", *_of_set(mine)] if mine else []
         missing = [METHODS[m].what for m in METHODS if m not in {row["method"] for row in mine}]
         if missing:
             parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of the methods above'}.", ""]
+        for other in sorted({variant(row) for row in rows if row["set"] == name and variant(row)}):
+            theirs = [row for row in rows if row["set"] == name and variant(row) == other]
+            parts += [f"### {name} in {other}", "", *_of_set(theirs)]
     return "\n".join(parts)
 
 
@@ -268,9 +276,10 @@ def write_results(sets: Sequence[str]) -> None:
     """Put the tables into docs/results.md and the headline into README.md, between their marks, and draw the figure."""
     rows = read_rows()
     _put(PAGE, "evidence", page(sets, rows))
-    _put(README, "headline", "\n".join(headline(rows)))
-    if rows:
-        draw(rows)
+    own = [row for row in rows if not variant(row)]
+    _put(README, "headline", "\n".join(headline(own)))
+    if own:
+        draw(own)
 
 
 def _put(path: Path, mark: str, content: str) -> None:

@@ -76,6 +76,17 @@ def test_repetitions_are_rows_of_their_own_and_their_spread_is_told(table: Any) 
     assert table.spread_table(rows[1:]) == ""
 
 
+def test_another_configuration_has_tables_of_its_own_and_no_say_in_the_headline(table: Any) -> None:
+    rows = [row("full", 0.9), row("ours", 0.8), row("full", 0.3, variant="3d_fullres")]
+    rows.append(row("ours", 0.4, variant="3d_fullres"))
+    page = table.page(["toy"], rows)
+    assert "over 1 set(s): -10.0 points" in page
+    own, other = page.split("### toy in 3d_fullres")
+    assert "| 0.300 |" in other
+    assert "| 0.300 |" not in own
+    assert "+0.100 (+0.100 to +0.100)" in other
+
+
 def test_full_supervision_trained_once_more_is_annotated_like_it_and_no_part_of_ours(table: Any) -> None:
     rows = [row("full", 0.9), row("full_again", 0.92), row("ours", 0.8)]
     assert table.scores_table(rows).count("| every case |") == 2
