@@ -56,8 +56,8 @@ from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import ignore_value
 
 SETS = {"hippocampus": "3d_fullres", "chaos_mr_t2": "2d", "acdc_mr": "2d", "hc18_us": "2d"}
-"""The sets and the configuration that each is trained in unless told otherwise: chaos_mr_t2 in 2D, since within the budget
-of `small` nnU-Net learns little there in 3D from all true labels (its rows say how little)."""
+"""The sets and the configuration that each is trained in unless told otherwise: chaos_mr_t2 in 2D, since within the
+budget of `small` nnU-Net learns little there in 3D from all true labels (its rows say how little)."""
 FLAT = ("hc18_us",)
 """Sets of single images: one slice a volume is all of it."""
 POOL, ALONE, FULL, TEST, SLICES = 501, 502, 503, 504, 505

@@ -63,6 +63,7 @@ AGREEMENT_FALL = 0.25
 """Fall of the labels' mean Dice with what all propagators said that ends the rounds. A guard against models without
 sense, no judge: on made-up sets a round that was better fell by 0.19 and worse ones by 0.17, 0.22 and 0.32, when the
 label before had no voice yet in the new one, which makes falls smaller."""
+_LEARNT_LITTLE = "Mostly its model has learnt too little: train longer (another -preset) or in another configuration"
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ class _Work:
                 continue
             if (worse := self._worse(number + 1)) is not None:
                 self.end(number)
-                return f"{worse}: round {number} is in force again"
+                return f"{worse}: round {number} is in force again. {_LEARNT_LITTLE}"
             if change.mean >= self.limits.stop_dice:
                 self.end(number + 1)
                 return f"labels settled: Dice {change.mean:.3f} between rounds {number} and {number + 1}"

@@ -167,6 +167,7 @@ def test_a_fall_of_quality_puts_the_better_round_in_force_again(fake: FakeNnunet
     result = run(rounds=5, all_rounds=False)
     assert result.round == store.read_manifest().round == 1
     assert "round 1 is in force again" in result.ended
+    assert "train longer" in result.ended
     first, second = result.quality[1], result.quality[2]
     assert first is not None
     assert second is not None
