@@ -81,7 +81,7 @@ def test_every_command_has_a_place_in_the_docs() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "README.md"]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
 
@@ -151,7 +151,10 @@ def _scanned(folder: Path) -> None:
     (folder / "drawn").mkdir()
     label = np.zeros(SHAPE, np.uint8)
     label[1:4, 4:9, 4:9] = 1
-    sitk.WriteImage(sitk.GetImageFromArray(label), str(folder / "drawn" / "case_001.nii.gz"))
+    drawn = sitk.GetImageFromArray(label)
+    drawn.SetSpacing((0.8, 0.9, 3.0))
+    drawn.SetOrigin((1.5, -2.5, 10.0))
+    sitk.WriteImage(drawn, str(folder / "drawn" / "case_001.nii.gz"))
 
 
 def _challenge(folder: Path) -> None:
@@ -174,7 +177,7 @@ def _challenge(folder: Path) -> None:
 
 def _photographs(folder: Path) -> None:
     """Colour pictures, transparent ones among them, and one mask of two structures."""
-    made = write_phantom_dataset(folder, 1, "picture", folder / "truth", cases=4, shape=(1, 64, 64), kind="rgb2d")
+    made = write_phantom_dataset(folder, 1, "picture", truth=folder / "truth", cases=4, shape=(1, 64, 64), kind="rgb2d")
     for sub in ("pictures", "masks"):
         (folder / sub).mkdir()
     for case in made.cases:
