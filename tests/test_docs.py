@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import Answer
+from skimage import io
 from test_convert_dicom import SHAPE, write_series
 
 from nnunet_oneshot import cli, command_line
@@ -31,7 +33,9 @@ SCRIPTS = dict(
     )
 )
 TRAINING = re.compile(r"^(nnUNetv2_oneshot_(?:refine|run)\b.*?)(\s*#.*)?$", re.M)
-"""Gets the preset that a test can wait for."""
+"""Gets the preset that a test can wait for; of a flag that is given twice the last counts."""
+SMALL, TINY = "OneShotTrainer_small", "OneShotTrainer_tiny"
+"""What is trained where a page says `-preset small`, and what in its place."""
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```bash\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -77,7 +81,7 @@ def test_every_command_has_a_place_in_the_docs() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "README.md"]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
 
@@ -102,6 +106,8 @@ def _tutorial(folder: Path) -> None:
         (folder / sub).mkdir()
         for path in source.iterdir():
             path.rename(folder / sub / path.name.replace("_0000", ""))
+    (folder / "true_labels").mkdir()
+    shutil.copy(folder / "truth" / "patient_002.nii.gz", folder / "true_labels")
 
 
 def _annotated(folder: Path, cases: int = 4) -> Path:
@@ -136,15 +142,19 @@ def _drawn_slices(folder: Path) -> None:
 def _scanned(folder: Path) -> None:
     pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom: pip install -e '.[dicom]'")
     pytest.importorskip("highdicom", reason="needs the extra dicom: pip install -e '.[dicom]'")
-    write_series(folder / "export" / "a", "1.2.3")
-    for file in (folder / "export" / "a").glob("*.dcm"):
+    write_series(folder / "export" / "patient_a" / "arterial", "1.2.3")
+    write_series(folder / "export" / "patient_a" / "portal", "1.2.4", seed=1)
+    for file in (folder / "export").rglob("*.dcm"):
         header = pydicom.dcmread(file)
         header.FrameOfReferenceUID = "1.2.3.9"
         header.save_as(file)
     (folder / "drawn").mkdir()
     label = np.zeros(SHAPE, np.uint8)
     label[1:4, 4:9, 4:9] = 1
-    sitk.WriteImage(sitk.GetImageFromArray(label), str(folder / "drawn" / "case_001.nii.gz"))
+    drawn = sitk.GetImageFromArray(label)
+    drawn.SetSpacing((0.8, 0.9, 3.0))
+    drawn.SetOrigin((1.5, -2.5, 10.0))
+    sitk.WriteImage(drawn, str(folder / "drawn" / "case_001.nii.gz"))
 
 
 def _challenge(folder: Path) -> None:
@@ -159,6 +169,23 @@ def _challenge(folder: Path) -> None:
             truth = folder / "truth" / image.name.replace("_0000", "")
             liver = sitk.ReadImage(str(truth)) == 1
             sitk.WriteImage(liver, str(patient / "mask_GED4.nii.gz"))
+    held_out = folder / "LiQA_validation_data" / "Vendor_B1" / "201-B1"
+    held_out.mkdir(parents=True)
+    for name in ("GED4", "T2"):
+        (held_out / f"{name}.nii.gz").write_bytes(images[0].read_bytes())
+
+
+def _photographs(folder: Path) -> None:
+    """Colour pictures, transparent ones among them, and one mask of two structures."""
+    made = write_phantom_dataset(folder, 1, "picture", truth=folder / "truth", cases=4, shape=(1, 64, 64), kind="rgb2d")
+    for sub in ("pictures", "masks"):
+        (folder / sub).mkdir()
+    for case in made.cases:
+        picture = io.imread(made.folder / "imagesTr" / f"{case}_0000.png")
+        opaque = np.full((*picture.shape[:2], 1), 255, np.uint8)
+        io.imsave(folder / "pictures" / f"{case}.png", np.concatenate([picture, opaque], axis=2))
+    mask = io.imread(made.truth / "picture_001.png")
+    io.imsave(folder / "masks" / "picture_001.png", np.where(mask < 3, mask, 0).astype(np.uint8), check_contrast=False)
 
 
 PREPARE: dict[str, Callable[[Path], object]] = {
@@ -168,6 +195,7 @@ PREPARE: dict[str, Callable[[Path], object]] = {
     "howto/cluster.md": _annotated,
     "howto/dicom.md": _scanned,
     "howto/care_liseg.md": _challenge,
+    "howto/pictures_2d.md": _photographs,
 }
 
 
@@ -191,7 +219,7 @@ def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     PREPARE[page](tmp_path)
     code = "\n".join(block.code for block in EVERY if block.page == page and block.reason is None)
-    code = TRAINING.sub(r"\1 -preset tiny -device cpu", code)
+    code = TRAINING.sub(r"\1 -preset tiny -device cpu", code).replace(SMALL, TINY)
     shell = subprocess.run(
         ["bash", "-euo", "pipefail"],
         input=code,
