@@ -146,7 +146,8 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         default="auto",
         help="SAM2 weights (builtin, ...) for one more opinion in relabelling: self mode, prompted by the model's "
-        "prediction; none for none; auto: those that labelled the images, if along three planes (default: %(default)s)",
+        "prediction; none for none; auto: those that labelled the images, if along three planes and not adapted "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "-min_margin",
