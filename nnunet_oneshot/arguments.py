@@ -98,13 +98,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "-preset",
         choices=("default", "small", "tiny"),
         default="default",
-        help="small: what two CPU cores can train; tiny: for a try (default: %(default)s)",
+        help="default: nnU-Net's own length, rounds + 1 trainings of 1000 epochs, for a GPU; small: what two CPU cores "
+        "can train, 30 short epochs each; tiny: for a try (default: %(default)s)",
     )
 
 
 def _add_rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-rounds", type=int, default=1, metavar="N", help="rounds of relabelling, at most (default: %(default)s)"
+        "-rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rounds of relabelling, at most; rounds + 1 trainings of 1000 epochs (preset default) are made "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "-num_folds",

@@ -307,7 +307,8 @@ def _do_make_sparse(arguments: argparse.Namespace) -> Summary:
     rows = [(s.case, s.axis, " ".join(map(str, s.slices)), ", ".join(s.missing)) for s in made]
     table = _function("summary", "table")(("case", "axis", "slices", "missing classes"), rows)
     warnings = [f"warning: {s.case} misses {', '.join(s.missing)}; {s.advice}" for s in made if s.missing]
-    run = f"next: nnUNetv2_oneshot_run -d {arguments.d} -o B -c CONFIG -propagator correspondence sam2"
+    small = _function("summary", "preset_here")()
+    run = f"next: nnUNetv2_oneshot_run -d {arguments.d} -o B -c CONFIG{small} -propagator correspondence sam2"
     return {"cases": [vars(s) for s in made], "lines": ["", *table, *warnings, "", run]}
 
 
@@ -366,7 +367,20 @@ def _do_consensus(arguments: argparse.Namespace) -> Summary:
     return _function("summary", "manifest_summary")(manifest, arguments.o)
 
 
+def _say_device(arguments: argparse.Namespace) -> None:
+    """Say what trains, at once: on a CPU that nobody named, nnU-Net's own 1000 epochs are refused."""
+    found = not arguments.device_typed and arguments.device == "cpu"
+    if found and arguments.preset == "default" and _function("settings", "schedule_of")(arguments.tr or "") is None:
+        raise OneShotError(
+            "expected a GPU for trainings of 1000 epochs (-preset default), found none, and no -device; add -preset "
+            "small, which two CPU cores can train, or -device cpu to train so long on the CPU all the same"
+        )
+    why = " (no GPU was found)" if found else "" if arguments.device_typed else " (found; -device chooses)"
+    print(f"device: {arguments.device}{why}", file=sys.stderr, flush=True)
+
+
 def _do_refine(arguments: argparse.Namespace) -> Summary:
+    _say_device(arguments)
     result = _function("refine")(
         arguments.d, arguments.c, **_training_options(arguments), device=arguments.device, num_processes=arguments.np
     )
@@ -374,6 +388,7 @@ def _do_refine(arguments: argparse.Namespace) -> Summary:
 
 
 def _do_run(arguments: argparse.Namespace) -> Summary:
+    _say_device(arguments)
     result = _function("run")(
         arguments.d,
         arguments.o,

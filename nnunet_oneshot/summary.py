@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from nnunet_oneshot.command_line import has_gpu
 from nnunet_oneshot.dataset import find_raw_folder, open_dataset
 from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
 from nnunet_oneshot.store import MANIFEST, Manifest, read_manifest
@@ -31,6 +32,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def preset_here() -> str:
+    """What a command that trains is told beside the rest on this machine: without a GPU, to train small networks."""
+    return "" if has_gpu() else " -preset small"
 
 
 def manifest_figures(manifest: Manifest) -> dict[str, Any]:
@@ -60,7 +66,8 @@ def manifest_summary(manifest: Manifest, output: int | str) -> dict[str, Any]:
     lines += _review_lines([doubt for doubt in _doubts(manifest) if doubt.case not in figures["failed"]])
     lines += [
         "",
-        f"next: nnUNetv2_oneshot_report -d {output} to look at them; nnUNetv2_oneshot_refine -d {output} -c CONFIG",
+        f"next: nnUNetv2_oneshot_report -d {output} to look at them; "
+        f"nnUNetv2_oneshot_refine -d {output} -c CONFIG{preset_here()}",
     ]
     return {"output": str(output), **figures, "lines": lines}
 

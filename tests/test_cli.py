@@ -282,3 +282,65 @@ def test_styles_on_a_terminal_alone(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert ("\033[1mnext:" in call(cli.suggest, "-d", 501, "-np", 1).out) is styled
     assert ("\033[31merror:" in call(cli.suggest, "-d", 999).err) is styled
+
+
+# --- the device ---------------------------------------------------------------------------------------------------
+
+TRAIN = {cli.refine: ("-d", 601, "-c", "2d"), cli.run: ("-d", 501, "-o", 601, "-c", "2d")}
+
+
+class Reached(Exception):
+    """The work itself would begin."""
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: object, **__: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr("nnunet_oneshot.refine.refine", begin)
+    monkeypatch.setattr("nnunet_oneshot.run.run", begin)
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_a_cpu_that_nobody_named_is_not_asked_for_a_thousand_epochs(
+    call: Call, monkeypatch: pytest.MonkeyPatch, no_work: None, command: Callable
+) -> None:
+    monkeypatch.setattr(command_line, "_best_device", lambda: "cpu")
+    answer = call(command, *TRAIN[command])
+    assert (answer.code, answer.out) == (2, "")
+    for words in ("1000 epochs", "found none", "-preset small", "-device cpu"):
+        assert words in answer.error
+    for allowed in (("-device", "cpu"), ("-preset", "small"), ("-tr", "OneShotTrainer_tiny")):
+        with pytest.raises(Reached):
+            call(command, *TRAIN[command], *allowed)
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_a_gpu_is_found_and_said(
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    no_work: None,
+    command: Callable,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command_line, "_best_device", lambda: "cuda")
+    with pytest.raises(Reached):
+        call(command, *TRAIN[command], "-json")
+    out, err = capsys.readouterr()
+    assert out == "", "kept for the summary"
+    assert "device: cuda" in err
+
+
+@pytest.mark.parametrize(("device", "small"), [("cpu", True), ("cuda", False)])
+def test_without_a_gpu_the_next_command_names_the_small_preset(
+    toy: Path, call: Call, fakes: dict, monkeypatch: pytest.MonkeyPatch, device: str, small: bool
+) -> None:
+    monkeypatch.setattr(command_line, "_best_device", lambda: device)
+    shown = call(cli.propagate, *PROPAGATE).out.splitlines()[-1]
+    assert shown.endswith("nnUNetv2_oneshot_refine -d 601 -c CONFIG" + " -preset small" * small)
+
+
+def test_help_tells_how_long_the_default_trains(call: Call) -> None:
+    shown = " ".join(call(cli.refine, "-h").out.split())
+    assert shown.count("rounds + 1 trainings of 1000 epochs") == 2
