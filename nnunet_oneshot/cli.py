@@ -380,16 +380,18 @@ def _say_device(arguments: argparse.Namespace) -> None:
 
 
 def _do_refine(arguments: argparse.Namespace) -> Summary:
+    refine = _function("refine")
     _say_device(arguments)
-    result = _function("refine")(
+    result = refine(
         arguments.d, arguments.c, **_training_options(arguments), device=arguments.device, num_processes=arguments.np
     )
     return _function("summary", "refinement_summary")(result)
 
 
 def _do_run(arguments: argparse.Namespace) -> Summary:
+    run = _function("run")
     _say_device(arguments)
-    result = _function("run")(
+    result = run(
         arguments.d,
         arguments.o,
         arguments.c,

@@ -163,6 +163,7 @@ def refine(
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
     check_arguments(
         configuration,
+        trainer=trainer,
         rounds=rounds,
         min_quality=min_quality,
         num_folds=num_folds,
@@ -207,6 +208,7 @@ def check_no_results(dataset: str, plan: Plan) -> None:
 def check_arguments(
     configuration: str,
     *,
+    trainer: str | None = None,
     rounds: int = 1,
     min_quality: float = MIN_QUALITY,
     num_folds: int = 1,
@@ -230,6 +232,8 @@ def check_arguments(
             f"expected a configuration of one stage (2d, 3d_fullres, 3d_lowres), found {configuration}; train the "
             "cascade by nnU-Net's own commands on the labels in force"
         )
+    if trainer is not None:
+        nnunet.check_trainer_name(trainer)
 
 
 def open_store(dataset: int | str, grown: bool = False) -> tuple[Store, RawDataset]:
