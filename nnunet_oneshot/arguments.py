@@ -166,7 +166,12 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def add_work(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the output dataset if it exists")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the output dataset if it exists; where it was trained on, move its models out of nnUNet_results "
+        "first",
+    )
     add_json(parser)
 
 

@@ -161,3 +161,19 @@ def test_plans_that_are_there_may_have_configurations_of_their_own(
     trains(call, *own)
     refused(call(cli.run, *own, "--overwrite"), "expected plans 'Own'", "labels are not made yet")
     assert plans.is_file(), "nothing was replaced"
+
+
+def test_models_in_the_way_of_new_labels_are_said_before_these_are_made(
+    toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call
+) -> None:
+    trains(call, *FAKE)
+    name = "OneShotTrainer_tiny__nnUNetOneShotSmallPlans__3d_fullres"
+    (roots.results / "Dataset601_toy_oneshot" / name / "fold_all").mkdir(parents=True)
+    before = roots.snapshot()
+    refused(call(cli.run, *FAKE, "--overwrite"), "fold_all", "by --overwrite", "move them out of nnUNet_results")
+    assert roots.snapshot() == before
+
+
+@pytest.mark.parametrize("command", [cli.run, cli.propagate, cli.consensus])
+def test_help_of_overwrite_tells_what_to_do_with_models(call: Call, command: Callable) -> None:
+    assert "move its models out of nnUNet_results first" in " ".join(call(command, "-h").out.split())
