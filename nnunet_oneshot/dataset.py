@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnunet_oneshot.errors import OneShotError
@@ -327,10 +328,22 @@ def _check_channels(images: Mapping[str, Mapping[int, Path]], content: Mapping[s
     channels = len(content["channel_names"])
     for name, files in images.items():
         if missing := sorted(set(range(channels)) - set(files)):
-            raise OneShotError(
-                f"case {name}: expected {channels} channel files, found no "
-                f"{name}_{missing[0]:04d}{content['file_ending']}; add the missing channel"
-            )
+            absent = f"{name}_{missing[0]:04d}{content['file_ending']}"
+            alone = files[0] if set(files) == {0} else None
+            raise OneShotError(f"case {name}: {_channels_said(content, channels, absent, alone)}")
+
+
+def _channels_said(content: Mapping[str, Any], channels: int, absent: str, alone: Path | None) -> str:
+    """What is wrong with a case's channels: `absent` is missing beside others, or its one file holds another number."""
+    if alone is None:
+        return f"expected {channels} channel files, found no {absent}; add the missing channel"
+    held, picture = _held_channels(content, alone), content["file_ending"] in NaturalImage2DIO.supported_file_endings
+    expected = f"expected {channels} channels, as many as dataset.json names"
+    if held == 1:
+        found = f"found 1 channel in {alone} and no {absent}"
+        return f"{expected}, {found}; add the missing channel{', save the picture in colour' if picture else ''}"
+    alpha = " (RGBA? save it without alpha)" if picture and held == 4 else ""
+    return f"{expected}, found {held} channels in {alone}{alpha}; correct the file or channel_names"
 
 
 def _one_file_holds_all(images: Mapping[str, Mapping[int, Path]], content: Mapping[str, Any]) -> bool:
@@ -338,7 +351,12 @@ def _one_file_holds_all(images: Mapping[str, Mapping[int, Path]], content: Mappi
     if len(content["channel_names"]) == 1 or not images or any(set(files) != {0} for files in images.values()):
         return False
     first = next(iter(images.values()))[0]
-    return _read_files(_reader(content, first), [str(first)])[0].shape[0] == len(content["channel_names"])
+    return _held_channels(content, first) == len(content["channel_names"])
+
+
+def _held_channels(content: Mapping[str, Any], file: Path) -> int:
+    """How many channels one file holds."""
+    return int(_read_files(_reader(content, file), [str(file)])[0].shape[0])
 
 
 def _reader(content: Mapping[str, Any], example: Path) -> type[BaseReaderWriter]:
