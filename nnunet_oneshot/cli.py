@@ -284,14 +284,26 @@ def _do_suggest(arguments: argparse.Namespace) -> Summary:
     rows = [module.as_row(row) for row in found.rows]
     cells = [["" if value is None else value for value in row.values()] for row in rows]
     table = _function("summary", "table")(module.COLUMNS, cells)
+    warnings = _dataset_warnings(arguments.d)
     lines = [
+        *_as_lines(warnings),
         "",
         *table,
         "",
         f"of {found.cases} cases; slices count from 0; written: {found.folder}/suggest.csv and .png",
         _after_suggest(arguments, any(row["doubt"] is not None for row in rows)),
     ]
-    return {"suggestions": rows, "cases": found.cases, "folder": str(found.folder), "lines": lines}
+    figures = {"suggestions": rows, "cases": found.cases, "folder": str(found.folder), "warnings": warnings}
+    return {**figures, "lines": lines}
+
+
+def _dataset_warnings(dataset: str) -> list[str]:
+    warnings: list[str] = _function("dataset", "open_dataset")(dataset).warnings
+    return warnings
+
+
+def _as_lines(warnings: Sequence[str]) -> list[str]:
+    return [f"warning: {text}" for text in warnings]
 
 
 def _after_suggest(arguments: argparse.Namespace, after_a_round: bool) -> str:
@@ -364,7 +376,8 @@ def _do_consensus(arguments: argparse.Namespace) -> Summary:
     manifest = _function("consensus")(
         arguments.d, arguments.o, arguments.i, num_processes=arguments.np, overwrite=arguments.overwrite
     )
-    return _function("summary", "manifest_summary")(manifest, arguments.o)
+    summary, warnings = _function("summary", "manifest_summary")(manifest, arguments.o), _dataset_warnings(arguments.d)
+    return {**summary, "warnings": warnings, "lines": [*_as_lines(warnings), *summary["lines"]]}
 
 
 def _say_device(arguments: argparse.Namespace) -> None:

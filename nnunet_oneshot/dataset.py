@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -57,12 +57,14 @@ class RawDataset:
         json: content of dataset.json (read-only).
         cases: all cases of imagesTr and imagesUn, sorted by name.
         reader: nnU-Net's reader/writer class for the dataset's files.
+        passed_over: files beside the images whose names are no channel's, as `imagesTr/patient7.nii.gz`.
     """
 
     folder: Path
     json: Mapping[str, Any] = field(repr=False)
     cases: tuple[Case, ...] = field(repr=False)
     reader: type[BaseReaderWriter]
+    passed_over: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
@@ -83,6 +85,12 @@ class RawDataset:
     def ignore(self) -> int | None:
         """Value of the ignore label, or None where the dataset declares none."""
         return self.json["labels"].get(IGNORE)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the folder: images that nobody will read."""
+        said = _misnamed(self.passed_over, self.file_ending)
+        return [f"{said} passed over; rename what are images"] if said else []
 
     def drawn_over(self, human: LabelVolume, label: LabelVolume) -> LabelVolume:
         """A label with a person's in its place but where that is the ignore label, int16 (Z, Y, X)."""
@@ -190,10 +198,13 @@ def open_dataset(dataset: int | str) -> RawDataset:
     folder = find_raw_folder(dataset)
     content = _read_json(folder)
     _check_labels(folder, content["labels"], content.get("regions_class_order"))
-    cases = _listed_cases(folder, content) if "dataset" in content else _found_cases(folder, content)
+    listed = "dataset" in content
+    cases = _listed_cases(folder, content) if listed else _found_cases(folder, content)
+    others = () if listed else _other_files(folder, content["file_ending"])
     if not cases:
-        raise OneShotError(f"{folder}: expected images in imagesTr, found none; put CASE_0000 files there")
-    return RawDataset(folder, content, cases, _reader(content, cases[0].images[0]))
+        found = _misnamed(others, content["file_ending"]) or "none"
+        raise OneShotError(f"{folder}: expected images in imagesTr, found {found}; put CASE_0000 files there")
+    return RawDataset(folder, content, cases, _reader(content, cases[0].images[0]), others)
 
 
 def raw_root() -> Path:
@@ -389,12 +400,35 @@ def _read_files(reader: type[BaseReaderWriter], names: list[str], label: bool = 
 
 
 def _channel_files(folder: Path, ending: str) -> dict[str, dict[int, Path]]:
-    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending))
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := pattern.fullmatch(path.name):
+        if match := _channel_name(ending).fullmatch(path.name):
             found.setdefault(match.group(1), {})[int(match.group(2))] = path
     return found
+
+
+def _channel_name(ending: str) -> re.Pattern[str]:
+    return re.compile(r"(.+)_(\d{4})" + re.escape(ending))
+
+
+def _other_files(folder: Path, ending: str) -> tuple[str, ...]:
+    """Files beside the images that no case takes, but for hidden ones and the spacing that lies beside .tif files."""
+    beside = [path for sub in IMAGE_FOLDERS if (folder / sub).is_dir() for path in sorted((folder / sub).iterdir())]
+    return tuple(
+        f"{path.parent.name}/{path.name}"
+        for path in beside
+        if not (_channel_name(ending).fullmatch(path.name) or path.name.startswith(".") or path.suffix == ".json")
+        and path.is_file()
+    )
+
+
+def _misnamed(files: Sequence[str], ending: str) -> str:
+    """What files that are no case's are, as `2 files of imagesTr not named ...`; empty where there are none."""
+    if not files:
+        return ""
+    folders = " and ".join(dict.fromkeys(name.split("/")[0] for name in files))
+    count = f"{len(files)} file{'s' if len(files) > 1 else ''} of {folders} not named CASE_0000{ending}"
+    return f"{count} (for example {files[0].split('/')[1]})"
 
 
 def _label_files(folder: Path, ending: str, known: Mapping[str, object]) -> dict[str, Path]:

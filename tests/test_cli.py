@@ -344,3 +344,53 @@ def test_without_a_gpu_the_next_command_names_the_small_preset(
 def test_help_tells_how_long_the_default_trains(call: Call) -> None:
     shown = " ".join(call(cli.refine, "-h").out.split())
     assert shown.count("rounds + 1 trainings of 1000 epochs") == 2
+
+
+# --- files that nobody reads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def misnamed(toy: Path) -> str:
+    """What is said of a set with three images that no case takes, a hidden file and one of another kind."""
+    for name in ("patient7.nii.gz", "case_8_0000.nii", "case_9_0000.NII.GZ", ".DS_Store", "case_0.json"):
+        (toy / "imagesTr" / name).touch()
+    return "3 files of imagesTr not named CASE_0000.nii.gz (for example case_8_0000.nii) passed over"
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        (cli.suggest, ("-d", 501, "-np", 1)),
+        (cli.propagate, PROPAGATE),
+        (cli.propagate, (*PROPAGATE, "--trial")),
+        (cli.consensus, ("-d", 501, "-o", 601, "-np", 1, "-i", "tool")),
+    ],
+)
+@pytest.mark.parametrize("json", [False, True])
+def test_images_that_no_case_takes_are_told_once(
+    misnamed: str,
+    call: Call,
+    fakes: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable,
+    more: tuple,
+    json: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in (1, 2):
+        write_image(tmp_path / "tool" / f"case_{index}.nii.gz", label_array(index))
+    answer = call(command, *more, *(("-json",) if json else ()))
+    assert answer.code == 0
+    assert answer.out.count(misnamed) == 1
+    if json:
+        assert any(misnamed in text for text in strict(answer.out)["warnings"])
+
+
+def test_a_folder_of_misnamed_images_alone_is_told_how_they_are_named(toy: Path, call: Call) -> None:
+    (toy / "labelsTr" / "case_0.nii.gz").unlink()
+    for path in list((toy / "imagesTr").iterdir()):
+        path.rename(path.with_name(path.name.replace("_0000", "")))
+    assert "found 3 files of imagesTr not named CASE_0000.nii.gz (for example case_0.nii.gz)" in (
+        call(cli.suggest, "-d", 501).error
+    )
