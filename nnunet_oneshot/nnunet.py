@@ -30,6 +30,8 @@ ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FINAL = "checkpoint_final.pth"
 DATA_OF = {"3d_cascade_fullres": ("3d_lowres", "3d_fullres")}
 """Configurations that train on the preprocessed data of others."""
+PREPROCESSING_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+"""As in nnUNetv2_plan_and_preprocess, which takes 4 for other configurations."""
 PREDICTION_BATCH = 32
 """Cases whose prediction shares nnU-Net's worker processes; the work that a kill can lose on a GPU."""
 
@@ -178,7 +180,7 @@ def _prepare(
         "plans": plans,
         "planning": planning,
         "configurations": missing,
-        "num_processes": num_processes or default_processes(),
+        "num_processes": num_processes or _workers(missing),
     }
     if missing:
         done = partial(_count, root("nnUNet_preprocessed") / name, f"{plans}_*/*.pkl")
@@ -187,6 +189,11 @@ def _prepare(
             run_job(job, _log(name), bar.update, {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "1"})
     for configuration in configurations:
         check_configuration(name, plans, configuration)
+
+
+def _workers(configurations: Sequence[str]) -> int:
+    """Processes of preprocessing: one a core, and no more than nnU-Net itself starts; each holds a case in memory."""
+    return min([default_processes(), *(PREPROCESSING_PROCESSES.get(c, 4) for c in configurations)])
 
 
 def results_folder(dataset: int | str, trainer: str, plans: str, configuration: str) -> Path:

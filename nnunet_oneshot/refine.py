@@ -17,7 +17,7 @@ from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_datas
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.nnunet import Fold
-from nnunet_oneshot.parallel import default_processes
+from nnunet_oneshot.parallel import default_processes, processes_on
 from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
@@ -182,7 +182,7 @@ def refine(
         check_sam2(plan.self_opinion, device)
     with store.lock("refine"):
         store.remove_leftovers()
-        work = _Work(store, raw, plan, device, num_processes or default_processes(), limits, plans is not None)
+        work = _Work(store, raw, plan, device, num_processes, limits, plans is not None)
         work.said += [*work.begin(), *work.take_up()]
         return work.result(work.rounds())
 
@@ -266,11 +266,15 @@ class _Work:
     raw: RawDataset
     plan: Plan
     device: str
-    processes: int
+    processes_asked: int | None
     limits: Limits
     plans_given: bool
     said: list[str] = field(default_factory=list)
     """What a person should know of this run, in words."""
+
+    @property
+    def processes(self) -> int:
+        return self.processes_asked or default_processes()
 
     @property
     def name(self) -> str:
@@ -474,7 +478,7 @@ class _Work:
 
     def _preprocess(self) -> None:
         """Full preprocessing where there is none; then whatever labels and images changed since."""
-        plan, arguments = self.plan, ([self.plan.configuration], self.processes)
+        plan, arguments = self.plan, ([self.plan.configuration], self.processes_asked)
         there = nnunet.plans_file(self.name, plan.plans).is_file()
         there = there and nnunet.preprocessed_folder(self.name, plan.plans, plan.configuration).is_dir()
         if not (self.record.is_done("preprocess") and there):
@@ -492,7 +496,8 @@ class _Work:
         chosen = self.plan.self_opinion
         if chosen is None:
             return None
-        return ask_sam2(self.raw, self.store, cases, predictions, number, chosen, self.device, self.processes)
+        processes = processes_on(self.device, self.processes_asked)
+        return ask_sam2(self.raw, self.store, cases, predictions, number, chosen, self.device, processes)
 
     def _label_added(self, number: int) -> None:
         """Images that were added get labels by the model of the round in force, where there is one."""
