@@ -140,6 +140,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-pred", type=Path, required=True, metavar="DIR", help="folder of labels to score")
     parser.add_argument("-djfile", type=Path, required=True, metavar="F", help="dataset.json")
     parser.add_argument("-o", type=Path, metavar="JSON", help="write all scores there")
+    add_processes(parser)
     add_json(parser)
     execute(parser, _do_evaluate, argv)
 
@@ -422,7 +423,8 @@ def _do_run(arguments: argparse.Namespace) -> Summary:
 
 def _do_evaluate(arguments: argparse.Namespace) -> Summary:
     module = importlib.import_module("nnunet_oneshot.evaluate")
-    result = module.evaluate(arguments.ref, arguments.pred, arguments.djfile, arguments.o)
+    processes = arguments.np or _function("parallel", "default_processes")()
+    result = module.evaluate(arguments.ref, arguments.pred, arguments.djfile, arguments.o, num_processes=processes)
     following = f"next: nnUNetv2_oneshot_report -d B -ref {arguments.ref}, which sets them beside estimated Dice"
     return {**result.to_json(), "lines": [module.format_table(result), "", following]}
 

@@ -394,3 +394,20 @@ def test_a_folder_of_misnamed_images_alone_is_told_how_they_are_named(toy: Path,
     assert "found 3 files of imagesTr not named CASE_0000.nii.gz (for example case_0.nii.gz)" in (
         call(cli.suggest, "-d", 501).error
     )
+
+
+def test_evaluate_scores_as_many_cases_at_once_as_are_asked_for(
+    toy: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ("-ref", toy / "labelsTr", "-pred", toy / "labelsTr", "-djfile", toy / "dataset.json")
+    seen: list[object] = []
+
+    def over_cases(function: Callable, items: list, *, processes: int, title: str) -> object:
+        seen.append(processes)
+        return map(function, items)
+
+    monkeypatch.setattr("nnunet_oneshot.evaluate.over_cases", over_cases)
+    monkeypatch.setattr("nnunet_oneshot.parallel.default_processes", lambda: 7)
+    for more in (("-np", 3), ()):
+        assert call(cli.evaluate, *folders, *more).code == 0
+    assert seen == [3, 7]
