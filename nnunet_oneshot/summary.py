@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nnunet_oneshot.command_line import has_gpu
 from nnunet_oneshot.dataset import find_raw_folder, open_dataset
 from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
+from nnunet_oneshot.refine_record import begun_plan, repeated_flags
 from nnunet_oneshot.store import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
@@ -198,8 +199,14 @@ def run_summary(result: RunResult) -> dict[str, Any]:
 def review_summary(result: Reviewed, dataset: int | str) -> dict[str, Any]:
     """Summary of `review`."""
     lines = ["", *table(("decision", "cases"), list(result.decisions.items()))]
-    lines += ["", f"next: nnUNetv2_oneshot_refine -d {dataset} -c CONFIG -rounds {result.round + 1}"]
+    lines += ["", f"next: nnUNetv2_oneshot_refine -d {dataset} {_as_begun(dataset)} -rounds {result.round + 1}"]
     return {"dataset": result.dataset, "round": result.round, "decisions": result.decisions, "lines": lines}
+
+
+def _as_begun(dataset: int | str) -> str:
+    """Flags that repeat the refinement that was begun; those of a first one where none was."""
+    plan = begun_plan(find_raw_folder(dataset))
+    return f"-c CONFIG{preset_here()}" if plan is None else repeated_flags(plan)
 
 
 def report_summary(page: Path, dataset: int | str) -> dict[str, Any]:
