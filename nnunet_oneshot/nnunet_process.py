@@ -31,7 +31,8 @@ _NO_MEMORY = (
     "background workers are no longer alive",
     "background worker is 6 feet under",
 )
-"""How Python, PyTorch, nnU-Net and the system say that memory is used up; workers that are gone were mostly killed."""
+"""How Python, PyTorch, nnU-Net and the system say that memory is used up. Workers that are gone may have ended for
+another reason, which the log then tells too."""
 _KILLED = -9
 _FEWER = {
     "prepare": "lower -np",
@@ -149,10 +150,8 @@ def _memory_advice(job: str, code: int, end: str) -> str:
     if code != _KILLED and not any(words in end for words in _NO_MEMORY):
         return ""
     if re.search(r"CUDA.*out of memory", end):
-        return (
-            ", most likely for lack of GPU memory: end what else uses the GPU, or train smaller plans (-preset small)"
-        )
-    return f", most likely for lack of memory: {_FEWER.get(job, 'lower -np')}, and run the same command again"
+        return " for lack of GPU memory: end what else uses the GPU, or train smaller plans (-preset small)"
+    return f", perhaps for lack of memory: {_FEWER.get(job, 'lower -np')}, and run the same command again"
 
 
 def _raise_where_full(log: Path, end: str) -> None:

@@ -32,7 +32,7 @@ def processes_on(device: str, asked: int | None) -> int:
     """How many processes share a device: those asked for, else one a core, and no more than two a CUDA device."""
     if asked:
         return asked
-    # Each holds weights, features and a CUDA context of its own, and two keep the GPU busy.
+    # Each holds weights, features and a CUDA context of its own in the GPU's memory.
     return min(GPU_PROCESSES, default_processes()) if device.startswith("cuda") else default_processes()
 
 
