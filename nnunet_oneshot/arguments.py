@@ -98,13 +98,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "-preset",
         choices=("default", "small", "tiny"),
         default="default",
-        help="small: what two CPU cores can train; tiny: for a try (default: %(default)s)",
+        help="default: nnU-Net's own length, rounds + 1 trainings of 1000 epochs, for a GPU; small: what two CPU cores "
+        "can train, 30 short epochs each; tiny: for a try (default: %(default)s)",
     )
 
 
 def _add_rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-rounds", type=int, default=1, metavar="N", help="rounds of relabelling, at most (default: %(default)s)"
+        "-rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rounds of relabelling, at most; rounds + 1 trainings of 1000 epochs (preset default) are made "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "-num_folds",
@@ -161,7 +167,12 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def add_work(parser: argparse.ArgumentParser) -> None:
     add_processes(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the output dataset if it exists")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the output dataset if it exists; where it was trained on, move its models out of nnUNet_results "
+        "first",
+    )
     add_json(parser)
 
 
@@ -172,7 +183,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-np", type=int, metavar="N", help="cases at once (default: the processor count)")
+    parser.add_argument(
+        "-np",
+        type=int,
+        metavar="N",
+        help="cases at once (default: the processor count; on a CUDA device 2; "
+        "nnU-Net preprocesses at most 8, or 4 of 3d_fullres)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ def write_annotated_only(dataset: int | str, output: int) -> Path:
 
 
 def train_annotated_only(
-    dataset: int | str, output: int, configuration: str, *, preset: str, device: str, num_processes: int
+    dataset: int | str, output: int, configuration: str, *, preset: str, device: str, num_processes: int | None
 ) -> Plan:
     """Train the preset's stock trainer on the annotated cases alone; returns what was trained."""
     name = write_annotated_only(dataset, output).name

@@ -44,7 +44,7 @@ def check_for_propagation(dataset: RawDataset) -> list[str]:
             f"{', '.join(empty)}; annotate a case that shows the structures"
         )
     told = [f"annotated case {name} has no foreground; it teaches what background looks like" for name in empty]
-    return [*told, *_missing_classes(dataset, shown, partly)]
+    return [*dataset.warnings, *told, *_missing_classes(dataset, shown, partly)]
 
 
 def _missing_classes(dataset: RawDataset, shown: Mapping[str, set[int]], partly: Collection[str]) -> list[str]:

@@ -140,6 +140,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-pred", type=Path, required=True, metavar="DIR", help="folder of labels to score")
     parser.add_argument("-djfile", type=Path, required=True, metavar="F", help="dataset.json")
     parser.add_argument("-o", type=Path, metavar="JSON", help="write all scores there")
+    add_processes(parser)
     add_json(parser)
     execute(parser, _do_evaluate, argv)
 
@@ -187,8 +188,8 @@ def export(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-d", required=True, metavar="B", help="id or name of the dataset the model was trained on")
     parser.add_argument("-c", required=True, metavar="CONFIG", help="its nnU-Net configuration")
     parser.add_argument("-o", type=Path, required=True, metavar="ZIP", help="file to write; must not exist")
-    parser.add_argument("-tr", metavar="TRAINER", help="trainer, where several models fit")
-    parser.add_argument("-p", metavar="PLANS", help="plans, where several models fit")
+    parser.add_argument("-tr", metavar="TRAINER", help="trainer, where several models fit (default: refine's)")
+    parser.add_argument("-p", metavar="PLANS", help="plans, where several models fit (default: refine's)")
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds (default: all, else the numbered ones trained)")
     parser.add_argument("--container", type=Path, metavar="DIR", help="also write a challenge container's folder")
     add_json(parser)
@@ -284,14 +285,26 @@ def _do_suggest(arguments: argparse.Namespace) -> Summary:
     rows = [module.as_row(row) for row in found.rows]
     cells = [["" if value is None else value for value in row.values()] for row in rows]
     table = _function("summary", "table")(module.COLUMNS, cells)
+    warnings = _dataset_warnings(arguments.d)
     lines = [
+        *_as_lines(warnings),
         "",
         *table,
         "",
         f"of {found.cases} cases; slices count from 0; written: {found.folder}/suggest.csv and .png",
         _after_suggest(arguments, any(row["doubt"] is not None for row in rows)),
     ]
-    return {"suggestions": rows, "cases": found.cases, "folder": str(found.folder), "lines": lines}
+    figures = {"suggestions": rows, "cases": found.cases, "folder": str(found.folder), "warnings": warnings}
+    return {**figures, "lines": lines}
+
+
+def _dataset_warnings(dataset: str) -> list[str]:
+    warnings: list[str] = _function("dataset", "open_dataset")(dataset).warnings
+    return warnings
+
+
+def _as_lines(warnings: Sequence[str]) -> list[str]:
+    return [f"warning: {text}" for text in warnings]
 
 
 def _after_suggest(arguments: argparse.Namespace, after_a_round: bool) -> str:
@@ -307,7 +320,8 @@ def _do_make_sparse(arguments: argparse.Namespace) -> Summary:
     rows = [(s.case, s.axis, " ".join(map(str, s.slices)), ", ".join(s.missing)) for s in made]
     table = _function("summary", "table")(("case", "axis", "slices", "missing classes"), rows)
     warnings = [f"warning: {s.case} misses {', '.join(s.missing)}; {s.advice}" for s in made if s.missing]
-    run = f"next: nnUNetv2_oneshot_run -d {arguments.d} -o B -c CONFIG -propagator correspondence sam2"
+    small = _function("summary", "preset_here")()
+    run = f"next: nnUNetv2_oneshot_run -d {arguments.d} -o B -c CONFIG{small} -propagator correspondence sam2"
     return {"cases": [vars(s) for s in made], "lines": ["", *table, *warnings, "", run]}
 
 
@@ -363,18 +377,36 @@ def _do_consensus(arguments: argparse.Namespace) -> Summary:
     manifest = _function("consensus")(
         arguments.d, arguments.o, arguments.i, num_processes=arguments.np, overwrite=arguments.overwrite
     )
-    return _function("summary", "manifest_summary")(manifest, arguments.o)
+    summary, warnings = _function("summary", "manifest_summary")(manifest, arguments.o), _dataset_warnings(arguments.d)
+    return {**summary, "warnings": warnings, "lines": [*_as_lines(warnings), *summary["lines"]]}
+
+
+def _say_device(arguments: argparse.Namespace) -> None:
+    """Say what trains, at once; and of nnU-Net's own 1000 epochs on a CPU that nobody named, what to do instead."""
+    found = not arguments.device_typed and arguments.device == "cpu"
+    why = " (no GPU was found)" if found else "" if arguments.device_typed else " (found; -device chooses)"
+    print(f"device: {arguments.device}{why}", file=sys.stderr, flush=True)
+    if found and arguments.preset == "default" and _function("settings", "schedule_of")(arguments.tr or "") is None:
+        warning = (
+            "trainings of 1000 epochs (-preset default) are for a GPU and may take weeks here; stop this and add "
+            "-preset small, which two CPU cores can train"
+        )
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _do_refine(arguments: argparse.Namespace) -> Summary:
-    result = _function("refine")(
+    refine = _function("refine")
+    _say_device(arguments)
+    result = refine(
         arguments.d, arguments.c, **_training_options(arguments), device=arguments.device, num_processes=arguments.np
     )
     return _function("summary", "refinement_summary")(result)
 
 
 def _do_run(arguments: argparse.Namespace) -> Summary:
-    result = _function("run")(
+    run = _function("run")
+    _say_device(arguments)
+    result = run(
         arguments.d,
         arguments.o,
         arguments.c,
@@ -392,7 +424,8 @@ def _do_run(arguments: argparse.Namespace) -> Summary:
 
 def _do_evaluate(arguments: argparse.Namespace) -> Summary:
     module = importlib.import_module("nnunet_oneshot.evaluate")
-    result = module.evaluate(arguments.ref, arguments.pred, arguments.djfile, arguments.o)
+    processes = arguments.np or _function("parallel", "default_processes")()
+    result = module.evaluate(arguments.ref, arguments.pred, arguments.djfile, arguments.o, num_processes=processes)
     following = f"next: nnUNetv2_oneshot_report -d B -ref {arguments.ref}, which sets them beside estimated Dice"
     return {**result.to_json(), "lines": [module.format_table(result), "", following]}
 

@@ -28,8 +28,7 @@ _INTERRUPTED = "interrupted; run the same command again to go on from where it s
 def execute(parser: argparse.ArgumentParser, command: Command, argv: Sequence[str] | None) -> None:
     """Parse the arguments (those of the process when None), run the command and print its summary."""
     arguments = parser.parse_args(argv)
-    if getattr(arguments, "device", "cpu") is None:
-        arguments.device = _best_device()
+    _choose_device(arguments)
     try:
         with _only_errors_printed() if arguments.json else contextlib.nullcontext():
             summary = command(arguments)
@@ -83,6 +82,18 @@ def _only_errors_printed() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that commands would choose by themselves."""
+    return _best_device() != "cpu"
+
+
+def _choose_device(arguments: argparse.Namespace) -> None:
+    """The best device where nobody named one; `device_typed` tells which it was."""
+    arguments.device_typed = getattr(arguments, "device", None) is not None
+    if not arguments.device_typed and "device" in arguments:
+        arguments.device = _best_device()
 
 
 def _best_device() -> str:

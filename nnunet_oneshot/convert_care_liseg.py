@@ -137,8 +137,13 @@ def _find(root: Path) -> tuple[list[Volume], list[str]]:
             f"expected Vendor_X/NUMBER-X-STAGE/GED4.nii.gz and the like below {root}, found {len(files)} files and "
             "none of that kind; give the unpacked LiQA_training_data folder"
         )
-    strange = [path for path, volume in volumes if volume is None and path.name.lower().endswith(_ENDINGS)]
+    unknown = [path for path, volume in volumes if volume is None]
+    strange = [path for path in unknown if path.name.lower().endswith(_ENDINGS)]
+    others = [path for path in unknown if not path.name.lower().endswith(_ENDINGS)]
     notes = [f"not understood and passed over: {path.relative_to(root)}" for path in strange]
+    if others:
+        count = f"{len(others)} other file{'s' if len(others) > 1 else ''}"
+        notes.append(f"{count} passed over (for example {others[0].relative_to(root)})")
     chosen, several = _one_each(known)
     return chosen, notes + several
 

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnunet_oneshot.errors import OneShotError
@@ -56,12 +57,14 @@ class RawDataset:
         json: content of dataset.json (read-only).
         cases: all cases of imagesTr and imagesUn, sorted by name.
         reader: nnU-Net's reader/writer class for the dataset's files.
+        passed_over: files beside the images whose names are no channel's, as `imagesTr/patient7.nii.gz`.
     """
 
     folder: Path
     json: Mapping[str, Any] = field(repr=False)
     cases: tuple[Case, ...] = field(repr=False)
     reader: type[BaseReaderWriter]
+    passed_over: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
@@ -82,6 +85,12 @@ class RawDataset:
     def ignore(self) -> int | None:
         """Value of the ignore label, or None where the dataset declares none."""
         return self.json["labels"].get(IGNORE)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the folder: images that nobody will read."""
+        said = _misnamed(self.passed_over, self.file_ending)
+        return [f"{said} passed over; rename what are images"] if said else []
 
     def drawn_over(self, human: LabelVolume, label: LabelVolume) -> LabelVolume:
         """A label with a person's in its place but where that is the ignore label, int16 (Z, Y, X)."""
@@ -189,10 +198,13 @@ def open_dataset(dataset: int | str) -> RawDataset:
     folder = find_raw_folder(dataset)
     content = _read_json(folder)
     _check_labels(folder, content["labels"], content.get("regions_class_order"))
-    cases = _listed_cases(folder, content) if "dataset" in content else _found_cases(folder, content)
+    listed = "dataset" in content
+    cases = _listed_cases(folder, content) if listed else _found_cases(folder, content)
+    others = () if listed else _other_files(folder, content["file_ending"])
     if not cases:
-        raise OneShotError(f"{folder}: expected images in imagesTr, found none; put CASE_0000 files there")
-    return RawDataset(folder, content, cases, _reader(content, cases[0].images[0]))
+        found = _misnamed(others, content["file_ending"]) or "none"
+        raise OneShotError(f"{folder}: expected images in imagesTr, found {found}; put CASE_0000 files there")
+    return RawDataset(folder, content, cases, _reader(content, cases[0].images[0]), others)
 
 
 def raw_root() -> Path:
@@ -327,10 +339,22 @@ def _check_channels(images: Mapping[str, Mapping[int, Path]], content: Mapping[s
     channels = len(content["channel_names"])
     for name, files in images.items():
         if missing := sorted(set(range(channels)) - set(files)):
-            raise OneShotError(
-                f"case {name}: expected {channels} channel files, found no "
-                f"{name}_{missing[0]:04d}{content['file_ending']}; add the missing channel"
-            )
+            absent = f"{name}_{missing[0]:04d}{content['file_ending']}"
+            alone = files[0] if set(files) == {0} else None
+            raise OneShotError(f"case {name}: {_channels_said(content, channels, absent, alone)}")
+
+
+def _channels_said(content: Mapping[str, Any], channels: int, absent: str, alone: Path | None) -> str:
+    """What is wrong with a case's channels: `absent` is missing beside others, or its one file holds another number."""
+    if alone is None:
+        return f"expected {channels} channel files, found no {absent}; add the missing channel"
+    held, picture = _held_channels(content, alone), content["file_ending"] in NaturalImage2DIO.supported_file_endings
+    expected = f"expected {channels} channels, as many as dataset.json names"
+    if held == 1:
+        found = f"found 1 channel in {alone} and no {absent}"
+        return f"{expected}, {found}; add the missing channel{', save the picture in colour' if picture else ''}"
+    alpha = " (RGBA? save it without alpha)" if picture and held == 4 else ""
+    return f"{expected}, found {held} channels in {alone}{alpha}; correct the file or channel_names"
 
 
 def _one_file_holds_all(images: Mapping[str, Mapping[int, Path]], content: Mapping[str, Any]) -> bool:
@@ -338,7 +362,12 @@ def _one_file_holds_all(images: Mapping[str, Mapping[int, Path]], content: Mappi
     if len(content["channel_names"]) == 1 or not images or any(set(files) != {0} for files in images.values()):
         return False
     first = next(iter(images.values()))[0]
-    return _read_files(_reader(content, first), [str(first)])[0].shape[0] == len(content["channel_names"])
+    return _held_channels(content, first) == len(content["channel_names"])
+
+
+def _held_channels(content: Mapping[str, Any], file: Path) -> int:
+    """How many channels one file holds."""
+    return int(_read_files(_reader(content, file), [str(file)])[0].shape[0])
 
 
 def _reader(content: Mapping[str, Any], example: Path) -> type[BaseReaderWriter]:
@@ -371,12 +400,35 @@ def _read_files(reader: type[BaseReaderWriter], names: list[str], label: bool = 
 
 
 def _channel_files(folder: Path, ending: str) -> dict[str, dict[int, Path]]:
-    pattern = re.compile(r"(.+)_(\d{4})" + re.escape(ending))
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := pattern.fullmatch(path.name):
+        if match := _channel_name(ending).fullmatch(path.name):
             found.setdefault(match.group(1), {})[int(match.group(2))] = path
     return found
+
+
+def _channel_name(ending: str) -> re.Pattern[str]:
+    return re.compile(r"(.+)_(\d{4})" + re.escape(ending))
+
+
+def _other_files(folder: Path, ending: str) -> tuple[str, ...]:
+    """Files beside the images that no case takes, but for hidden ones and the spacing that lies beside .tif files."""
+    beside = [path for sub in IMAGE_FOLDERS if (folder / sub).is_dir() for path in sorted((folder / sub).iterdir())]
+    return tuple(
+        f"{path.parent.name}/{path.name}"
+        for path in beside
+        if not (_channel_name(ending).fullmatch(path.name) or path.name.startswith(".") or path.suffix == ".json")
+        and path.is_file()
+    )
+
+
+def _misnamed(files: Sequence[str], ending: str) -> str:
+    """What files that are no case's are, as `2 files of imagesTr not named ...`; empty where there are none."""
+    if not files:
+        return ""
+    folders = " and ".join(dict.fromkeys(name.split("/")[0] for name in files))
+    count = f"{len(files)} file{'s' if len(files) > 1 else ''} of {folders} not named CASE_0000{ending}"
+    return f"{count} (for example {files[0].split('/')[1]})"
 
 
 def _label_files(folder: Path, ending: str, known: Mapping[str, object]) -> dict[str, Path]:

@@ -76,10 +76,10 @@ def demo(
             CONFIGURATION,
             options=PropagatorOptions(device=device),
             training={"preset": preset, "rounds": 1},
-            num_processes=processes,
+            num_processes=num_processes,
         )
         alone = train_annotated_only(
-            SOURCE, ALONE, CONFIGURATION, preset=preset, device=device, num_processes=processes
+            SOURCE, ALONE, CONFIGURATION, preset=preset, device=device, num_processes=num_processes
         )
         store, raw = open_store(OUTPUT)
         rows = (

@@ -10,9 +10,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,11 @@ import numpy.typing as npt
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from tqdm import tqdm
 
 from nnunet_oneshot.dataset import READ_ERRORS
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.metrics import METRICS, UNITS, Interval, Scores, bootstrap, nan_mean, score
+from nnunet_oneshot.parallel import over_cases
 
 SCHEMA = 1
 FOREGROUND = "foreground"
@@ -233,11 +231,14 @@ def _cases_in(folder: Path, file_ending: str) -> set[str]:
 
 
 def _run(jobs: Sequence[_Job], num_processes: int) -> list[list[Scores]]:
-    bar = {"total": len(jobs), "desc": "evaluate", "unit": "case", "disable": None}
-    if num_processes < 2:
-        return [_score_case(job) for job in tqdm(jobs, **bar)]
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        return list(tqdm(pool.map(_score_case, jobs), **bar))
+    numbered = list(enumerate(jobs))
+    scored = dict(over_cases(_score_numbered, numbered, processes=num_processes, title="evaluate"))
+    return [scored[number] for number, _ in numbered]
+
+
+def _score_numbered(numbered: tuple[int, _Job]) -> tuple[int, list[Scores]]:
+    """They end in any order."""
+    return numbered[0], _score_case(numbered[1])
 
 
 def _score_case(job: _Job) -> list[Scores]:

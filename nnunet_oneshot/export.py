@@ -29,7 +29,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
-from nnunet_oneshot.refine_record import begun_plan
+from nnunet_oneshot.refine_record import Plan, begun_plan
 
 STOCK_TRAINER = "nnUNetTrainer"
 CHECKPOINT = "checkpoint_final.pth"
@@ -102,7 +102,8 @@ def export(
         dataset: id or name of the dataset it was trained on.
         configuration: for example "3d_fullres"; a cascade takes its low-resolution model along.
         output_zip: file to write; must not exist.
-        trainer, plans: of the model; may be None when there is only one model of that configuration.
+        trainer, plans: of the model; may be None when there is only one model of that configuration, or one that a
+            refinement made.
         folds: None takes those of the refinement that made it; of a model that none made `fold_all` where there is
             one and else all numbered folds that are trained.
         container: folder to write a Dockerfile, run script, README, self-test and model to; must be empty or absent.
@@ -157,7 +158,7 @@ def _dataset_folder(dataset: int | str) -> Path:
 def _find_model(
     dataset: Path, configuration: str, trainer: str | None, plans: str | None, folds: Sequence[int | str] | None
 ) -> _Model:
-    """The one model that fits."""
+    """The one model that fits; of several, the one that a refinement made."""
     parts = [(p, p.name.split("__")) for p in sorted(dataset.iterdir()) if p.name.count("__") == 2]
     fitting = [
         (folder, t, p)
@@ -168,21 +169,26 @@ def _find_model(
         there = ", ".join(folder.name for folder, _ in parts) or "no model at all"
         wanted = f"{trainer or 'TRAINER'}__{plans or 'PLANS'}__{configuration}"
         raise OneShotError(f"expected a finished training {wanted} in {dataset}, found {there}; train first")
-    if len(fitting) > 1:
+    plan = _refinement(dataset.name)
+    refined = [
+        entry
+        for entry in fitting
+        if plan and (*entry[1:], configuration) == (plan.trainer, plan.plans, plan.configuration)
+    ]
+    if len(fitting) > 1 and not refined:
         names = ", ".join(folder.name for folder, _, _ in fitting)
         raise OneShotError(f"expected one model of {configuration}, found {names}; choose by -tr and -p")
-    folder, found_trainer, found_plans = fitting[0]
-    planned = _refined_folds(dataset.name, (found_trainer, found_plans, configuration))
+    folder, found_trainer, found_plans = (refined or fitting)[0]
+    planned = plan.folds if plan and refined else None
     return _Model(
         folder, found_trainer, found_plans, configuration, _choose_folds(folder, planned if folds is None else folds)
     )
 
 
-def _refined_folds(dataset: str, model: tuple[str, str, str]) -> Sequence[int | str] | None:
-    """The folds that a refinement trains; None where the labels are not on this machine or trained no such model."""
+def _refinement(dataset: str) -> Plan | None:
+    """What a refinement of that dataset trains; None where none was begun or the labels are not on this machine."""
     root = os.environ.get("nnUNet_raw")
-    plan = begun_plan(Path(root) / dataset) if root else None
-    return plan.folds if plan is not None and (plan.trainer, plan.plans, plan.configuration) == model else None
+    return begun_plan(Path(root) / dataset) if root else None
 
 
 def _finished_folds(folder: Path) -> list[str]:

@@ -6,16 +6,21 @@ where the disk is full. Every function is resumable: what is whole already is no
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+import _nnunet_oneshot_path
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.nnunet_process import STAGING, Epochs, Progress, run_job, training_environment
 from nnunet_oneshot.parallel import default_processes
@@ -25,6 +30,8 @@ ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FINAL = "checkpoint_final.pth"
 DATA_OF = {"3d_cascade_fullres": ("3d_lowres", "3d_fullres")}
 """Configurations that train on the preprocessed data of others."""
+PREPROCESSING_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+"""As in nnUNetv2_plan_and_preprocess, which takes 4 for other configurations."""
 PREDICTION_BATCH = 32
 """Cases whose prediction shares nnU-Net's worker processes; the work that a kill can lose on a GPU."""
 
@@ -84,6 +91,22 @@ def check_configuration(dataset: int | str, plans: str, configuration: str) -> N
             f"expected configuration '{configuration}' in plans '{plans}' of {dataset_name(dataset)}, "
             f"found {', '.join(found)}; choose one of these with -c"
         )
+
+
+def check_trainer_name(trainer: str) -> None:
+    """OneShotError where nnU-Net's own search finds no trainer of that name."""
+    _nnunet_oneshot_path.register()
+    try:
+        # The search prints what it looks at, and imports modules that warn of what they import.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            recursive_find_trainer_class_by_name(trainer)
+    except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+        why = f" ({error})" if isinstance(error, ImportError) else ""
+        raise OneShotError(
+            f"expected a trainer that nnU-Net finds, its own, one of ours or one in a folder of nnUNet_extTrainer, "
+            f"found none called '{trainer}'{why}; correct -tr or nnUNet_extTrainer"
+        ) from error
 
 
 def preprocessed_folder(dataset: int | str, plans: str, configuration: str) -> Path:
@@ -157,7 +180,7 @@ def _prepare(
         "plans": plans,
         "planning": planning,
         "configurations": missing,
-        "num_processes": num_processes or default_processes(),
+        "num_processes": num_processes or _workers(missing),
     }
     if missing:
         done = partial(_count, root("nnUNet_preprocessed") / name, f"{plans}_*/*.pkl")
@@ -166,6 +189,11 @@ def _prepare(
             run_job(job, _log(name), bar.update, {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "1"})
     for configuration in configurations:
         check_configuration(name, plans, configuration)
+
+
+def _workers(configurations: Sequence[str]) -> int:
+    """Processes of preprocessing: one a core, and no more than nnU-Net itself starts; each holds a case in memory."""
+    return min([default_processes(), *(PREPROCESSING_PROCESSES.get(c, 4) for c in configurations)])
 
 
 def results_folder(dataset: int | str, trainer: str, plans: str, configuration: str) -> Path:

@@ -21,6 +21,24 @@ from nnunet_oneshot.errors import DISK_FULL, NnunetFailureError, OneShotError
 from nnunet_oneshot.parallel import default_processes, progress_bar
 
 _POLL_SECONDS = 0.3
+_NO_MEMORY = (
+    "out of memory",
+    "MemoryError",
+    "Cannot allocate memory",
+    "not enough memory",
+    "Killed",
+    "BrokenProcessPool",
+    "background workers are no longer alive",
+    "background worker is 6 feet under",
+)
+"""How Python, PyTorch, nnU-Net and the system say that memory is used up. Workers that are gone may have ended for
+another reason, which the log then tells too."""
+_KILLED = -9
+_FEWER = {
+    "prepare": "lower -np",
+    "train": "lower the environment variable nnUNet_n_proc_DA (processes that augment)",
+    "predict": "lower the environment variable nnUNet_def_n_proc (processes that read and write)",
+}
 USER_ERROR = "bad input: "
 """What a job prints before the sentence about a mistake of the user."""
 STAGING = ".unfinished"
@@ -123,7 +141,17 @@ def run_job(
         if process.returncode == 2 and found:
             raise OneShotError(sentence.splitlines()[0])
         _raise_where_full(log, end)
-        raise NnunetFailureError(f"nnU-Net failed to {job['job']}; the end of {log}:\n{end}")
+        advice = _memory_advice(job["job"], process.returncode, end)
+        raise NnunetFailureError(f"nnU-Net failed to {job['job']}{advice}; the end of {log}:\n{end}")
+
+
+def _memory_advice(job: str, code: int, end: str) -> str:
+    """What to do where memory seems to have run out; empty elsewhere."""
+    if code != _KILLED and not any(words in end for words in _NO_MEMORY):
+        return ""
+    if re.search(r"CUDA.*out of memory", end):
+        return " for lack of GPU memory: end what else uses the GPU, or train smaller plans (-preset small)"
+    return f", perhaps for lack of memory: {_FEWER.get(job, 'lower -np')}, and run the same command again"
 
 
 def _raise_where_full(log: Path, end: str) -> None:

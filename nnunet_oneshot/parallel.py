@@ -20,11 +20,20 @@ from nnunet_oneshot.errors import OneShotError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LOOK_SECONDS = 0.5
+GPU_PROCESSES = 2
 
 
 def default_processes() -> int:
     """The processor count this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes_on(device: str, asked: int | None) -> int:
+    """How many processes share a device: those asked for, else one a core, and no more than two a CUDA device."""
+    if asked:
+        return asked
+    # Each holds weights, features and a CUDA context of its own in the GPU's memory.
+    return min(GPU_PROCESSES, default_processes()) if device.startswith("cuda") else default_processes()
 
 
 def progress_bar(title: str, total: int | None, unit: str = "it") -> tqdm[Any]:

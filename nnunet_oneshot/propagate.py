@@ -17,7 +17,7 @@ from nnunet_oneshot.consensus import build
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import LABEL_SUMS, create_output, differences
-from nnunet_oneshot.parallel import advance, default_processes, over_cases, show
+from nnunet_oneshot.parallel import advance, default_processes, over_cases, processes_on, show
 from nnunet_oneshot.prompting import CarriedLabels, RegisteredLabels
 from nnunet_oneshot.propagators import (
     DEFAULT,
@@ -93,7 +93,7 @@ def propagate(
         propagators: their names; all their views are fused.
         views: names of views to use; each propagator's default ones when None.
         options: how propagators are set up.
-        num_processes: cases labelled at once; the processor count when None.
+        num_processes: cases labelled at once; the processor count when None, of propagators on a CUDA device two.
         num_parts: shards the cases are dealt out to; the last one to finish fuses.
         part_id: this shard, from 0.
         overwrite: replace an output dataset that exists.
@@ -132,7 +132,10 @@ def propagate(
             # Relays carry their labels back by themselves, and registration's are in these.
             reverse = options.reverse_check and name in REVERSIBLE and "relay" not in made
             job = Job(raw, store, made[name], chosen[name], reverse)
-            preparation += carry(job, _share(job, made, patients, (num_parts, part_id)), processes)
+            # The others work on the CPU.
+            by_device = name in ("sam2", "correspondence")
+            workers = processes_on(options.device, num_processes) if by_device else processes
+            preparation += carry(job, _share(job, made, patients, (num_parts, part_id)), workers)
         whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
         # Where two are as deep in what they say, the first is believed, which redraws what the others carried.
         sources = {name: describe(made[name], options) for name in sorted(made, key=_turn, reverse=True)}

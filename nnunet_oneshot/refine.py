@@ -17,7 +17,7 @@ from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_datas
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import regate, take_over
 from nnunet_oneshot.nnunet import Fold
-from nnunet_oneshot.parallel import default_processes
+from nnunet_oneshot.parallel import default_processes, processes_on
 from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
@@ -164,6 +164,7 @@ def refine(
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
     check_arguments(
         configuration,
+        trainer=trainer,
         rounds=rounds,
         min_quality=min_quality,
         num_folds=num_folds,
@@ -182,7 +183,7 @@ def refine(
         check_sam2(plan.self_opinion, device)
     with store.lock("refine"):
         store.remove_leftovers()
-        work = _Work(store, raw, plan, device, num_processes or default_processes(), limits, plans is not None)
+        work = _Work(store, raw, plan, device, num_processes, limits, plans is not None)
         work.said += [*why_none(store, self_opinion), *work.begin(), *work.take_up()]
         return work.result(work.rounds())
 
@@ -208,6 +209,7 @@ def check_no_results(dataset: str, plan: Plan) -> None:
 def check_arguments(
     configuration: str,
     *,
+    trainer: str | None = None,
     rounds: int = 1,
     min_quality: float = MIN_QUALITY,
     num_folds: int = 1,
@@ -231,6 +233,8 @@ def check_arguments(
             f"expected a configuration of one stage (2d, 3d_fullres, 3d_lowres), found {configuration}; train the "
             "cascade by nnU-Net's own commands on the labels in force"
         )
+    if trainer is not None:
+        nnunet.check_trainer_name(trainer)
 
 
 def open_store(dataset: int | str, grown: bool = False) -> tuple[Store, RawDataset]:
@@ -263,11 +267,15 @@ class _Work:
     raw: RawDataset
     plan: Plan
     device: str
-    processes: int
+    processes_asked: int | None
     limits: Limits
     plans_given: bool
     said: list[str] = field(default_factory=list)
     """What a person should know of this run, in words."""
+
+    @property
+    def processes(self) -> int:
+        return self.processes_asked or default_processes()
 
     @property
     def name(self) -> str:
@@ -475,7 +483,7 @@ class _Work:
 
     def _preprocess(self) -> None:
         """Full preprocessing where there is none; then whatever labels and images changed since."""
-        plan, arguments = self.plan, ([self.plan.configuration], self.processes)
+        plan, arguments = self.plan, ([self.plan.configuration], self.processes_asked)
         there = nnunet.plans_file(self.name, plan.plans).is_file()
         there = there and nnunet.preprocessed_folder(self.name, plan.plans, plan.configuration).is_dir()
         if not (self.record.is_done("preprocess") and there):
@@ -493,7 +501,8 @@ class _Work:
         chosen = self.plan.self_opinion
         if chosen is None:
             return None
-        return ask_sam2(self.raw, self.store, cases, predictions, number, chosen, self.device, self.processes)
+        processes = processes_on(self.device, self.processes_asked)
+        return ask_sam2(self.raw, self.store, cases, predictions, number, chosen, self.device, processes)
 
     def _label_added(self, number: int) -> None:
         """Images that were added get labels by the model of the round in force, where there is one."""

@@ -33,8 +33,8 @@ class Models:
         if there:
             names = ", ".join(sorted(path.relative_to(self.folder).as_posix() for path in there))
             raise OneShotError(
-                f"expected no earlier results in {self.folder}, found {names}, which this dataset's labels did not "
-                "make; move or remove them"
+                f"expected no earlier results in {self.folder}, found {names}, which were not trained on the labels "
+                "that are, or by --overwrite will be, there; move them out of nnUNet_results or remove them"
             )
 
     def can_start_warm(self, number: int) -> bool:

@@ -60,6 +60,39 @@ def make_plan(
     return Plan(configuration, trainer or chosen.trainer(), plans or chosen.plans, preset, **more)
 
 
+def flags_of(plan: Plan) -> dict[str, str]:
+    """What to type for a plan, by flag, without a preset's own trainer and plans and without switches that are off."""
+    own = make_plan(plan.configuration, preset=plan.preset)
+    typed = {"-c": plan.configuration, "-preset": plan.preset}
+    typed |= {"-tr": plan.trainer} if plan.trainer != own.trainer else {}
+    typed |= {"-p": plan.plans} if plan.plans != own.plans else {}
+    typed |= {"-num_folds": str(plan.num_folds), "-min_margin": f"{plan.min_margin:g}"}
+    typed |= {"-self_opinion": plan.self_opinion or "none"}
+    switches = {"--from_scratch": not plan.warm_start, "--weight_by_quality": plan.weight_by_quality}
+    return typed | {flag: "" for flag, on in switches.items() if on}
+
+
+def repeated_flags(plan: Plan) -> str:
+    """What a command must be told to go on with a plan, beside its dataset and rounds.
+
+    Second opinions and weights to begin with are taken from the record where nobody names them.
+    """
+    defaults = flags_of(make_plan(plan.configuration)) | {"-c": ""}
+    asked = {flag: value for flag, value in flags_of(plan).items() if defaults.get(flag) != value}
+    return " ".join(_typed(asked, flag) for flag in asked if flag not in ("-self_opinion", "--from_scratch"))
+
+
+def _differences(begun: Plan, plan: Plan) -> tuple[str, str]:
+    """The flags in which two plans differ, as each has them."""
+    before, now = flags_of(begun), flags_of(plan)
+    differing = [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]
+    return ", ".join(_typed(before, f) for f in differing), ", ".join(_typed(now, f) for f in differing)
+
+
+def _typed(flags: Mapping[str, str], flag: str) -> str:
+    return f"{flag} {flags[flag]}".strip() if flag in flags else f"no {flag}"
+
+
 def begun_plan(folder: Path) -> Plan | None:
     """What the refinement of a pseudo-label dataset's folder trains, None where none was begun."""
     if not _path(folder).is_file():
@@ -97,9 +130,10 @@ class Record:
             self._store.write_json({"plan": asdict(plan), "done": {}, "labels": {}}, self.path)
             return True
         if begun != plan:
+            expected, found = _differences(begun, plan)
             raise OneShotError(
-                f"{self._store.folder.name}: expected the refinement that was begun there, {asdict(begun)}, "
-                f"found {asdict(plan)}; repeat those settings or make another dataset"
+                f"{self._store.folder.name}: expected the refinement that was begun there, {expected}, found {found}; "
+                "repeat those settings, or make another dataset for new ones"
             )
         return False
 

@@ -14,6 +14,8 @@ from nnunet_oneshot.output import find_output
 from nnunet_oneshot.propagate import PropagatorOptions, check_repeated, propagate
 from nnunet_oneshot.propagators import DEFAULT
 from nnunet_oneshot.refine import Refinement, check_arguments, check_no_results, make_plan, open_store, refine
+from nnunet_oneshot.run_checks import check_training
+from nnunet_oneshot.second_opinion import AS_BEFORE
 from nnunet_oneshot.store import Manifest, Store
 
 
@@ -62,12 +64,23 @@ def run(
     training, options = dict(training or {}), options or PropagatorOptions()
     # Better to say so before hours of labelling and training than after.
     check_arguments(configuration, **training)
+    raw = open_dataset(dataset)
     store, warnings = find_output(dataset, output), []
     if reference is not None:
-        _scored_cases(open_dataset(dataset), reference)
+        _scored_cases(raw, reference)
     if overwrite or not store.manifest_path.is_file():
         named = {key: training[key] for key in ("trainer", "plans", "preset", "num_folds") if key in training}
         plan = make_plan(configuration, **named)
+        check_training(
+            raw,
+            store,
+            configuration,
+            plan.plans,
+            plans_given=training.get("plans") is not None,
+            self_opinion=training.get("self_opinion", AS_BEFORE),
+            device=options.device,
+            overwrite=overwrite,
+        )
         # New labels make a new model.
         check_no_results(store.folder.name, plan)
         labelled = propagate(
@@ -82,7 +95,7 @@ def run(
         )
         warnings = labelled.warnings
     else:
-        check_repeated(open_dataset(dataset), store, propagators, views, options, same_patient)
+        check_repeated(raw, store, propagators, views, options, same_patient)
     refinement = refine(output, configuration, **training, device=options.device, num_processes=num_processes)
     store, raw = open_store(output)
     result = RunResult(store.read_manifest(), refinement, warnings=warnings)

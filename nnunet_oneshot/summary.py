@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from nnunet_oneshot.command_line import has_gpu
 from nnunet_oneshot.dataset import find_raw_folder, open_dataset
 from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
+from nnunet_oneshot.refine_record import begun_plan, repeated_flags
 from nnunet_oneshot.store import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
@@ -31,6 +33,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def preset_here() -> str:
+    """What a command that trains is told beside the rest on this machine: without a GPU, to train small networks."""
+    return "" if has_gpu() else " -preset small"
 
 
 def manifest_figures(manifest: Manifest) -> dict[str, Any]:
@@ -60,7 +67,8 @@ def manifest_summary(manifest: Manifest, output: int | str) -> dict[str, Any]:
     lines += _review_lines([doubt for doubt in _doubts(manifest) if doubt.case not in figures["failed"]])
     lines += [
         "",
-        f"next: nnUNetv2_oneshot_report -d {output} to look at them; nnUNetv2_oneshot_refine -d {output} -c CONFIG",
+        f"next: nnUNetv2_oneshot_report -d {output} to look at them; "
+        f"nnUNetv2_oneshot_refine -d {output} -c CONFIG{preset_here()}",
     ]
     return {"output": str(output), **figures, "lines": lines}
 
@@ -191,8 +199,14 @@ def run_summary(result: RunResult) -> dict[str, Any]:
 def review_summary(result: Reviewed, dataset: int | str) -> dict[str, Any]:
     """Summary of `review`."""
     lines = ["", *table(("decision", "cases"), list(result.decisions.items()))]
-    lines += ["", f"next: nnUNetv2_oneshot_refine -d {dataset} -c CONFIG -rounds {result.round + 1}"]
+    lines += ["", f"next: nnUNetv2_oneshot_refine -d {dataset} {_as_begun(dataset)} -rounds {result.round + 1}"]
     return {"dataset": result.dataset, "round": result.round, "decisions": result.decisions, "lines": lines}
+
+
+def _as_begun(dataset: int | str) -> str:
+    """Flags that repeat the refinement that was begun; those of a first one where none was."""
+    plan = begun_plan(find_raw_folder(dataset))
+    return f"-c CONFIG{preset_here()}" if plan is None else repeated_flags(plan)
 
 
 def report_summary(page: Path, dataset: int | str) -> dict[str, Any]:

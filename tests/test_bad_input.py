@@ -371,3 +371,21 @@ class _without_privileges:
 
     def __exit__(self, *_: object) -> None:
         os.seteuid(self.user)
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (4, ("found 4 channels in", "case_0_0000.png (RGBA? save it without alpha)")),
+        (1, ("found 1 channel in", "and no case_0_0001.png", "save the picture in colour")),
+    ],
+)
+def test_pictures_with_other_channels_than_are_named_are_counted(
+    roots: Roots, call: Call, held: int, words: tuple[str, ...]
+) -> None:
+    edit_json(write_raw(roots.raw, ending=".png", channels=held), channel_names={"0": "R", "1": "G", "2": "B"})
+    answer = call(cli.propagate, *PROPAGATE)
+    assert answer.code == 2
+    assert "expected 3 channels, as many as dataset.json names" in answer.error
+    for word in words:
+        assert word in answer.error

@@ -282,3 +282,135 @@ def test_styles_on_a_terminal_alone(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert ("\033[1mnext:" in call(cli.suggest, "-d", 501, "-np", 1).out) is styled
     assert ("\033[31merror:" in call(cli.suggest, "-d", 999).err) is styled
+
+
+# --- the device ---------------------------------------------------------------------------------------------------
+
+TRAIN = {cli.refine: ("-d", 601, "-c", "2d"), cli.run: ("-d", 501, "-o", 601, "-c", "2d")}
+
+
+class Reached(Exception):
+    """The work itself would begin."""
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: object, **__: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr("nnunet_oneshot.refine.refine", begin)
+    monkeypatch.setattr("nnunet_oneshot.run.run", begin)
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_a_thousand_epochs_on_a_cpu_that_nobody_named_are_warned_of(
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    no_work: None,
+    command: Callable,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command_line, "_best_device", lambda: "cpu")
+    for more in ((), ("-device", "cpu"), ("-preset", "small"), ("-tr", "OneShotTrainer_tiny")):
+        with pytest.raises(Reached):
+            call(command, *TRAIN[command], *more)
+        said = capsys.readouterr().err
+        assert "device: cpu" in said
+        assert ("1000 epochs" in said and "-preset small" in said) == (not more)
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_a_gpu_is_found_and_said(
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    no_work: None,
+    command: Callable,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command_line, "_best_device", lambda: "cuda")
+    with pytest.raises(Reached):
+        call(command, *TRAIN[command], "-json")
+    out, err = capsys.readouterr()
+    assert out == "", "kept for the summary"
+    assert "device: cuda" in err
+
+
+@pytest.mark.parametrize(("device", "small"), [("cpu", True), ("cuda", False)])
+def test_without_a_gpu_the_next_command_names_the_small_preset(
+    toy: Path, call: Call, fakes: dict, monkeypatch: pytest.MonkeyPatch, device: str, small: bool
+) -> None:
+    monkeypatch.setattr(command_line, "_best_device", lambda: device)
+    shown = call(cli.propagate, *PROPAGATE).out.splitlines()[-1]
+    assert shown.endswith("nnUNetv2_oneshot_refine -d 601 -c CONFIG" + " -preset small" * small)
+
+
+def test_help_tells_how_long_the_default_trains(call: Call) -> None:
+    shown = " ".join(call(cli.refine, "-h").out.split())
+    assert shown.count("rounds + 1 trainings of 1000 epochs") == 2
+
+
+# --- files that nobody reads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def misnamed(toy: Path) -> str:
+    """What is said of a set with three images that no case takes, a hidden file and one of another kind."""
+    for name in ("patient7.nii.gz", "case_8_0000.nii", "case_9_0000.NII.GZ", ".DS_Store", "case_0.json"):
+        (toy / "imagesTr" / name).touch()
+    return "3 files of imagesTr not named CASE_0000.nii.gz (for example case_8_0000.nii) passed over"
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        (cli.suggest, ("-d", 501, "-np", 1)),
+        (cli.propagate, PROPAGATE),
+        (cli.propagate, (*PROPAGATE, "--trial")),
+        (cli.consensus, ("-d", 501, "-o", 601, "-np", 1, "-i", "tool")),
+    ],
+)
+@pytest.mark.parametrize("json", [False, True])
+def test_images_that_no_case_takes_are_told_once(
+    misnamed: str,
+    call: Call,
+    fakes: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable,
+    more: tuple,
+    json: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in (1, 2):
+        write_image(tmp_path / "tool" / f"case_{index}.nii.gz", label_array(index))
+    answer = call(command, *more, *(("-json",) if json else ()))
+    assert answer.code == 0
+    assert answer.out.count(misnamed) == 1
+    if json:
+        assert any(misnamed in text for text in strict(answer.out)["warnings"])
+
+
+def test_a_folder_of_misnamed_images_alone_is_told_how_they_are_named(toy: Path, call: Call) -> None:
+    (toy / "labelsTr" / "case_0.nii.gz").unlink()
+    for path in list((toy / "imagesTr").iterdir()):
+        path.rename(path.with_name(path.name.replace("_0000", "")))
+    assert "found 3 files of imagesTr not named CASE_0000.nii.gz (for example case_0.nii.gz)" in (
+        call(cli.suggest, "-d", 501).error
+    )
+
+
+def test_evaluate_scores_as_many_cases_at_once_as_are_asked_for(
+    toy: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ("-ref", toy / "labelsTr", "-pred", toy / "labelsTr", "-djfile", toy / "dataset.json")
+    seen: list[object] = []
+
+    def over_cases(function: Callable, items: list, *, processes: int, title: str) -> object:
+        seen.append(processes)
+        return map(function, items)
+
+    monkeypatch.setattr("nnunet_oneshot.evaluate.over_cases", over_cases)
+    monkeypatch.setattr("nnunet_oneshot.parallel.default_processes", lambda: 7)
+    for more in (("-np", 3), ()):
+        assert call(cli.evaluate, *folders, *more).code == 0
+    assert seen == [3, 7]

@@ -168,3 +168,14 @@ def test_bad_input_writes_nothing(raw: Path, data: Path, tmp_path: Path) -> None
     volume(mask, blob())
     volume(data / "Vendor_A" / "1009-A-S4" / "GED_4.nii.gz")
     refuses("expected one GED4 of patient A_1009")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_files_of_other_kinds_are_counted(raw: Path, data: Path, tmp_path: Path, dry_run: bool) -> None:
+    (data / "Vendor_A" / "1009-A-S4" / "IM0001.dcm").write_bytes(b"slice")
+    (data / "Vendor_A" / "patients.xlsx").write_bytes(b"table")
+    (data / "Vendor_A" / ".DS_Store").write_bytes(b"")
+    done = convert_care_liseg(data, 720, dry_run=dry_run)
+    wanted = "2 other files passed over (for example Vendor_A/1009-A-S4/IM0001.dcm)"
+    assert [note for note in done.notes if "other file" in note] == [wanted]
+    assert f"note: {wanted}" in done.lines()

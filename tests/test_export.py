@@ -380,3 +380,19 @@ def test_the_folds_of_the_refinement_are_packed(results: Path, tmp_path: Path, m
     train("1")
     assert export(777, "3d_fullres", tmp_path / "model.zip").folds == ("0", "1")
     assert export(777, "3d_fullres", tmp_path / "all.zip", folds=["all"]).folds == ("all",)
+
+
+def test_the_model_of_the_refinement_is_taken_among_several(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    train()
+    train(trainer=nnUNetTrainer)
+    with pytest.raises(OneShotError, match="choose by -tr and -p"):
+        export(777, "3d_fullres", tmp_path / "model.zip")
+    record = tmp_path / "raw" / DATASET / ".oneshot" / "refine.json"
+    record.parent.mkdir(parents=True)
+    plan = asdict(Plan("3d_fullres", "OneShotTrainer", "nnUNetPlans", "default"))
+    record.write_text(json.dumps({"plan": plan, "done": {}}))
+    assert export(777, "3d_fullres", tmp_path / "model.zip").trainer == "OneShotTrainer"
+    assert export(777, "3d_fullres", tmp_path / "other.zip", trainer="nnUNetTrainer").trainer == "nnUNetTrainer"

@@ -461,7 +461,7 @@ def test_plans_and_manifests_that_are_not_there_are_bad_input(
 
 def test_other_settings_are_refused(fake: FakeNnunet) -> None:
     run(rounds=0)
-    with pytest.raises(OneShotError, match=r"expected the refinement that was begun there.*'num_folds': 1"):
+    with pytest.raises(OneShotError, match=r"begun there, -num_folds 1, found -num_folds 2; repeat those settings,"):
         run(rounds=0, num_folds=2)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Answer
 from fake_propagator import FakePropagator
-from raw_datasets import Roots, label_array, write_image
+from raw_datasets import Roots, label_array, write_image, write_raw
 
 from nnunet_oneshot import cli
 from nnunet_oneshot import run as module
@@ -108,3 +108,72 @@ def test_true_labels_are_looked_for_before_anything_is_done(
     assert roots.snapshot() == before
     write_image(truth / "case_2.nii.gz", label_array(2))
     trains(call, *FAKE, "-ref", truth)
+
+
+# --- training is looked at before labels are made -----------------------------------------------------------------
+
+
+def refused_unlabelled(roots: Roots, answer: Answer, *words: str) -> None:
+    refused(answer, *words)
+    assert not list(roots.raw.glob("Dataset601*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("-c", "3d_full"), ("2d, 3d_fullres, 3d_lowres", "found 3d_full;")),
+        (("-tr", "OneShotTrainor"), ("found none called 'OneShotTrainor'", "correct -tr")),
+        (("-tr", "nnUNetPredictor"), ("found none called 'nnUNetPredictor'",)),
+        (("-self_opinion", "builtout"), ("found 'builtout'",)),
+        (
+            ("-p", "nnUNetResEncUNetMPlans"),
+            (
+                "'nnUNetResEncUNetMPlans' of Dataset601_toy_oneshot",
+                "nnUNetv2_oneshot_propagate -d 501 -o 601",
+                "nnUNetv2_plan_and_preprocess -d 601",
+                "nnUNetv2_oneshot_refine -d 601 -c 3d_fullres -p nnUNetResEncUNetMPlans",
+            ),
+        ),
+    ],
+)
+def test_what_cannot_train_is_said_before_labelling(
+    toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call, more: tuple[str, str], words: tuple[str, ...]
+) -> None:
+    refused_unlabelled(roots, call(cli.run, *FAKE, *more), *words)
+
+
+def test_pictures_have_no_third_dimension_to_train_in(
+    roots: Roots, fakes: dict[str, FakePropagator], call: Call
+) -> None:
+    write_raw(roots.raw, ending=".png")
+    refused_unlabelled(roots, call(cli.run, *FAKE), "found images of one slice alone", "use -c 2d")
+    trains(call, *FAKE, "-c", "2d")
+
+
+def test_plans_that_are_there_may_have_configurations_of_their_own(
+    toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call
+) -> None:
+    own = (*FAKE, "-p", "Own", "-c", "3d_mine")
+    plans = roots.preprocessed / "Dataset601_toy_oneshot" / "Own.json"
+    plans.parent.mkdir()
+    plans.write_text(json.dumps({"configurations": {"3d_mine": {}}}), encoding="utf-8")
+    refused_unlabelled(roots, call(cli.run, *own, "-c", "3d_yours"), "found 3d_mine")
+    trains(call, *own)
+    refused(call(cli.run, *own, "--overwrite"), "expected plans 'Own'", "labels are not made yet")
+    assert plans.is_file(), "nothing was replaced"
+
+
+def test_models_in_the_way_of_new_labels_are_said_before_these_are_made(
+    toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call
+) -> None:
+    trains(call, *FAKE)
+    name = "OneShotTrainer_tiny__nnUNetOneShotSmallPlans__3d_fullres"
+    (roots.results / "Dataset601_toy_oneshot" / name / "fold_all").mkdir(parents=True)
+    before = roots.snapshot()
+    refused(call(cli.run, *FAKE, "--overwrite"), "fold_all", "by --overwrite", "move them out of nnUNet_results")
+    assert roots.snapshot() == before
+
+
+@pytest.mark.parametrize("command", [cli.run, cli.propagate, cli.consensus])
+def test_help_of_overwrite_tells_what_to_do_with_models(call: Call, command: Callable) -> None:
+    assert "move its models out of nnUNet_results first" in " ".join(call(command, "-h").out.split())
