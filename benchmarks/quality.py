@@ -52,7 +52,7 @@ SETS = (*PHANTOMS, *(f"{SYNTHETIC}{seed}" for seed in range(10)))
 TRAINED = ("thick_slices", "isotropic", *(f"{SYNTHETIC}{seed}" for seed in range(2)))
 RULES_FILE = REPOSITORY / "nnunet_oneshot" / "quality_rules.py"
 HEADER = ["set", "round", "cases", "true Dice", "estimated", "rho, cases", "rho, classes", "error, cases", "classes"]
-HEADER += ["Dice with the round before"]
+HEADER += ["Dice with an earlier round"]
 HALVES = {"spoiled images": True, "the other images": False}
 
 
@@ -217,7 +217,7 @@ def agreement(rows: Sequence[Row]) -> list[Any]:
     """Figures of one round.
 
     Cases, mean true and estimated Dice, Spearman's rho and mean absolute error over cases and over classes, and the
-    mean Dice with the labels of the round before.
+    mean Dice with the labels that the change is told from.
     """
     by_case = defaultdict(list)
     for row in rows:

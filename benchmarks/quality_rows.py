@@ -11,7 +11,8 @@ import numpy as np
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.quality import Opinions, by_source, dice_by_class, estimate, gather, reverse_dice
-from nnunet_oneshot.quality_opinions import view_scores
+from nnunet_oneshot.quality_opinions import round_compared, view_scores
+from nnunet_oneshot.rounds import kept_manifest
 from nnunet_oneshot.second_opinion import source_of
 from nnunet_oneshot.store import Store
 from sam2_propagation.consensus import fuse
@@ -43,9 +44,13 @@ def dataset_rows(store: Store, raw: RawDataset, truth: Path, name: str, registra
         for source, of_rounds, (views, scores) in kinds:
             for number, label in enumerate(of_rounds):
                 about = {"set": name, "case": case.name, "round": number, "source": source}
-                before = of_rounds[number - 1] if number else None
+                before = of_rounds[_compared(store, case, number)] if number else None
                 judged = _new_in_round(store, raw, case, number) if number else label
                 yield from _rows(label, judged, true, Opinions(views, before, scores), about)
+
+
+def _compared(store: Store, case: Case, number: int) -> int:
+    return round_compared(kept_manifest(store, number - 1).cases[case.name], number)
 
 
 def _rounds(store: Store, raw: RawDataset, case: Case) -> list[LabelVolume]:

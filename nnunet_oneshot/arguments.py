@@ -142,7 +142,8 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.3,
         metavar="D",
-        help="estimated Dice below which a case is left out until a round lifts it (default: %(default)s)",
+        help="estimated Dice below which a case is left out, in labels made from then on, until a round lifts it "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--weight_by_quality", action="store_true", help="draw cases in training as often as their estimated Dice says"

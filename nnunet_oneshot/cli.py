@@ -386,7 +386,7 @@ def _say_device(arguments: argparse.Namespace) -> None:
     found = not arguments.device_typed and arguments.device == "cpu"
     why = " (no GPU was found)" if found else "" if arguments.device_typed else " (found; -device chooses)"
     print(f"device: {arguments.device}{why}", file=sys.stderr, flush=True)
-    if found and arguments.preset == "default" and _function("settings", "schedule_of")(arguments.tr or "") is None:
+    if found and arguments.preset == "default" and arguments.tr in (None, "OneShotTrainer"):
         warning = (
             "trainings of 1000 epochs (-preset default) are for a GPU and may take weeks here; stop this and add "
             "-preset small, which two CPU cores can train"

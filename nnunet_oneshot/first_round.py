@@ -1,4 +1,4 @@
-"""The labels that a refinement starts or goes on from: judged, gated and kept as a round before anything is trained."""
+"""The labels that a refinement starts from: judged, gated and kept as a round, before anything is trained."""
 
 from __future__ import annotations
 
@@ -49,17 +49,6 @@ def take_over(dataset: RawDataset, store: Store, processes: int, min_quality: fl
     keep(store, manifest, manifest.round)
     put_in_force(dataset, store, manifest.round, processes)
     return taken
-
-
-def regate(dataset: RawDataset, store: Store, processes: int, min_quality: float) -> None:
-    """Leave out of the round in force what is below a threshold, which may be another than when the round was made."""
-    manifest = store.read_manifest()
-    gated = gate(manifest.cases, min_quality)
-    if all(record.status == gated[name].status for name, record in manifest.cases.items()):
-        return
-    manifest.cases = gated
-    keep(store, manifest, manifest.round)
-    put_in_force(dataset, store, manifest.round, processes)
 
 
 def judge_case(task: Task) -> tuple[str, CaseRecord]:

@@ -72,8 +72,8 @@ def train(
 
 @contextmanager
 def _loadable(checkpoint: str | None) -> Iterator[str | None]:
-    """A checkpoint as nnU-Net can load it here: it loads pretrained weights where they were trained alone."""
-    if checkpoint is None or torch.cuda.is_available():
+    """A checkpoint as nnU-Net can load it here: by itself it loads weights on the device that trained them."""
+    if checkpoint is None:
         yield checkpoint
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Estimated Dice of a label without ground truth, by case and class.
 
-What is at hand: how far the views of all propagators agree with the label, how far it moved since the round before, the
-IoU that SAM2 predicts for its masks, and, where a propagator carried the label back to the annotated case, the Dice
+What is at hand: how far the views of all propagators agree with the label, how far it moved from an earlier round's,
+the IoU that SAM2 predicts for its masks, and, where a propagator carried the label back to the annotated case, the Dice
 there. Each piece of evidence is a number in [0, 1] that grows with quality; a rule with weights that cannot be negative
 turns them into a Dice. Its constants come from phantoms and synthetic anatomy (`benchmarks/quality.py learn`), whose
 truth is known, and from no data set of anybody.
@@ -54,7 +54,7 @@ class Opinions:
 
     Attributes:
         views: each source's labels, by the source's name.
-        before: the label of the round before, None in round 0.
+        before: the label of an earlier round (see `quality_opinions.round_compared`), None in round 0.
         scores: label-free figures of the propagation of each view.
     """
 

@@ -6,16 +6,26 @@ from collections.abc import Sequence
 
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.quality import Opinions, by_source
-from nnunet_oneshot.store import CaseRecord, Store
+from nnunet_oneshot.store import LEFT_OUT, CaseRecord, Store
 from sam2_propagation.interface import LabelVolume
 
 
 def opinions(dataset: RawDataset, store: Store, name: str, record: CaseRecord, before: LabelVolume | None) -> Opinions:
-    """A case's views on disk, their scores, and the label of the round before."""
+    """A case's views on disk, their scores, and the label `before` that its change is told from."""
     there = {f"{source}/{view}": store.view_path(source, view, name) for source, view in _named(record.views)}
     views = {view: path for view, path in there.items() if path.is_file()}
     labels = [dataset.read_label(path) for path in views.values()]
     return Opinions(by_source(list(views), labels), before, view_scores(store, record.views, name))
+
+
+def round_compared(record: CaseRecord, number: int) -> int:
+    """The round whose label a case's new one of round `number` is held against; `record` is of the round before.
+
+    Round 0's, as where the rules were learnt: from round to round a model agrees more and more with itself, rightly or
+    not. The round before where nothing was carried, and where the case was not trained on: there the model says the
+    same again without having been taught it.
+    """
+    return 0 if record.views and record.status not in LEFT_OUT else number - 1
 
 
 def view_scores(store: Store, views: Sequence[str], name: str) -> list[dict[str, float]]:

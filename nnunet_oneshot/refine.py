@@ -8,6 +8,7 @@ they go astray from what all propagators said, or at the number asked for.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.first_round import regate, take_over
+from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.nnunet import Fold
 from nnunet_oneshot.parallel import default_processes, processes_on
 from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
@@ -28,6 +29,7 @@ from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
 from nnunet_oneshot.round_quality import compare_rounds
 from nnunet_oneshot.rounds import (
+    bring_up_to_date,
     check_room,
     finish_switch,
     is_kept,
@@ -63,7 +65,10 @@ AGREEMENT_FALL = 0.25
 """Fall of the labels' mean Dice with what all propagators said that ends the rounds. A guard against models without
 sense, no judge: on made-up sets a round that was better fell by 0.19 and worse ones by 0.17, 0.22 and 0.32, when the
 label before had no voice yet in the new one, which makes falls smaller."""
-_LEARNT_LITTLE = "Mostly its model has learnt too little: train longer (another -preset) or in another configuration"
+_LEARNT_LITTLE = (
+    "Mostly its model has learnt too little: train longer (another -preset) or in another configuration, on a dataset "
+    "of its own (propagate -o)"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Limits:
     Attributes:
         rounds: how often labels are refreshed at most; 0 trains on the labels as they are.
         stop_dice: mean Dice between two rounds' labels from which on they have settled.
-        min_quality: estimated mean Dice below which a case is left out of training.
+        min_quality: estimated mean Dice below which a case is left out of training, in rounds made from then on.
         all_rounds: make all of them, whether labels settle or get worse.
     """
 
@@ -181,10 +186,13 @@ def refine(
     plan = make_plan(configuration, trainer, plans, preset, **more, **trust)
     if plan.self_opinion is not None:
         check_sam2(plan.self_opinion, device)
+    for note in why_none(store, self_opinion):
+        # At once: later it could no longer be asked.
+        print(f"note: {note}", file=sys.stderr, flush=True)
     with store.lock("refine"):
         store.remove_leftovers()
         work = _Work(store, raw, plan, device, num_processes, limits, plans is not None)
-        work.said += [*why_none(store, self_opinion), *work.begin(), *work.take_up()]
+        work.said += [*work.begin(), *work.take_up()]
         return work.result(work.rounds())
 
 
@@ -311,8 +319,8 @@ class _Work:
         taken = take_up(self.raw, self.store, self.processes)
         number = self.store.read_manifest().round
         said = [str(change) for change in taken]
-        regate(self.raw, self.store, self.processes, self.limits.min_quality)
         self._label_added(number)
+        bring_up_to_date(self.store)
         before, now = self.record.labels(number), self._label_hashes()
         if before is not None and before != now:
             changed = sorted(name for name in now if before.get(name) != now[name])

@@ -19,7 +19,7 @@ from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.quality import dice_by_class, estimate, foreground
 from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
-from nnunet_oneshot.quality_opinions import opinions
+from nnunet_oneshot.quality_opinions import opinions, round_compared
 from nnunet_oneshot.refine_changes import Taken, take_up
 from nnunet_oneshot.rounds import (
     Placement,
@@ -174,8 +174,10 @@ def _change(dataset: RawDataset, store: Store, manifest: Manifest) -> Change:
     """How far the labels of a round lie from those of the round before, from both on disk."""
     now, agreement = manifest.round, {}
     for case in cases_to_predict(dataset, manifest):
-        new, old = (dataset.read_label(store.round_path(n, case.name)) for n in (now, now - 1))
-        agreement[case.name] = mean_dice(new, old)
+        new, old = (store.round_path(n, case.name) for n in (now, now - 1))
+        # An image that was added since has no label of the round before.
+        if old.is_file():
+            agreement[case.name] = mean_dice(dataset.read_label(new), dataset.read_label(old))
     return Change(now, agreement)
 
 
@@ -268,6 +270,9 @@ def _record(task: Task, agreed: BoolVolume, judged: LabelVolume, before: LabelVo
         new.status, new.quality = "pseudo", None
         new.reason = f"labelled by the model alone, since there was no label before: {old.reason}"
         return new
+    compared = round_compared(old, task.number)
+    if compared != task.number - 1:
+        before = task.dataset.read_label(task.store.round_path(compared, task.case.name))
     new.quality = estimate(judged, opinions(task.dataset, task.store, task.case.name, old, before))
     return new
 

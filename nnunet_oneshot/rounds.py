@@ -120,8 +120,24 @@ def put_in_force(dataset: RawDataset, store: Store, number: int, processes: int)
         pass
     write_training_files(dataset, store, manifest)
     store.write_manifest(manifest)
+    bring_up_to_date(store)
     (store.state_folder / _SWITCH).unlink()
     return manifest
+
+
+def bring_up_to_date(store: Store) -> None:
+    """Note with the round in force which cases are a model's in it since: labelled later, or a person's no longer.
+
+    Else a fall back to the round would undo that again.
+    """
+    manifest = store.read_manifest()
+    if not is_kept(store, manifest.round):
+        return
+    kept = kept_manifest(store, manifest.round)
+    late = {n: now for n, now in manifest.cases.items() if _is_the_models_since(kept.cases.get(n), now)}
+    if late:
+        kept.cases = dict(sorted({**kept.cases, **late}.items()))
+        keep(store, kept, manifest.round)
 
 
 def finish_switch(dataset: RawDataset, store: Store, processes: int) -> None:
@@ -155,7 +171,8 @@ def place(placement: Placement) -> None:
     shape = placement.dataset.read_label(target).shape
     nothing = np.full(shape, ignore_value(placement.dataset), np.int16)
     if placement.drawn:
-        nothing = _drawn_over(placement, nothing)
+        # What the round would train on is no more than that from now on, whatever it says of the case.
+        store.write_label(placement.dataset, nothing := _drawn_over(placement, nothing), target, placement.case)
     store.write_label(placement.dataset, nothing, store.label_path(name), placement.case)
 
 
@@ -199,6 +216,12 @@ def _decided(then: CaseRecord, now: CaseRecord) -> CaseRecord:
         # Drawn since that round was made, whose estimate is of a label without it.
         return then.model_copy(update={"status": "sparse", "quality": None, "reason": None, "review": now.review})
     return then.model_copy(update={"review": now.review})
+
+
+def _is_the_models_since(then: CaseRecord | None, now: CaseRecord) -> bool:
+    if now.status in (*_DECIDED, "failed"):
+        return False
+    return then is None or then.status == "failed" or _is_withdrawn(then, now)
 
 
 def _is_withdrawn(then: CaseRecord, now: CaseRecord) -> bool:

@@ -45,9 +45,12 @@ def opinion_of(store: Store, asked: str | None) -> str | None:
 
 
 def why_none(store: Store, asked: str | None) -> list[str]:
-    """In words, why "auto" asks for no opinion though SAM2 labelled the images along three planes, if so."""
+    """In words, why "auto" asks for no opinion though SAM2 labelled the images along three planes, if so.
+
+    Nothing once a refinement has begun, which goes on as it began.
+    """
     flags = {"config": "-sam2_cfg", "adapt": "-adapt"}
-    if asked != AS_BEFORE or opinion_of(store, asked) is not None or not _along_planes(store):
+    if asked != AS_BEFORE or begun_plan(store.folder) is not None or not _along_planes(store):
         return []
     given = " and ".join(flags[key] for key in _unrepeated(store))
     if not given:

@@ -253,7 +253,6 @@ def test_it_trains_goes_on_and_predicts_in_bfloat16(roots: Path, monkeypatch: py
     assert (labels[0] == labels[1]).mean() > 0.99
 
 
-@pytest.mark.slow
 def test_weights_trained_on_a_gpu_start_a_training_where_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +295,7 @@ def test_intensities_are_of_foreground_alone_where_labels_are_ignored(
     assert stock[NAME][0]["mean"] < ours[NAME][0]["mean"] - 10, "what nnU-Net would make of what is ignored"
 
 
+@pytest.mark.slow
 def test_predictions_by_another_trainers_network_are_refused(roots: Path) -> None:
     write_dataset(roots / "nnUNet_raw", NAME, cases=1)
     nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)

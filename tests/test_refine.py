@@ -348,13 +348,18 @@ def test_sam2_sees_in_a_round_what_it_saw_before(fake: FakeNnunet, doubters: lis
     assert not result.taken_up
 
 
-def test_that_sam2_is_not_asked_again_is_said(fake: FakeNnunet) -> None:
+def test_that_sam2_is_not_asked_again_is_said_at_once(fake: FakeNnunet, capsys: pytest.CaptureFixture[str]) -> None:
     store, _ = open_store(601)
     manifest = store.read_manifest()
     manifest.settings |= {"views": {"sam2": ["axial", "coronal", "sagittal"]}, "adapt": 150}
     store.write_manifest(manifest)
-    assert any("-adapt is not repeated" in line for line in run(rounds=0).taken_up)
     assert second_opinion.why_none(store, None) == []
+    fake.stop_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=0)
+    assert "-adapt is not repeated; -self_opinion builtin asks it without" in capsys.readouterr().err
+    run(rounds=0)
+    assert "not repeated" not in capsys.readouterr().err, "it can no longer be asked"
 
 
 def test_sam2_is_not_asked_where_the_model_sees_nothing(fake: FakeNnunet, doubters: list[Doubter]) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
-from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
+from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
 
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import rounds as rounds_module
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
-from nnunet_oneshot.review.decisions import decide
+from nnunet_oneshot.review.decisions import Action, decide
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import Store
 
@@ -116,21 +119,92 @@ def test_an_image_added_after_a_kill_amid_a_round_is_labelled_by_the_next(halfwa
     assert halfway.read_manifest().cases["case_5"].status == "pseudo"
 
 
+def worse_from(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """Rounds from `first` on are found to be astray."""
+
+    def compare(_: object, __: object, number: int, *___: object) -> dict[str, float]:
+        return {"before": 0.9, "now": 0.1 if number >= first else 0.9}
+
+    monkeypatch.setattr(refine_module, "compare_rounds", compare)
+
+
+def settles(fake: FakeNnunet, **more: Any) -> None:
+    """The same command once more trains nothing and leaves every file."""
+    store, _ = open_store(601)
+    before, trained = store_files(store), len(fake.trained)
+    run(**more)
+    assert len(fake.trained) == trained
+    assert store_files(store) == before
+
+
 @pytest.mark.parametrize("action", ["accept", "reject"])
-def test_a_decision_that_was_undone_stays_so_in_an_earlier_round(fake: FakeNnunet, action: str) -> None:
+def test_an_undone_decision_stays_so_in_a_round_that_is_put_in_force_again(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    """The case has its label of that round there, not the one of the round that was given up."""
+    worse_from(monkeypatch, 2)
     store, raw = open_store(601)
-    decide(raw, store, "case_1", action)  # type: ignore[arg-type]
+    decide(raw, store, "case_1", action)
+    run(rounds=1, all_rounds=False)
+    assert kept_manifest(store, 1).cases["case_1"].status == {"accept": "accepted", "reject": "rejected"}[action]
+    time = (store.read_manifest().cases["case_1"].review or {})["time"]
+    decide(raw, store, "case_1", "undo", seen=time)
+    undone = read(store.label_path("case_1"))
+    assert (undone == IGNORE).any()
+    result = run(rounds=2, all_rounds=False)
+    assert result.round == 1
+    assert store.read_manifest().cases["case_1"].status == "pseudo"
+    np.testing.assert_array_equal(read(store.label_path("case_1")), undone)
+    settles(fake, rounds=2, all_rounds=False)
+
+
+def test_an_undone_decision_stays_so_in_the_round_that_it_was_made_in(fake: FakeNnunet) -> None:
+    store, raw = open_store(601)
+    decide(raw, store, "case_1", "accept")
     run(rounds=1)
     time = (store.read_manifest().cases["case_1"].review or {})["time"]
     decide(raw, store, "case_1", "undo", seen=time)
-    run(rounds=2)
-    label = read(store.label_path("case_1"))
-    assert kept_manifest(store, 1).cases["case_1"].status == {"accept": "accepted", "reject": "rejected"}[action]
-    run(rounds=1)
-    assert store.read_manifest().round == 1
-    assert store.read_manifest().cases["case_1"].status == "pseudo"
-    assert (label == IGNORE).any()
-    np.testing.assert_array_equal(read(store.label_path("case_1")), label)
+    run(rounds=0)
+    assert kept_manifest(store, 0).cases["case_1"].status == store.read_manifest().cases["case_1"].status == "pseudo"
+    assert (read(store.label_path("case_1")) == IGNORE).any()
+    settles(fake, rounds=0)
+
+
+def test_an_added_image_stays_labelled_in_a_round_that_is_put_in_force_again(
+    fake: FakeNnunet, roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it came before the first training, so that the round was kept without a label of it."""
+    worse_from(monkeypatch, 1)
+    write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
+    store, _ = open_store(601, grown=True)
+    run(rounds=1, all_rounds=False)
+    assert run(rounds=1, all_rounds=False).round == 0
+    assert store.read_manifest().cases["case_5"].status == "pseudo"
+    assert read(store.label_path("case_5")).any()
+    settles(fake, rounds=1, all_rounds=False)
+
+
+def test_of_a_case_that_was_left_out_what_a_person_drew_alone_is_trained_on(
+    fake: FakeNnunet, roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = roots.raw / "Dataset501_toy" / "dataset.json"
+    content = json.loads(path.read_text())
+    content["labels"]["ignore"] = IGNORE
+    path.write_text(json.dumps(content))
+    worse_from(monkeypatch, 1)
+    more = {"rounds": 1, "all_rounds": False, "min_quality": 1.0}
+    run(**more)
+    store, _ = open_store(601)
+    case = next(name for name, record in store.read_manifest().cases.items() if record.status == "gated")
+    drawn = np.full_like(label_array(0), IGNORE)
+    drawn[1] = 2
+    write_image(roots.raw / "Dataset501_toy" / "labelsTr" / f"{case}.nii.gz", drawn)
+    for _ in range(2):
+        run(**more)
+        label = read(store.label_path(case))
+        assert (label[1] == 2).all()
+        assert (np.delete(label, 1, axis=0) == IGNORE).all()
+    settles(fake, **more)
 
 
 def test_drawn_slices_that_are_gone_are_said_before_anything_is_trained(
@@ -145,17 +219,3 @@ def test_drawn_slices_that_are_gone_are_said_before_anything_is_trained(
     with pytest.raises(OneShotError, match="case_0: expected its label in Dataset501_toy/labelsTr, which a person"):
         run(rounds=1)
     assert not fake.trained
-
-
-def test_another_threshold_holds_for_the_labels_in_force(fake: FakeNnunet) -> None:
-    fake.say = lambda case, _: label_array(int(case[-1])) if case != "case_3" else np.roll(label_array(3), 4, axis=1)
-    store, _ = open_store(601)
-    run(rounds=1, min_quality=0.5)
-    assert store.read_manifest().cases["case_3"].status == "gated"
-    result = run(rounds=1, min_quality=0.0)
-    assert store.read_manifest().cases["case_3"].status == "pseudo"
-    assert (read(store.label_path("case_3")) != IGNORE).any()
-    assert any("labels of 1 cases changed since round 1 was trained on" in line for line in result.taken_up)
-    assert len(fake.trained) == 3
-    run(rounds=1, min_quality=0.5)
-    assert (read(store.label_path("case_3")) == IGNORE).all()

@@ -341,20 +341,19 @@ def test_an_undone_decision_is_no_edit(fake: FakeNnunet) -> None:
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("gated", [False, True])
 def test_slices_drawn_since_survive_a_fall_back(fake: FakeNnunet, roots: Roots, gated: bool) -> None:
-    limit = {"min_quality": 1.0 if gated else 0.0}
-    run(rounds=1, **limit)
+    run(rounds=1, min_quality=1.0 if gated else 0.0)
     store, _ = open_store(601)
     case = next(n for n, r in store.read_manifest().cases.items() if r.status == ("gated" if gated else "pseudo"))
     drawn = np.full_like(label_array(0), IGNORE)
     drawn[1] = 2
     write_image(roots.raw / "Dataset501_toy" / "labelsTr" / f"{case}.nii.gz", drawn)
-    result = run(rounds=1, all_rounds=False, **limit)
+    result = run(rounds=1, all_rounds=False)
     assert result.round == 0
     assert store.read_manifest().cases[case].status == "sparse"
     for path in (store.label_path(case), store.fused_path(case), store.round_path(0, case)):
         assert (read(path)[1] == 2).all()
     assert fake.labels[-1] == labels_in_force(store), "the model in force was trained on them"
-    assert run(rounds=0, **limit).taken_up == []
+    assert run(rounds=0).taken_up == []
 
 
 @pytest.mark.usefixtures("worse")

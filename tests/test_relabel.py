@@ -143,6 +143,16 @@ def test_rounds_build_on_each_other(made: Made, predictions: Path, tmp_path: Pat
     np.testing.assert_array_equal(read(store.label_path("case_2")), said)
 
 
+def test_a_model_that_repeats_itself_is_not_estimated_better(made: Made, predictions: Path, tmp_path: Path) -> None:
+    dataset, store = made
+    relabel(dataset, store, predictions, 1, 1)
+    first = store.read_manifest().cases["case_2"].quality
+    assert first is not None
+    said = read(predictions / "case_2.nii.gz")
+    relabel(dataset, store, predict(tmp_path, 2, bad_1=label_array(1), case_2=said), 2, 1)
+    assert store.read_manifest().cases["case_2"].quality == first
+
+
 def test_change_is_the_dice_to_the_round_before(made: Made, predictions: Path) -> None:
     dataset, store = made
     before, said = read(store.fused_path("case_2")), read(predictions / "case_2.nii.gz")
