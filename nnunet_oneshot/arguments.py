@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 CONFIGURATIONS = "2d, 3d_fullres, 3d_lowres"
+LABELLING_PROCESSES = "of sam2 and correspondence on a CUDA device 2"
+TRAINING_PROCESSES = "of SAM2 on a CUDA device 2; nnU-Net preprocesses at most 8, of 3d_fullres 4"
 
 
 def new_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -166,8 +168,8 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_work(parser: argparse.ArgumentParser) -> None:
-    add_processes(parser)
+def add_work(parser: argparse.ArgumentParser, more: str = "") -> None:
+    add_processes(parser, more)
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -183,13 +185,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_processes(parser: argparse.ArgumentParser) -> None:
+def add_processes(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
-        "-np",
-        type=int,
-        metavar="N",
-        help="cases at once (default: the processor count; on a CUDA device 2; "
-        "nnU-Net preprocesses at most 8, or 4 of 3d_fullres)",
+        "-np", type=int, metavar="N", help=f"cases at once (default: the processor count{more and f'; {more}'})"
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_oneshot.arguments import (
+    LABELLING_PROCESSES,
+    TRAINING_PROCESSES,
     add_device,
     add_json,
     add_processes,
@@ -75,7 +77,7 @@ def propagate(argv: Sequence[str] | None = None) -> None:
     add_source(parser)
     add_propagation(parser)
     add_device(parser)
-    add_work(parser)
+    add_work(parser, LABELLING_PROCESSES)
     parser.add_argument("-num_parts", type=int, default=1, metavar="N", help="deal the cases out to N shards")
     parser.add_argument("-part_id", type=int, default=0, metavar="N", help="this shard, from 0")
     parser.add_argument(
@@ -108,7 +110,7 @@ def refine(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-d", required=True, metavar="B", help="id or name of the pseudo-label dataset")
     add_training(parser)
     add_device(parser)
-    add_processes(parser)
+    add_processes(parser, TRAINING_PROCESSES)
     add_json(parser)
     execute(parser, _do_refine, argv)
 
@@ -124,7 +126,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     add_propagation(parser)
     add_training(parser)
     add_device(parser)
-    add_work(parser)
+    add_work(parser, TRAINING_PROCESSES)
     parser.add_argument("-ref", type=Path, metavar="DIR", help="folder of true labels, to score the final labels by")
     execute(parser, _do_run, argv)
 
@@ -256,7 +258,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-preset", choices=("default", "small", "tiny"), default="tiny", help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="start again in a folder that holds a demo")
     add_device(parser)
-    add_processes(parser)
+    add_processes(parser, TRAINING_PROCESSES)
     add_json(parser)
     execute(parser, _do_demo, argv)
 

@@ -142,10 +142,11 @@ def check_no_edit_amid_switch(dataset: RawDataset, store: Store) -> None:
         }
         for path, source in rewritten.items():
             if all(_edit_in(look, _read_human(look), path) is not None for look in looks):
+                rounds = " or ".join(map(str, sorted({now.round, number})))
                 raise OneShotError(
-                    f"{path}: expected a label of round {now.round} or {number}, found one that was edited after a run "
-                    f"was stopped between the two; move your edit elsewhere, copy {source} there, run again, and then "
-                    "put the edit back"
+                    f"{path}: expected a label of round {rounds}, found one that was edited after a run was stopped "
+                    f"amid putting round {number} in force; move your edit elsewhere, copy {source} there, run again, "
+                    "and then put the edit back"
                 )
 
 

@@ -67,6 +67,7 @@ def _check_planned(dataset: RawDataset, configuration: str) -> None:
             f"expected a configuration that nnU-Net plans, {', '.join(PLANNED)}, found {configuration}; choose one of "
             "these with -c, or make plans that have it and name them by -p"
         )
+    # Whether 3d_lowres is planned depends on how large the images are, which planning alone can tell.
     if configuration != "2d" and all(dataset.image_geometry(case)[0][0] == 1 for case in dataset.cases):
         raise OneShotError(
             f"expected volumes for -c {configuration}, found images of one slice alone in {dataset.name}; use -c 2d"

@@ -21,7 +21,7 @@ from nnunet_oneshot.checks import check_for_propagation
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import find_output, nnunet_folders
-from nnunet_oneshot.parallel import default_processes, over_cases, processes_on
+from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.propagate import Outcome, PropagatorOptions, propagate
 from nnunet_oneshot.propagators import DEFAULT, REVERSIBLE, fitting_names
 from nnunet_oneshot.report_pictures import Overlay
@@ -138,7 +138,7 @@ def trial(
         small = open_dataset(raw.id)
         found = [_found(small, outcome.store, entry) for entry in chosen]
         _draw(small, outcome.store, found, place / "trial.png")
-    result = _expect(len(to_label), outcome, found, processes_on(checked.device, num_processes), place)
+    result = _expect(len(to_label), outcome, found, processes, place)
     result.warnings = [*warnings, *left]
     content = {**asdict(result), "folder": str(place)}
     (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
