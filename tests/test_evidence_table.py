@@ -37,6 +37,14 @@ def row(method: str, dice: float, *, annotated: str = "case_1", **more: Any) -> 
     return {**made, **more}
 
 
+def test_the_pages_hold_what_the_rows_say(table: Any) -> None:
+    """A row that came without `evidence.py --table` would leave them behind."""
+    rows = table.read_rows()
+    own = [row for row in rows if not table.variant(row)]
+    assert table.page(["hippocampus", "chaos_mr_t2", "acdc_mr", "hc18_us"], rows) in table.PAGE.read_text("utf-8")
+    assert "\n".join(table.headline(own)) in table.README.read_text("utf-8")
+
+
 def test_paired_differences_are_over_the_cases_of_both(table: Any) -> None:
     first, second = row("ours", 0.8), row("full", 0.9)
     second["dice_per_case"]["another"] = 0.1
