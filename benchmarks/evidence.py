@@ -341,7 +341,7 @@ class Evidence:
         return {
             "label_dice": rounds,
             "agreement_with_round_before": {n: round(float(np.mean(values)), 4) for n, values in changes.items()},
-            "agreement_with_views": {n: record.value(f"quality-{n}") for n in made},
+            "moved_and_estimated_error": {n: record.value(f"quality-{n}") for n in made},
             **{key: round(value, 4) for key, value in shares.items()},
         }
 

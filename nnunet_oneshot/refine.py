@@ -2,7 +2,7 @@
 
 Training and prediction are nnU-Net's own. Every finished step is recorded, so that an interrupted run goes on with the
 first step that is not done; each step by itself can be repeated without harm. Rounds end when labels settle, when
-they go astray from what all propagators said, or at the number asked for.
+they go astray, or at the number asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nnunet_oneshot.refine_models import Models
 from nnunet_oneshot.refine_record import Plan, Record, Splits, begun_plan, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
-from nnunet_oneshot.round_quality import compare_rounds
+from nnunet_oneshot.round_quality import compare_round, is_astray
 from nnunet_oneshot.rounds import (
     bring_up_to_date,
     check_room,
@@ -61,13 +61,9 @@ FOLDS: tuple[Fold, ...] = ("all",)
 STOP_DICE = 0.95
 """Mean Dice between two rounds' labels from which on they have settled. The label before has a voice in the new one, so
 that they agree more than what was said in them does."""
-AGREEMENT_FALL = 0.25
-"""Fall of the labels' mean Dice with what all propagators said that ends the rounds. A guard against models without
-sense, no judge: on made-up sets a round that was better fell by 0.19 and worse ones by 0.17, 0.22 and 0.32, when the
-label before had no voice yet in the new one, which makes falls smaller."""
 _LEARNT_LITTLE = (
-    "Mostly its model has learnt too little: train longer (another -preset) or in another configuration, on a dataset "
-    "of its own (propagate -o)"
+    "Mostly its model had learnt too little, so that it was trained once more on the labels that it had: train longer "
+    "(another -preset) or in another configuration, on a dataset of its own (propagate -o)"
 )
 
 
@@ -339,7 +335,8 @@ class _Work:
             change = self.relabel(number + 1)
             if self.limits.all_rounds:
                 continue
-            if (worse := self._worse(number + 1)) is not None:
+            if (worse := self._worse(change)) is not None:
+                self._train_further(number)
                 self.end(number)
                 return f"{worse}: round {number} is in force again. {_LEARNT_LITTLE}"
             if change.mean >= self.limits.stop_dice:
@@ -360,8 +357,22 @@ class _Work:
         self.models.train(number, self._is_warm(number))
         self.record.mark(f"train-{number}")
 
+    def _train_further(self, number: int) -> None:
+        """Have the models of round `number` trained once more on its labels, from their own weights; once.
+
+        In place of the training on the round after it, whose labels went astray. Networks that learnt too little gain
+        more by it than they would lose by worse labels.
+        """
+        if self.record.is_done(f"further-{number}"):
+            return
+        self._go_to(number)
+        self.models.set_aside_first(number)
+        self.record.begin_further(number)
+
     def _is_warm(self, number: int) -> bool:
-        """Whether the training on round `number` starts from the weights before; what keeps it from that is said."""
+        """Whether the training on round `number` starts from other weights; what keeps it from that is said."""
+        if self.record.is_done(f"further-{number}"):
+            return self.models.can_start_warm(number)
         if not self.plan.warm_start or number == 0:
             return False
         if self.record.splits(number - 1) != self._folds_now():
@@ -429,16 +440,19 @@ class _Work:
         path = record_path(self.store, number)
         return mean_quality(kept_manifest(self.store, number)) if path.is_file() else None
 
-    def _worse(self, number: int) -> str | None:
+    def _worse(self, change: Change) -> str | None:
         """In words, where a round's labels went astray from those before; None where they did not."""
-        if (found := self.record.value(f"quality-{number}")) is None:
-            found = compare_rounds(self.raw, self.store, number, self.processes)
-            self.record.mark(f"quality-{number}", found)
-        if not found or found["now"] >= found["before"] - AGREEMENT_FALL:
+        step = f"quality-{change.number}"
+        found = self.record.value(step)
+        if found is None or "before" in found:
+            # Older records hold another comparison. What people decide later about the labels before changes nothing.
+            found = compare_round(change.agreement, kept_manifest(self.store, change.number - 1).cases)
+            self.record.mark(step, found)
+        if not is_astray(found, self.limits.stop_dice):
             return None
         return (
-            f"the labels' Dice with what all propagators said fell from {found['before']:.3f} to {found['now']:.3f} in "
-            f"round {number}"
+            f"labels moved by {found['moved']:.3f} in round {change.number} (one less their Dice with those before), "
+            f"which were estimated to be wrong by {found['error']:.3f}"
         )
 
     def _go_to(self, number: int) -> None:

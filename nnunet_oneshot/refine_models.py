@@ -12,6 +12,9 @@ from nnunet_oneshot.dataset import Case
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.refine_record import Plan, Splits
 
+_FIRST = "_first"
+"""After a round's number: models of its first training, where there was a second one on the same labels."""
+
 
 @dataclass(frozen=True)
 class Models:
@@ -38,14 +41,15 @@ class Models:
             )
 
     def can_start_warm(self, number: int) -> bool:
-        """Whether the models of the round before are there; they may have been removed to save room."""
+        """Whether the models that `train` starts from are there; they may have been removed to save room."""
         return all(self._weights_before(number, fold).is_file() for fold in self.plan.folds)
 
     def train(self, number: int, warm: bool) -> None:
         """Train every fold on the labels in force, those of round `number`; resumes, or does nothing.
 
         Args:
-            warm: start from the weights of the round before.
+            warm: start from the weights of this round's first training, where they were set aside; else from those
+                of the round before.
         """
         plan = self.plan
         for fold in plan.folds:
@@ -82,6 +86,10 @@ class Models:
         """Move models that were kept aside, if there are any, to where nnU-Net looks; repeating it does nothing."""
         self._move(self._kept(number), self.folder)
 
+    def set_aside_first(self, number: int) -> None:
+        """Move the models trained on round `number` to where its second training finds them; repeating does nothing."""
+        self._move(self.folder, self._first(number))
+
     def set_aside_superseded(self, number: int, in_place: int | None) -> None:
         """Move models trained on labels of round `number`, and all that came of it, out of the way.
 
@@ -91,9 +99,10 @@ class Models:
         """
         if in_place is not None and in_place >= number:
             self._move(self.folder, self._superseded(in_place))
-        for folder in sorted((self.folder / "oneshot_rounds").glob("[0-9][0-9]")):
-            if int(folder.name) >= number:
-                self._move(folder, self._superseded(int(folder.name)))
+        kept = self.folder / "oneshot_rounds"
+        for folder in sorted([*kept.glob("[0-9][0-9]"), *kept.glob(f"[0-9][0-9]{_FIRST}")]):
+            if (made := int(folder.name.removesuffix(_FIRST))) >= number:
+                self._move(folder, self._superseded(made))
 
     def _predict(
         self, folds: tuple[nnunet.Fold, ...], cases: Sequence[Case], output: Path, probabilities: bool
@@ -118,10 +127,14 @@ class Models:
         return tuple(unseen[:1]) or self.plan.folds
 
     def _weights_before(self, number: int, fold: nnunet.Fold) -> Path:
-        return self._kept(number - 1) / f"fold_{fold}" / nnunet.FINAL
+        first, name = self._first(number), f"fold_{fold}"
+        return (first if (first / name).is_dir() else self._kept(number - 1)) / name / nnunet.FINAL
 
     def _kept(self, number: int) -> Path:
         return self.folder / "oneshot_rounds" / f"{number:02d}"
+
+    def _first(self, number: int) -> Path:
+        return self.folder / "oneshot_rounds" / f"{number:02d}{_FIRST}"
 
     def _superseded(self, number: int) -> Path:
         taken = self.folder / "oneshot_rounds"

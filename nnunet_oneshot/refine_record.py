@@ -117,8 +117,8 @@ class Record:
         return begun_plan(self._store.folder)
 
     def is_trained(self) -> bool:
-        """Whether any training has ended."""
-        return any(step.startswith("train-") for step in self.steps())
+        """Whether any training has ended, be it for a second one on the same labels to begin."""
+        return any(step.startswith(("train-", "further-")) for step in self.steps())
 
     def begin(self, plan: Plan) -> bool:
         """Record what is begun; False where it had begun before. OneShotError where something else was trained.
@@ -189,10 +189,18 @@ class Record:
         """How folds split the cases when the training of a round began; None where that is not noted."""
         return self._content().get("splits", {}).get(str(number))
 
+    def begin_further(self, number: int) -> None:
+        """The models of round `number` are to be trained once more on its labels."""
+        content = self._content()
+        content["done"] = {step: value for step, value in content["done"].items() if step != f"train-{number}"}
+        content["done"][f"further-{number}"] = {}
+        self._store.write_json(content, self.path)
+
     def forget_from(self, number: int) -> None:
         """Training on round `number`'s labels, and all that came of it, is to be done again."""
         content = self._content()
-        first = {"prepare": number, "train": number, "relabel": number + 1, "quality": number + 1}
+        first = dict.fromkeys(("prepare", "train", "further"), number)
+        first |= dict.fromkeys(("relabel", "quality"), number + 1)
         content["done"] = {
             step: value
             for step, value in content["done"].items()

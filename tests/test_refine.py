@@ -173,7 +173,8 @@ def test_a_fall_of_quality_puts_the_better_round_in_force_again(fake: FakeNnunet
     assert second is not None
     assert first > second
     model = fake.folder(store.folder.name) / "fold_all" / nnunet.FINAL
-    assert model.read_text() == "2", "the model of round 1's labels"
+    assert model.read_text() == "3", "trained once more on round 1's labels"
+    assert fake.labels[-1] == fake.labels[-2]
     for case in CASES[1:]:
         np.testing.assert_array_equal(read(store.fused_path(case)), label_array(int(case[-1])))
         assert store.round_path(2, case).is_file()

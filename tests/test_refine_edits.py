@@ -16,6 +16,7 @@ from nnunet_oneshot import rounds as rounds_module
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.relabel import Change
 from nnunet_oneshot.review.decisions import Action, decide
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import Store
@@ -60,9 +61,9 @@ def test_a_correction_of_a_round_that_is_given_up_is_kept(fake: FakeNnunet, monk
 
     def compare(*_: object) -> dict[str, float]:
         write_image(store.fused_path("case_3"), drawn)
-        return {"before": 0.9, "now": 0.1}
+        return {"moved": 0.5, "error": 0.1}
 
-    monkeypatch.setattr(refine_module, "compare_rounds", compare)
+    monkeypatch.setattr(refine_module, "compare_round", compare)
     result = run(rounds=1, all_rounds=False)
     assert (result.round, result.taken_up) == (0, ["case_3: corrected by hand"])
     np.testing.assert_array_equal(read(store.label_path("case_3")), drawn)
@@ -122,10 +123,10 @@ def test_an_image_added_after_a_kill_amid_a_round_is_labelled_by_the_next(halfwa
 def worse_from(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
     """Rounds from `first` on are found to be astray."""
 
-    def compare(_: object, __: object, number: int, *___: object) -> dict[str, float]:
-        return {"before": 0.9, "now": 0.1 if number >= first else 0.9}
+    def worse(self: Any, change: Change) -> str | None:
+        return "worse" if change.number >= first else None
 
-    monkeypatch.setattr(refine_module, "compare_rounds", compare)
+    monkeypatch.setattr(refine_module._Work, "_worse", worse)
 
 
 def settles(fake: FakeNnunet, **more: Any) -> None:
