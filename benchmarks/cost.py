@@ -8,7 +8,8 @@ a time: un-annotated cases, slices of every volume, classes, annotated cases. Ea
 benchmarks/results/ and is not computed again. `propagate` is the command with its default propagators and one worker,
 relabelling one round of `relabel` on predictions that are round 0's labels moved by a voxel. Seconds are those of the
 processor, children included, so other work on the machine does not count; memory is the largest process's resident
-peak. A slope is that of a straight line through logarithms: 1 is proportional. Seed 0; nothing is scored.
+peak. A slope is that of a straight line through logarithms: 1 is proportional. Where a point has no memory, the process
+that measured it held more itself. Seed 0; nothing is scored.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +64,6 @@ class Size:
 
 def lay_out(work: Path, size: Size) -> None:
     """Phantoms in nnUNet_raw, the first ones annotated, with as many classes as asked for."""
-    shutil.rmtree(work, ignore_errors=True)
-    use_folders(work)
     made = write_phantom_dataset(
         work / "nnUNet_raw",
         SOURCE,
@@ -96,6 +98,15 @@ def _write_like(image: sitk.Image, array: np.ndarray, path: Path) -> None:
     sitk.WriteImage(made, str(path))
 
 
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives, called in another process.
+
+    A command's peak begins with the memory of the process that starts it, which therefore holds no images.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def measured(command: list[str], log: Path) -> dict[str, float]:
     """Processor seconds and peak resident memory (GiB) of a command and its children."""
     with log.open("ab") as output:
@@ -123,11 +134,13 @@ def point(work: Path, axis: str, value: int) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     size = replace(Size(), **{axis: value})
-    lay_out(work, size)
+    shutil.rmtree(work, ignore_errors=True)
+    use_folders(work)
+    apart(lay_out, work, size)
     command = Path(sys.executable).with_name("nnUNetv2_oneshot_propagate")
     log = work / "log.txt"
     propagated = measured([str(command), "-d", str(SOURCE), "-o", str(OUTPUT), "-np", "1", "-device", "cpu"], log)
-    relabelled = measured([sys.executable, "-c", RELABEL, str(OUTPUT), str(moved_labels(work))], log)
+    relabelled = measured([sys.executable, "-c", RELABEL, str(OUTPUT), str(apart(moved_labels, work))], log)
     row = {"axis": axis, **vars(size), "propagate": propagated, "relabel": relabelled, "seed": 0}
     return write_row(_key(axis, value), row)
 
@@ -147,8 +160,9 @@ def found() -> dict[str, list[dict[str, Any]]]:
 
 def slope(rows: list[dict[str, Any]], axis: str, stage: str, figure: str) -> float:
     """Exponent of the growth between the points: 1 is proportional, 0 constant."""
-    x, y = [row[axis] for row in rows], [row[stage][figure] for row in rows]
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+    known = [(row[axis], row[stage][figure]) for row in rows if row[stage][figure] is not None]
+    x, y = np.log(known).T
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def table(points: dict[str, list[dict[str, Any]]]) -> str:
@@ -157,7 +171,7 @@ def table(points: dict[str, list[dict[str, Any]]]) -> str:
     for axis, rows in points.items():
         for stage in ("propagate", "relabel") if len(rows) > 1 else ():
             seconds = ", ".join(f"{row[axis]}: {row[stage]['cpu_seconds']}" for row in rows)
-            memory = ", ".join(f"{row[stage]['peak_gib']}" for row in rows)
+            memory = ", ".join(str(row[stage]["peak_gib"] or "-") for row in rows)
             slopes = [f"{slope(rows, axis, stage, figure):.2f}" for figure in ("cpu_seconds", "peak_gib")]
             lines.append([axis, stage, seconds, slopes[0], memory, slopes[1]])
     return markdown(["grows", "stage", "CPU s", "slope", "peak GiB", "slope"], lines)
@@ -170,7 +184,8 @@ def draw(points: dict[str, list[dict[str, Any]]]) -> None:
         for stage in ("propagate", "relabel"):
             for line, name in enumerate(("cpu_seconds", "peak_gib")):
                 place = axes[line, column]
-                place.loglog([row[axis] for row in rows], [row[stage][name] for row in rows], "o-", label=stage)
+                known = [row for row in rows if row[stage][name] is not None]
+                place.loglog([row[axis] for row in known], [row[stage][name] for row in known], "o-", label=stage)
                 place.set_xlabel(axis)
     axes[0, 0].set_ylabel("CPU seconds")
     axes[1, 0].set_ylabel("peak GiB")

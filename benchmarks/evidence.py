@@ -147,12 +147,14 @@ class Evidence:
         return "bfloat16" if said == {True} else "nnU-Net's own" if said == {False} else "mixed"
 
     def _trainings(self, recipe: Method) -> int:
-        """Through how many trainings the model has been: each round's begins with the weights of the one before."""
+        """Through how many trainings the model has been: each begins with the weights of the one before."""
         if recipe.trainer is None:
             return 0
         if recipe.trainer != "OneShotTrainer" or recipe.labels not in LABELS:
             return 1 + recipe.again
-        return 1 + open_store(LABELS[recipe.labels].number)[0].read_manifest().round
+        store, _ = open_store(LABELS[recipe.labels].number)
+        number = store.read_manifest().round
+        return 1 + number + Record(store).is_done(f"further-{number}")
 
     def _label(self, recipe: Method) -> float | None:
         """Label the pool; minutes."""
