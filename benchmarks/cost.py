@@ -158,11 +158,10 @@ def found() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def slope(rows: list[dict[str, Any]], axis: str, stage: str, figure: str) -> float:
-    """Exponent of the growth between the points: 1 is proportional, 0 constant."""
+def slope(rows: list[dict[str, Any]], axis: str, stage: str, figure: str) -> str:
+    """Exponent of the growth between the points: 1 is proportional, 0 constant; - for fewer than two points."""
     known = [(row[axis], row[stage][figure]) for row in rows if row[stage][figure] is not None]
-    x, y = np.log(known).T
-    return float(np.polyfit(x, y, 1)[0])
+    return f"{np.polyfit(*np.log(known).T, 1)[0]:.2f}" if len(known) > 1 else "-"
 
 
 def table(points: dict[str, list[dict[str, Any]]]) -> str:
@@ -172,7 +171,7 @@ def table(points: dict[str, list[dict[str, Any]]]) -> str:
         for stage in ("propagate", "relabel") if len(rows) > 1 else ():
             seconds = ", ".join(f"{row[axis]}: {row[stage]['cpu_seconds']}" for row in rows)
             memory = ", ".join(str(row[stage]["peak_gib"] or "-") for row in rows)
-            slopes = [f"{slope(rows, axis, stage, figure):.2f}" for figure in ("cpu_seconds", "peak_gib")]
+            slopes = [slope(rows, axis, stage, figure) for figure in ("cpu_seconds", "peak_gib")]
             lines.append([axis, stage, seconds, slopes[0], memory, slopes[1]])
     return markdown(["grows", "stage", "CPU s", "slope", "peak GiB", "slope"], lines)
 
