@@ -177,16 +177,20 @@ def table(points: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def draw(points: dict[str, list[dict[str, Any]]]) -> None:
-    """Seconds and memory against each axis, logarithmic."""
-    figure, axes = plt.subplots(2, len(points), figsize=(11, 5), sharey="row", constrained_layout=True)
+    """Seconds, on logarithmic scales, and memory against each axis."""
+    figure, axes = plt.subplots(2, len(points), figsize=(11, 5), sharex="col", sharey="row", constrained_layout=True)
     for column, (axis, rows) in enumerate(points.items()):
         for stage in ("propagate", "relabel"):
             for line, name in enumerate(("cpu_seconds", "peak_gib")):
                 place = axes[line, column]
                 known = [row for row in rows if row[stage][name] is not None]
-                place.loglog([row[axis] for row in known], [row[stage][name] for row in known], "o-", label=stage)
-                place.set_xlabel(axis)
-    axes[0, 0].set_ylabel("CPU seconds")
+                place.plot([row[axis] for row in known], [row[stage][name] for row in known], "o-", label=stage)
+        values = [row[axis] for row in rows]
+        axes[1, column].set(xlabel=axis, xscale="log")
+        axes[1, column].set_xticks(values, [str(value) for value in values])
+        axes[1, column].minorticks_off()
+    axes[0, 0].set(ylabel="CPU seconds", yscale="log")
+    axes[1, 0].set_ylim(bottom=0)
     axes[1, 0].set_ylabel("peak GiB")
     axes[0, 0].legend()
     figure.savefig(PICTURE, dpi=90)

@@ -354,7 +354,9 @@ class _Work:
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
         self._preprocess()
         self.record.note_labels(number, self._label_hashes(), self._folds_now())
-        self.models.train(number, self._is_warm(number))
+        if self.record.is_done(f"further-{number}"):
+            self.models.set_aside_first(number)
+        self.models.train(self._start(number))
         self.record.mark(f"train-{number}")
 
     def _train_further(self, number: int) -> None:
@@ -366,23 +368,29 @@ class _Work:
         if self.record.is_done(f"further-{number}"):
             return
         self._go_to(number)
-        self.models.set_aside_first(number)
+        changed = self.record.labels(number) not in (None, self._label_hashes())
+        if changed or self._folds_trained_on(number) != self._folds_now():
+            # Its models know other labels, or cases that are no longer theirs: `end` sees to the former.
+            return
         self.record.begin_further(number)
 
-    def _is_warm(self, number: int) -> bool:
-        """Whether the training on round `number` starts from other weights; what keeps it from that is said."""
+    def _start(self, number: int) -> Path | None:
+        """Folder of the models that the training on round `number` starts from; what keeps it from that is said."""
         if self.record.is_done(f"further-{number}"):
-            return self.models.can_start_warm(number)
+            if self.models.are_in(self.models.first(number)):
+                return self.models.first(number)
+            self.said.append(f"models of round {number}'s first training are gone: it was trained from new weights")
+            return None
         if not self.plan.warm_start or number == 0:
-            return False
+            return None
         if self.record.splits(number - 1) != self._folds_now():
             # A fold's weights have seen cases that are its own to relabel now, and would say what they were taught.
             self.said.append(f"cases were dealt over the folds anew: round {number} was trained from new weights")
-            return False
-        if not self.models.can_start_warm(number):
+            return None
+        if not self.models.are_in(self.models.kept(number - 1)):
             self.said.append(f"models of round {number - 1} are gone: round {number} was trained from new weights")
-            return False
-        return True
+            return None
+        return self.models.kept(number - 1)
 
     def end(self, number: int) -> None:
         """Leave the labels of round `number` in force, and the models that were trained on them in place."""

@@ -32,7 +32,8 @@ class Models:
     def check_none(self) -> None:
         """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
         # Folds of another number too: export and nnU-Net's own commands could take them for this model.
-        there = [*self.folder.glob("fold_*"), *self.folder.glob("oneshot_rounds/[0-9][0-9]/fold_*")]
+        aside = (f"oneshot_rounds/[0-9][0-9]{ending}/fold_*" for ending in ("", _FIRST))
+        there = [path for pattern in ("fold_*", *aside) for path in self.folder.glob(pattern)]
         if there:
             names = ", ".join(sorted(path.relative_to(self.folder).as_posix() for path in there))
             raise OneShotError(
@@ -40,16 +41,15 @@ class Models:
                 "that are, or by --overwrite will be, there; move them out of nnUNet_results or remove them"
             )
 
-    def can_start_warm(self, number: int) -> bool:
-        """Whether the models that `train` starts from are there; they may have been removed to save room."""
-        return all(self._weights_before(number, fold).is_file() for fold in self.plan.folds)
+    def are_in(self, folder: Path) -> bool:
+        """Whether the models of all folds are in a folder; they may have been removed to save room."""
+        return all(_weights(folder, fold).is_file() for fold in self.plan.folds)
 
-    def train(self, number: int, warm: bool) -> None:
-        """Train every fold on the labels in force, those of round `number`; resumes, or does nothing.
+    def train(self, start: Path | None) -> None:
+        """Train every fold on the labels in force; resumes, or does nothing.
 
         Args:
-            warm: start from the weights of this round's first training, where they were set aside; else from those
-                of the round before.
+            start: folder of the models whose weights it starts from; None for new ones.
         """
         plan = self.plan
         for fold in plan.folds:
@@ -60,7 +60,7 @@ class Models:
                 plan.trainer,
                 plan.plans,
                 self.device,
-                pretrained_weights=self._weights_before(number, fold) if warm else None,
+                pretrained_weights=None if start is None else _weights(start, fold),
             )
 
     def predict(self, cases: Sequence[Case], splits: Splits | None, output: Path, probabilities: bool = False) -> None:
@@ -80,15 +80,22 @@ class Models:
 
     def keep_aside(self, number: int) -> None:
         """Move the models trained on round `number` out of nnU-Net's way; repeating it does nothing."""
-        self._move(self.folder, self._kept(number))
+        self._move(self.folder, self.kept(number))
 
     def bring_back(self, number: int) -> None:
         """Move models that were kept aside, if there are any, to where nnU-Net looks; repeating it does nothing."""
-        self._move(self._kept(number), self.folder)
+        self._move(self.kept(number), self.folder)
 
     def set_aside_first(self, number: int) -> None:
-        """Move the models trained on round `number` to where its second training finds them; repeating does nothing."""
-        self._move(self.folder, self._first(number))
+        """Move the models trained on round `number` to where its second training finds them.
+
+        Those of folds that are there stay: what lies in place of them is the second training's.
+        """
+        for fold in self.plan.folds:
+            source, target = self.folder / f"fold_{fold}", self.first(number) / f"fold_{fold}"
+            if source.is_dir() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(source, target)
 
     def set_aside_superseded(self, number: int, in_place: int | None) -> None:
         """Move models trained on labels of round `number`, and all that came of it, out of the way.
@@ -126,14 +133,12 @@ class Models:
         unseen = [fold for fold, split in numbered if case in split["val"] and case not in split["train"]]
         return tuple(unseen[:1]) or self.plan.folds
 
-    def _weights_before(self, number: int, fold: nnunet.Fold) -> Path:
-        first, name = self._first(number), f"fold_{fold}"
-        return (first if (first / name).is_dir() else self._kept(number - 1)) / name / nnunet.FINAL
-
-    def _kept(self, number: int) -> Path:
+    def kept(self, number: int) -> Path:
+        """Where the models of a round lie while others are in place."""
         return self.folder / "oneshot_rounds" / f"{number:02d}"
 
-    def _first(self, number: int) -> Path:
+    def first(self, number: int) -> Path:
+        """Where the models of a round's first training lie, if there was a second one on the same labels."""
         return self.folder / "oneshot_rounds" / f"{number:02d}{_FIRST}"
 
     def _superseded(self, number: int) -> Path:
@@ -153,3 +158,7 @@ class Models:
                 )
             target.mkdir(parents=True, exist_ok=True)
             os.rename(source, target / source.name)
+
+
+def _weights(folder: Path, fold: nnunet.Fold) -> Path:
+    return folder / f"fold_{fold}" / nnunet.FINAL

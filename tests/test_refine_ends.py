@@ -98,7 +98,7 @@ def test_run_refuses_bad_arguments_before_anything_is_labelled(roots: Roots, mon
         run_module.run(501, 601, "3d_cascade_fullres")
 
 
-@pytest.mark.parametrize("stale", ["fold_all", "oneshot_rounds/00/fold_0"])
+@pytest.mark.parametrize("stale", ["fold_all", "oneshot_rounds/00/fold_0", "oneshot_rounds/01_first/fold_all"])
 def test_folds_of_any_number_are_in_the_way(fake: FakeNnunet, stale: str) -> None:
     (fake.folder(open_store(601)[0].folder.name) / stale).mkdir(parents=True)
     with pytest.raises(OneShotError, match=f"expected no earlier results in .*, found {stale},"):
@@ -521,6 +521,49 @@ def test_in_place_of_a_round_that_went_astray_its_model_learns_on_from_what_it_w
     starts = [start and start.parts[-4:-1] for _, start in fake.trained]
     assert starts == [None, ("oneshot_rounds", "00_first", "fold_all")]
     assert fake.labels[0] == fake.labels[1]
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("moves", [0, 1])
+def test_an_image_that_is_added_after_a_kill_before_the_second_training_stops_nothing(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, roots: Roots, moves: int
+) -> None:
+    rename, calls = nnunet.os.rename, list[object]()
+
+    def killed(*arguments: str) -> None:
+        if len(calls) == moves:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        rename(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nnunet_oneshot.refine_models.os.rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1, num_folds=2, all_rounds=False)
+    write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
+    result = run(rounds=1, num_folds=2, all_rounds=False)
+    assert "case_5: a new image" in result.taken_up
+    run(rounds=1, num_folds=2, all_rounds=False)
+    assert open_store(601)[0].read_manifest().cases["case_5"].status == "pseudo"
+
+
+@pytest.mark.usefixtures("worse")
+def test_a_correction_amid_the_first_training_is_learnt_from_new_weights_and_judged_anew(fake: FakeNnunet) -> None:
+    store, _ = open_store(601)
+    drawn = np.roll(label_array(3), 2, axis=1)
+
+    def say(case: str, trainings: int) -> np.ndarray:
+        if trainings == 1:
+            write_image(store.label_path("case_3"), drawn)
+        return drifting(case, trainings)
+
+    fake.say = say
+    assert run(rounds=1, all_rounds=False).round == 0
+    assert [start for _, start in fake.trained] == [None, None]
+    assert Record(store).value("relabel-1") is None, "its model had learnt another label"
+    run(rounds=1, all_rounds=False)
+    assert [start and start.parts[-3] for _, start in fake.trained] == [None, None, "00_first"]
+    np.testing.assert_array_equal(read(store.label_path("case_3")), drawn)
 
 
 @pytest.mark.usefixtures("worse")
