@@ -1,7 +1,7 @@
 """When a round makes labels worse, and what of that can be seen without ground truth: models of ever less training.
 
     python benchmarks/guard.py --set isotropic --cases 10 -c 3d_fullres --budgets 1 2 3 10 -o WORK
-    python benchmarks/guard.py --table
+    python benchmarks/guard.py --table -o WORK
 
 On sets of `made_up_sets.py` (ONESHOT_DATA names their folder), so that `refine`'s guard may be chosen by this. Labels
 of round 0 are those of `propagate`; a model is trained on them for each of the budgets, in epochs of the preset
@@ -29,9 +29,8 @@ from nnunet_oneshot.quality import VIEWS, Opinions, gather
 from nnunet_oneshot.quality_gate import MIN_QUALITY, mean_quality
 from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.refine import open_store
-from nnunet_oneshot.relabel import Change, Trust, relabel
+from nnunet_oneshot.relabel import Change, relabel
 from nnunet_oneshot.rounds import kept_manifest
-from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, opinion_of
 
 COPY = 700
 """With the epochs added, id of the dataset whose round 1 the model of a budget makes."""
@@ -53,27 +52,22 @@ class Guard(Rounds):
         if (done := read_row(self.key("round_1"))) is not None:
             return self.checked("round_1", done, {**self.settings, "epochs": epochs, "n": len(self.pool)})
         self._copy(number)
-        change = self._round(number, self._said_by(f"round_0_{epochs}"))
-        return write_row(self.key("round_1"), self._content(number, change))
-
-    def _round(self, number: int, predictions: Path) -> Change:
-        """Round 1 of a copy of the labels, as `refine` makes it."""
         store, raw = open_store(number)
         take_over(raw, store, 1, MIN_QUALITY)
-        chosen, cases = opinion_of(store, AS_BEFORE), [raw.case(name) for name in self.pool]
-        asked = ask_sam2(raw, store, cases, predictions, 1, chosen, "cpu", 1) if chosen else None
-        return relabel(raw, store, predictions, 1, 1, trust=Trust(asked))
+        predictions = self._said_by(f"round_0_{epochs}")
+        self._relabelled(number, predictions, 1)
+        # The round is kept: this tells how far its labels moved.
+        change = relabel(raw, store, predictions, 1, 1)
+        return write_row(self.key("round_1"), self._content(number, change, predictions))
 
-    def _content(self, number: int, change: Change) -> dict[str, Any]:
+    def _content(self, number: int, change: Change, predictions: Path) -> dict[str, Any]:
         store, _ = open_store(number)
         content: dict[str, Any] = {**self.settings, "epochs": self.epochs, "n": len(self.pool)}
-        folders = [store.round_path(made, "x").parent for made in (0, 1)]
-        scored = [evaluate(self.data.labels, folder, self.dataset_json, cases=self.pool) for folder in folders]
-        content["true"] = [round(score.summary[FOREGROUND]["Dice"].mean, 4) for score in scored]
+        content["true"] = [self._dice(store.round_path(made, "x").parent) for made in (0, 1)]
         content["estimated"] = [round(mean_quality(kept_manifest(store, made)) or 0.0, 4) for made in (0, 1)]
         content["moved"] = round(1 - change.mean, 4)
         content["with_views"] = [round(self._with_views(number, made), 4) for made in (0, 1)]
-        content["model"] = round(self._dice(self._said_by(f"round_0_{self.epochs}")), 4)
+        content["model"] = self._dice(predictions)
         return content
 
     def _with_views(self, number: int, made: int) -> float:
@@ -87,9 +81,9 @@ class Guard(Rounds):
                 found.append(float(np.mean(list(agreements.values()))))
         return float(np.mean(found))
 
-    def _dice(self, predictions: Path) -> float:
-        scored = evaluate(self.data.labels, predictions, self.dataset_json, cases=self.pool)
-        return scored.summary[FOREGROUND]["Dice"].mean
+    def _dice(self, folder: Path) -> float:
+        scored = evaluate(self.data.labels, folder, self.dataset_json, cases=self.pool)
+        return round(scored.summary[FOREGROUND]["Dice"].mean, 4)
 
 
 def table() -> str:

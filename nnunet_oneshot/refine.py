@@ -62,8 +62,8 @@ STOP_DICE = 0.95
 """Mean Dice between two rounds' labels from which on they have settled. The label before has a voice in the new one, so
 that they agree more than what was said in them does."""
 _LEARNT_LITTLE = (
-    "Mostly its model had learnt too little, so that it was trained once more on the labels that it had: train longer "
-    "(another -preset) or in another configuration, on a dataset of its own (propagate -o)"
+    "Mostly its model had learnt too little: train longer (another -preset) or in another configuration, on a dataset "
+    "of its own (propagate -o)"
 )
 
 
@@ -338,7 +338,9 @@ class _Work:
             if (worse := self._worse(change)) is not None:
                 self._train_further(number)
                 self.end(number)
-                return f"{worse}: round {number} is in force again. {_LEARNT_LITTLE}"
+                further = self.record.is_done(f"further-{number}")
+                more = ", its model trained once more on those labels" if further else ""
+                return f"{worse}: round {number} is in force again{more}. {_LEARNT_LITTLE}"
             if change.mean >= self.limits.stop_dice:
                 self.end(number + 1)
                 return f"labels settled: Dice {change.mean:.3f} between rounds {number} and {number + 1}"

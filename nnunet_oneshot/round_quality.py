@@ -3,8 +3,7 @@
 What is right in labels need not move. With M how far they moved and E how wrong those before were, each one less a
 Dice, new labels can be right only where M is about E, and are worse where it is more than 2 E: M - E is left at the
 least, as far as one less a Dice is a distance (nearly; one less Jaccard's index is one). In between it had to be seen.
-The estimated Dice of the new
-labels says less: it mostly goes by that same move.
+The estimated Dice of the new labels says less: it mostly goes by that same move.
 """
 
 from __future__ import annotations

@@ -404,13 +404,8 @@ def test_a_fall_back_by_two_rounds_takes_the_model_along(fake: FakeNnunet) -> No
     assert [(aside / f"{n:02d}" / "fold_all" / nnunet.FINAL).read_text() for n in range(3)] == ["4", "2", "3"]
 
 
-@pytest.mark.usefixtures("worse")
-@pytest.mark.parametrize("stop", range(6))
-def test_models_reach_their_place_whenever_their_move_is_killed(
-    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
-    """Killed before each move of two folds out and two folds in, and of these to where their second training begins."""
-    run(rounds=1, num_folds=2)
+def run_killed_at_move(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """One round by two folds, killed before move `stop` of a model's folder, from 0."""
     calls: list[object] = []
     rename = nnunet.os.rename
 
@@ -424,6 +419,16 @@ def test_models_reach_their_place_whenever_their_move_is_killed(
         patched.setattr("nnunet_oneshot.refine_models.os.rename", killed)
         with pytest.raises(KeyboardInterrupt):
             run(rounds=1, num_folds=2, all_rounds=False)
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("stop", range(6))
+def test_models_reach_their_place_whenever_their_move_is_killed(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed before each move of two folds out and two folds in, and of these to where their second training begins."""
+    run(rounds=1, num_folds=2)
+    run_killed_at_move(monkeypatch, stop)
     assert run(rounds=1, num_folds=2, all_rounds=False).round == 0
     folder = fake.folder(open_store(601)[0].folder.name)
     assert [(folder / f"fold_{fold}" / nnunet.FINAL).read_text() for fold in (0, 1)] == ["5", "6"]
@@ -506,6 +511,7 @@ def test_a_round_that_moves_labels_by_more_than_they_can_be_wrong_is_not_taken(f
     assert found["moved"] > found["error"] > 0
     assert f"labels moved by {found['moved']:.3f} in round 1" in result.ended
     assert f"estimated to be wrong by {found['error']:.3f}" in result.ended
+    assert "its model trained once more on those labels" in result.ended
     again = run(rounds=1, all_rounds=False)
     assert (again.round, again.ended) == (0, result.ended)
 
@@ -528,18 +534,7 @@ def test_in_place_of_a_round_that_went_astray_its_model_learns_on_from_what_it_w
 def test_an_image_that_is_added_after_a_kill_before_the_second_training_stops_nothing(
     fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, roots: Roots, moves: int
 ) -> None:
-    rename, calls = nnunet.os.rename, list[object]()
-
-    def killed(*arguments: str) -> None:
-        if len(calls) == moves:
-            raise KeyboardInterrupt
-        calls.append(arguments)
-        rename(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("nnunet_oneshot.refine_models.os.rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(rounds=1, num_folds=2, all_rounds=False)
+    run_killed_at_move(monkeypatch, moves)
     write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
     result = run(rounds=1, num_folds=2, all_rounds=False)
     assert "case_5: a new image" in result.taken_up
