@@ -98,6 +98,11 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def patient(case: str) -> str:
+    """Whose image a case is: acdc_mr has two phases of a heart, `patient001_frame01` and `patient001_frame12`."""
+    return case.partition("_frame")[0]
+
+
 def read_row(name: str) -> dict[str, Any] | None:
     """A finished row of an earlier run, or None."""
     path = RESULTS / f"{name}.json"

@@ -10,12 +10,13 @@ training sees. Every training of a set has as many iterations, by the same plann
 `--cases` takes the first so many of the pool, the annotated one included); how many trainings made the model that is
 scored is in the row. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own.
 Finished rows are small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is
-in WORK. Rows that share labels share their labelling, and a row with refinement goes on from the one without; the
-minutes of each stage are kept and added up. `--table` writes docs/results.md, the README's headline and the figure of
-all rows that there are and names those that are not. Only "full" and "full_again" train on labels of other cases, and
-methods from one slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images, and
-its network is one of slices: of a set of volumes it gets all slices as one set of images (yoloseg_volumes.py), and
-nnU-Net's 2d configuration is trained.
+in WORK, where WORK/.../pictures/ shows the worst, the median and the best test cases of every row. Rows that share
+labels share their labelling, and a row with refinement goes on from the one without; the minutes of each stage are kept
+and added up. `--table` writes docs/results.md, the README's headline and the figure of all rows that there are and
+names those that are not. Only "full" and "full_again" train on labels of other cases, and methods from one slice a
+volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images, and its network is one of
+slices: of a set of volumes it gets all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d configuration
+is trained.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+import torch
 from common import DataSet, data_set, lay_out, read_row, use_folders, write_row
-from evidence_methods import LABELS, METHODS, Method
+from evidence_methods import LABELS, METHODS, Labels, Method
+from evidence_pictures import draw_cases
 from evidence_table import write_results
 from oneseg import sparse_support
 from registration import read_image, read_label, voxel_shares
@@ -40,7 +44,7 @@ from yoloseg_volumes import label_by_slices
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import train_annotated_only
-from nnunet_oneshot.dataset import RawDataset
+from nnunet_oneshot.dataset import RawDataset, open_dataset
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.make_sparse import make_sparse
@@ -63,8 +67,8 @@ FLAT = ("hc18_us",)
 POOL, ALONE, FULL, TEST, SLICES = 501, 502, 503, 504, 505
 STOCK, TESTED, REPLACED, AGAIN = 100, 200, 300, 30
 """Added to the number of a label dataset: its best guess everywhere, the same labels for the test images, and what a
-model that learnt from the best guess says in its place (once more for every time that it is replaced); to that of all
-true labels, for every time that a network is trained on them once more."""
+model that learnt from the best guess says in its place (once more for every time that it is replaced); to that of what
+is trained on, for every time that a network is trained on it once more."""
 
 
 class Evidence:
@@ -114,6 +118,8 @@ class Evidence:
             predictions, precision = self._predicted(method, recipe, number), self._precision(number)
         minutes = {"labelling": labelling, "training": added(stages)}
         scored = evaluate(self.data.labels, predictions, self._pool() / "dataset.json", cases=self.test)
+        picture = self.work / "pictures" / f"{method}.png"
+        draw_cases(self.data, open_dataset(POOL), scored, predictions, picture)
         about = self._about(method, minutes, precision)
         return write_row(self.key(method), {**about, **figures(scored), **self._labels(recipe)})
 
@@ -129,6 +135,7 @@ class Evidence:
             "configuration": METHODS[method].configuration or self.configuration,
             "variant": self.variant,
             "precision": precision,
+            "gpu": torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else None,
             "training": self.training,
             "trainings_of_the_model": self._trainings(METHODS[method]),
             "minutes": {key: None if value is None else round(value, 1) for key, value in minutes.items()},
@@ -187,7 +194,7 @@ class Evidence:
         (self.work / "minutes.json").write_text(json.dumps(minutes, indent=1), encoding="utf-8")
 
     def _propagate(self, labels: str, source: int, offset: int) -> int:
-        chosen = LABELS[labels]
+        chosen = self._on_device(LABELS[labels])
         number = chosen.number + offset
         if not self._is_there(number):
             if chosen.flat and self.data.name not in FLAT:
@@ -195,6 +202,9 @@ class Evidence:
             else:
                 propagate(source, number, propagators=chosen.propagators, options=chosen.options)
         return number
+
+    def _on_device(self, labels: Labels) -> Labels:
+        return replace(labels, options=replace(labels.options, device=self.device))
 
     def _is_there(self, number: int) -> bool:
         """Whether a dataset of pseudo labels is."""
@@ -222,7 +232,8 @@ class Evidence:
             stages.append(self._timed("train annotated", lambda: self._train_alone(plan)))
             return ALONE
         if recipe.labels == "truth":
-            return self._train_supervised(recipe.again, plan, stages)
+            every = partial(lay_out, self.data, cases=self.pool, annotated=self.pool, name=f"{self.data.name}_full")
+            return self._train_often(FULL, recipe.again, every, plan, stages)
         number = LABELS[recipe.labels].number
         in_force = recipe.ignore or recipe.trainer == "OneShotTrainer"
         if in_force and (found := open_store(number)[0].read_manifest().round) > recipe.rounds:
@@ -236,7 +247,11 @@ class Evidence:
         if recipe.gated:
             store, raw = open_store(number)
             take_over(raw, store, default_processes(), MIN_QUALITY)
-        trained = self._train_stock(number if recipe.ignore else self._best_guess(number), plan, stages)
+        if recipe.ignore:
+            trained = self._train_stock(number, plan, stages)
+        else:
+            guess = partial(self._best_guess, number)
+            trained = self._train_often(number + STOCK, recipe.again, guess, plan, stages)
         for again in range(1, recipe.replaced + 1):
             replace = partial(self._replaced, number, trained, again, plan)
             stages.append(self._timed(f"replace {number} {again}", replace))
@@ -258,11 +273,13 @@ class Evidence:
             num_processes=default_processes(),
         )
 
-    def _train_supervised(self, again: int, plan: Plan, stages: list[float | None]) -> int:
-        """Train on all true labels of the pool, and once more from these weights, in a dataset of its own each time."""
+    def _train_often(
+        self, first: int, again: int, lay_out_as: Callable[[int], object], plan: Plan, stages: list[float | None]
+    ) -> int:
+        """Train, and once more from these weights, on the same labels in a dataset of its own each time; its number."""
         before = None
-        for number in range(FULL, FULL + again * AGAIN + 1, AGAIN):
-            lay_out(self.data, number, self.pool, self.pool, name=f"{self.data.name}_full")
+        for number in range(first, first + again * AGAIN + 1, AGAIN):
+            lay_out_as(number)
             self._train_stock(number, plan, stages, before)
             model = nnunet.results_folder(number, plan.trainer, plan.plans, plan.configuration)
             before = model / "fold_all" / "checkpoint_final.pth"
@@ -283,11 +300,11 @@ class Evidence:
         model = f"{plan.trainer}__{plan.plans}__{plan.configuration}"
         return any(nnunet.root("nnUNet_results").glob(f"Dataset{number}_*/{model}"))
 
-    def _best_guess(self, number: int) -> int:
-        """A dataset of round 0's best guess everywhere; its number."""
+    def _best_guess(self, number: int, new: int) -> int:
+        """Dataset `new` of round 0's best guess everywhere, of those of dataset `number`."""
         store, _ = open_store(number)
         guesses = store.round_path(0, "x").parent
-        return self._whole(number, number + STOCK, "guess", dict.fromkeys(self.pool, guesses))
+        return self._whole(number, new, "guess", dict.fromkeys(self.pool, guesses))
 
     def _replaced(self, number: int, trained: int, again: int, plan: Plan) -> int:
         """A dataset of what a model says of the un-annotated cases in place of their pseudo labels; its number."""

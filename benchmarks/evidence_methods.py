@@ -86,8 +86,13 @@ METHODS: Mapping[str, Method] = {
     "annotated": Method("nnU-Net on the annotated case alone", None, rival=True),
     "registration_labels": Method("registration, as it is", "registration", trainer=None, rival=True),
     "registration_stock": Method("registration, then nnU-Net", "registration", rival=True),
-    "sam2_labels": Method("SAM2 (self mode), as it is", "sam2", trainer=None, rival=True),
-    "sam2_stock": Method("SAM2 (self mode), then nnU-Net", "sam2", rival=True),
+    "across_labels": Method("SAM2 alone (retrieve mode), as it is", "across", trainer=None, rival=True),
+    "across_stock": Method("SAM2 alone (retrieve mode), then nnU-Net", "across", rival=True),
+    "sam2_labels": Method("SAM2 on registration (self mode), as it is", "sam2", trainer=None, rival=True),
+    "sam2_stock": Method("SAM2 on registration (self mode), then nnU-Net", "sam2", rival=True),
+    "sam2_stock_again": Method(
+        "SAM2 on registration (self mode), then nnU-Net, trained once more", "sam2", again=1, rival=True
+    ),
     "fused_stock": Method("SAM2 + registration, then nnU-Net", "sam2_registration"),
     "yoloseg": Method(
         "YoloSeg's labels (slice by slice in volumes), loss and cross patches, nnU-Net 2d",
@@ -130,4 +135,5 @@ METHODS: Mapping[str, Method] = {
     "stock_with_ignore": Method("nnU-Net on our labels with ignore", "ours", ignore=True, gated=True),
     "ours_labels": Method("our labels, as they are", "ours", trainer=None),
     "ours_stock": Method("our labels, then nnU-Net", "ours"),
+    "ours_stock_again": Method("our labels of round 0, then nnU-Net, trained once more", "ours", again=1),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import REPOSITORY, RESULTS, markdown
+from common import REPOSITORY, RESULTS, markdown, patient
 from evidence_methods import METHODS
 from matplotlib.lines import Line2D
 
@@ -17,8 +17,13 @@ from nnunet_oneshot.evaluate import FOREGROUND
 
 Row = Mapping[str, Any]
 Interval = tuple[float, float, float]
-"""A mean and its bootstrap 95 % interval over cases."""
+"""A mean and its bootstrap 95 % interval over patients."""
 REFERENCE, OURS = "full", "ours"
+ONCE, AS_OFTEN = "ours_no_refinement", "full_again"
+"""Ours trained once, as full supervision is, and full supervision trained once more, as ours is by its one round."""
+OWN_PRESET = "small"
+IN_PIXELS = ("hc18_us",)
+"""Sets whose images tell no spacing."""
 YOLOSEG_GAP = 3.08
 """Points below full supervision that YoloSeg tells of itself, on its own sets."""
 PAGE, README = REPOSITORY / "docs" / "results.md", REPOSITORY / "README.md"
@@ -38,8 +43,9 @@ def budget(row: Row) -> tuple[str, int, str, str]:
 
 
 def variant(row: Row) -> str:
-    """The configuration where it is another than that of the set; empty where it is that."""
-    return str(row.get("variant", ""))
+    """The configuration and the preset where they are others than those of the set; empty where they are those."""
+    preset = "" if row["preset"] == OWN_PRESET else f"preset {row['preset']}"
+    return ", ".join(part for part in (row.get("variant", ""), preset) if part)
 
 
 def training(row: Row) -> int:
@@ -48,12 +54,20 @@ def training(row: Row) -> int:
 
 
 def paired(row: Row, other: Row, seed: int = 0) -> Interval:
-    """Mean difference of Dice over the cases of both, and its bootstrap 95 % interval."""
-    cases = sorted(set(row["dice_per_case"]) & set(other["dice_per_case"]))
-    difference = np.array([row["dice_per_case"][c] - other["dice_per_case"][c] for c in cases])
-    drawn = np.random.default_rng(seed).integers(0, len(cases), (2000, len(cases)))
-    low, high = np.percentile(difference[drawn].mean(1), (2.5, 97.5))
-    return float(difference.mean()), float(low), float(high)
+    """Mean difference of Dice over the cases of both, and its interval."""
+    mine, theirs = row["dice_per_case"], other["dice_per_case"]
+    return interval({case: mine[case] - theirs[case] for case in sorted(set(mine) & set(theirs))}, seed)
+
+
+def interval(values: Mapping[str, float], seed: int = 0) -> Interval:
+    """Mean over cases and its bootstrap 95 % interval; all images of a patient are drawn together."""
+    by_patient: dict[str, list[float]] = {}
+    for case, value in values.items():
+        by_patient.setdefault(patient(case), []).append(value)
+    sums, counts = (np.array([how(found) for found in by_patient.values()]) for how in (sum, len))
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (2000, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
 def by_budget(rows: Iterable[Row]) -> dict[tuple[str, int, str, str], dict[str, Row]]:
@@ -69,26 +83,48 @@ def by_budget(rows: Iterable[Row]) -> dict[tuple[str, int, str, str], dict[str, 
 
 def headline(rows: Sequence[Row]) -> list[str]:
     """Ours against full supervision and against the best of what a user would pick instead, by set, and over sets."""
-    lines, gaps, shares = [], [], []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        groups = [g for g in by_budget(r for r in rows if r["set"] == name).values() if {OURS, REFERENCE} <= set(g)]
-        if not groups:
-            continue
-        gaps.append(float(np.mean([paired(g[OURS], g[REFERENCE])[0] for g in groups])))
-        shares.append(float(np.mean([_dice(g[OURS])[0] / _dice(g[REFERENCE])[0] for g in groups])))
-        lines += [f"- {name}, {group[OURS]['annotated']}: {_against_others(group)}" for group in groups]
-    if not lines:
+    sets = [
+        [
+            group
+            for group in by_budget(row for row in rows if row["set"] == name).values()
+            if {OURS, REFERENCE} <= {*group}
+        ]
+        for name in dict.fromkeys(row["set"] for row in rows)
+    ]
+    sets = [groups for groups in sets if groups]
+    if not sets:
         return ["Ours with its defaults was run on no set yet.", ""]
-    over = f"mean over {len(gaps)} set(s)"
-    first = (
-        f"**Ours with its defaults, {over}: {100 * np.mean(gaps):+.1f} points against full supervision on the pool** "
-    )
+    share = np.mean([np.mean([_dice(g[OURS])[0] / _dice(g[REFERENCE])[0] for g in groups]) for groups in sets])
     return [
-        f"{first}({100 * np.mean(shares):.1f} % of its Dice; YoloSeg tells -{YOLOSEG_GAP} of its own sets).",
+        f"**Ours with its defaults, one annotated case, {len(sets)} data set(s): {_gap(sets, OURS, REFERENCE)} points "
+        f"of test Dice against full supervision on the pool** ({100 * share:.1f} % of it). Ours is trained twice, full "
+        f"supervision once. With one training each (ours without its round) it is {_gap(sets, ONCE, REFERENCE)}, with "
+        f"two each {_gap(sets, OURS, AS_OFTEN)}. YoloSeg tells -{YOLOSEG_GAP} of its own sets.",
         "",
-        *lines,
+        *(
+            f"- {group[OURS]['set']}, {_pool(group, groups)}: {_against_others(group)}"
+            for groups in sets
+            for group in groups
+        ),
         "",
     ]
+
+
+def _gap(sets: Sequence[Sequence[Mapping[str, Row]]], mine: str, reference: str) -> str:
+    """Points of Dice between two methods, each set as the mean of its groups; says over how many sets it is."""
+    found = [
+        np.mean([100 * paired(group[mine], group[reference])[0] for group in groups if {mine, reference} <= {*group}])
+        for groups in sets
+        if any({mine, reference} <= {*group} for group in groups)
+    ]
+    over = "" if len(found) == len(sets) else f" (over {len(found)} of the sets)"
+    return f"{np.mean(found):+.1f}{over}" if found else "not known"
+
+
+def _pool(group: Mapping[str, Row], groups: Sequence[Mapping[str, Row]]) -> str:
+    """The annotated case, and how large the pool is where it differs."""
+    sizes = {other[OURS]["pool"] for other in groups}
+    return group[OURS]["annotated"] + (f", {group[OURS]['pool']} pool cases" if len(sizes) > 1 else "")
 
 
 def _against_others(group: Mapping[str, Row]) -> str:
@@ -97,6 +133,8 @@ def _against_others(group: Mapping[str, Row]) -> str:
     said = [
         f"{_points(paired(ours, full))} against full supervision ({_dice(ours)[0] / _dice(full)[0]:.1%} of its Dice)"
     ]
+    if AS_OFTEN in group:
+        said.append(f"{_points(paired(ours, group[AS_OFTEN]))} against the same trained once more")
     rivals = [row for method, row in group.items() if METHODS[method].rival]
     for where, among in (
         ("from the same annotation", [row for row in rivals if not METHODS[row["method"]].by_slices]),
@@ -104,7 +142,8 @@ def _against_others(group: Mapping[str, Row]) -> str:
     ):
         if among:
             best = max(among, key=lambda row: _dice(row)[0])
-            said.append(f"{_points(paired(ours, best))} against the best other {where}, {best['what']}")
+            of = f"the best of {len(among)} others" if len(among) > 1 else "the one other that was run"
+            said.append(f"{_points(paired(ours, best))} against {of} {where}, {_what(best)}")
     return "; ".join(said)
 
 
@@ -114,8 +153,13 @@ def _against_others(group: Mapping[str, Row]) -> str:
 def scores_table(rows: Sequence[Row]) -> str:
     """Of one set, how good each model is on the test cases."""
     groups = by_budget(rows)
-    head = ["method", "annotated", "trainings", "Dice", "95 %", "against full", "against ours", "HD95 mm", "ASSD mm"]
+    head = ["method", "annotated", "trainings", "Dice", "95 %", "against full", "against ours"]
+    head += [f"{metric} {_unit(rows)}" for metric in ("HD95", "ASSD")]
     return markdown(head, [_score_cells(row, groups[budget(row)]) for row in rows])
+
+
+def _unit(rows: Sequence[Row]) -> str:
+    return "px" if rows[0]["set"] in IN_PIXELS else "mm"
 
 
 def _score_cells(row: Row, group: Mapping[str, Row]) -> list[Any]:
@@ -136,8 +180,11 @@ def _score_cells(row: Row, group: Mapping[str, Row]) -> list[Any]:
 def classes_table(rows: Sequence[Row]) -> str:
     """Of one set, Dice, HD95 and ASSD of every class with their intervals."""
     names = [name for name in rows[0]["scores"] if name != FOREGROUND]
-    lines = [[_name(row), *("; ".join(_metrics(row["scores"][name])) for name in names)] for row in rows]
-    return markdown(["Dice; HD95 mm; ASSD mm (95 %)", *names], lines)
+    lines = [
+        [name_of, *("; ".join(_metrics(row["scores"][name])) for name in names)]
+        for name_of, row in zip(_names(rows), rows, strict=True)
+    ]
+    return markdown([f"Dice; HD95 {_unit(rows)}; ASSD {_unit(rows)} (95 %)", *names], lines)
 
 
 def _metrics(scores: Mapping[str, Sequence[float]]) -> list[str]:
@@ -152,17 +199,20 @@ def making_table(rows: Sequence[Row]) -> str:
     """Of one set, the labels that rows were trained on, what they took, and what made them."""
     head = ["method", "labels' Dice by round", "divergence", "right in consensus", "in divergence"]
     head += ["min labelling", "min training", "processor", "torch", "commit"]
-    return markdown(head, [_making_cells(row) for row in rows])
+    return markdown(head, [[name, *_making_cells(row)] for name, row in zip(_names(rows), rows, strict=True)])
 
 
 def _making_cells(row: Row) -> list[Any]:
     labels = " / ".join(f"{value:.3f}" for value in row.get("label_dice", {}).values()) or "-"
     keys = ("divergence", "accuracy_in_consensus", "accuracy_in_divergence")
     shares = [f"{row[key]:.1%}" if row.get(key) is not None else "-" for key in keys]
+    if row.get("divergence") == 0:
+        shares[-1] = "-"
     processor = row["hardware"].split(",")[0].replace("(R)", "").replace(" Processor", "")
     # Rows of before there was a choice do not name it.
     computed = f"{processor}, bfloat16" if row.get("precision") == "bfloat16" else processor
-    return [_name(row), labels, *shares, *_minutes(row["minutes"]), computed, row["versions"]["torch"], row["commit"]]
+    computed = row.get("gpu") or computed
+    return [labels, *shares, *_minutes(row["minutes"]), computed, row["versions"]["torch"], row["commit"]]
 
 
 def _minutes(minutes: Mapping[str, Any]) -> list[str]:
@@ -176,7 +226,7 @@ def spread_table(rows: Sequence[Row]) -> str:
     """Of one set, how rows differ that differ in the annotated case or the repetition alone; empty where none do."""
     alike: dict[tuple[str, int, str], list[float]] = {}
     for row in rows:
-        alike.setdefault((row["what"], row["pool"], row["preset"]), []).append(_dice(row)[0])
+        alike.setdefault((_what(row), row["pool"], row["preset"]), []).append(_dice(row)[0])
     lines = [
         [what, len(dice), f"{np.mean(dice):.3f}", f"{np.std(dice, ddof=1):.3f}"]
         for (what, _, _), dice in alike.items()
@@ -186,12 +236,26 @@ def spread_table(rows: Sequence[Row]) -> str:
 
 
 def _dice(row: Row) -> Interval:
-    mean, low, high = row["scores"][FOREGROUND]["Dice"]
-    return mean, low, high
+    """Mean Dice as it was scored; its interval is of patients, which a row's own is not."""
+    _, low, high = interval(row["dice_per_case"])
+    return row["scores"][FOREGROUND]["Dice"][0], low, high
+
+
+def _what(row: Row) -> str:
+    return METHODS[row["method"]].what
 
 
 def _name(row: Row) -> str:
-    return row["what"] + (f", repetition {training(row)}" if training(row) > 1 else "")
+    return _what(row) + (f", repetition {training(row)}" if training(row) > 1 else "")
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Of every row, with what it starts from where rows differ in that."""
+    several = len({row["annotated"] for row in rows}) > 1, len({row["pool"] for row in rows}) > 1
+    return [
+        ", ".join([_name(row), *[row["annotated"]] * several[0], *[f"{row['pool']} pool cases"] * several[1]])
+        for row in rows
+    ]
 
 
 def _annotation(row: Row) -> str:
@@ -232,9 +296,9 @@ def draw(rows: Sequence[Row]) -> None:
             dice, low, high = _dice(row)
             error = [[max(dice - low, 0)], [max(high - dice, 0)]]
             axis.errorbar(dice, place, xerr=error, fmt="o", capsize=2, color=_color(row["method"]))
-        axis.set_yticks(range(len(mine)), [_name(row) for row in mine], fontsize=7)
+        axis.set_yticks(range(len(mine)), _names(mine), fontsize=7)
         axis.set_title(name)
-        axis.set_xlabel("Dice on test cases, 95 % over cases")
+        axis.set_xlabel("Dice on test cases, 95 % over patients")
     kinds = {"full supervision": REFERENCE, "ours": OURS, "parts of ours": "ours_stock", "others": "sam2_stock"}
     marks = [Line2D([], [], marker="o", color=_color(method), label=kind) for kind, method in kinds.items()]
     figure.legend(handles=marks, ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8)
