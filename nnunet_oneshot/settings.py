@@ -42,6 +42,8 @@ class PlannerLimits:
         elements_2d: feature map elements of one 2D iteration, batch included, as nnU-Net's planner counts them.
         elements_3d: the same for 3D, where an element costs about twice the time.
         max_batch: samples that no batch exceeds, so that augmentation does not outlast the network.
+        least_of_image_2d: share of the median image that a 2D patch holds at least; where nnU-Net's own would hold
+            less, pixels are coarser, so that it holds all of it.
     """
 
     base_features: int
@@ -49,6 +51,7 @@ class PlannerLimits:
     elements_2d: float
     elements_3d: float
     max_batch: int
+    least_of_image_2d: float = 0.5
 
 
 @dataclass(frozen=True)

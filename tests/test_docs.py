@@ -209,7 +209,8 @@ def _environment(folder: Path) -> dict[str, str]:
         (programs / script).chmod(0o755)
     roots = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, **roots, "PATH": path, "nnUNet_extTrainer": str(ROOT / "trainers")}
+    trainers = os.pathsep.join([str(ROOT / "tests" / "quick_trainers"), str(ROOT / "trainers")])
+    return {**os.environ, **roots, "PATH": path, "nnUNet_extTrainer": trainers}
 
 
 @pytest.mark.slow
@@ -229,3 +230,5 @@ def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
         capture_output=True,
     )
     assert shell.returncode == 0, f"{shell.stdout[-3000:]}\n{shell.stderr[-3000:]}"
+    logs = [log.read_text(encoding="utf-8") for log in (tmp_path / "nnUNet_results").rglob("training_log*.txt")]
+    assert not any("Epoch 2" in log for log in logs), "a training of full length, which this test need not wait for"
