@@ -1,17 +1,18 @@
 """Kill -9 a run at random moments, again and again, and see that it ends as one that was left alone.
 
-    python benchmarks/kill.py -o WORK [--kills 20] [--seed 0] [-np 1] [--stand_in]
+    python benchmarks/kill.py -o WORK [--kills 20] [--seed 0] [-np 1] [--stand_in] [--astray]
 
 Phantom pictures, one annotated; `nnUNetv2_oneshot_run` with a short trainer whose learning rate is zero and whose
 weights come from a seed: nnU-Net's loader threads are not deterministic, and so every byte of every label can be
-compared all the same. With --stand_in planning, training and prediction, which nnU-Net's own processes do, are
-replaced by something that takes a second and depends on the images alone, so that the kills hit our own stages;
-preprocessing stays nnU-Net's, case by case.
+compared all the same. With --stand_in planning, training and prediction, which nnU-Net's own processes do, are replaced
+by something that takes a second and depends on the images alone, so that the kills hit our own stages; preprocessing
+stays nnU-Net's, case by case. With --astray the round's labels, which that makes nonsense, are judged, not taken, and
+the model before is trained once more; otherwise all rounds are taken.
 
 A first run is left alone. Then runs are killed at random moments of their work and taken up again until they end; each
-one that ends must have the same labels, manifest and preprocessed segmentations, the same files and no others, and no
-process may be left. Then a new one begins, until there were enough kills. Last, one run is interrupted by SIGINT, and
-a second refinement is started beside one that runs.
+one that ends must have the same labels, manifest and preprocessed segmentations, the same files and no others (of
+results their names), nothing among the temporary files, and no process may be left. Then a new one begins, until there
+were enough kills. Last, one run is interrupted by SIGINT, and a second refinement is started beside one that runs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,10 @@ class Still(recursive_find_trainer_class_by_name("OneShotTrainer_tiny")):
 """
 ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 VOLATILE = ("versions", "seconds", "time")
+LOGS = ("training_log_*", "progress.png", "debug.json")
+"""What nnU-Net writes of a training on the way, each time that it goes on with it."""
+PYTHONS = "pymp-*"
+"""What Python itself leaves of worker processes that are killed."""
 COMMAND = """
 import sys
 from nnunet_oneshot import cli
@@ -117,6 +123,7 @@ class Experiment:
     processes: int
     random: random.Random
     stand_in: bool = False
+    astray: bool = False
     kills: list[str] = field(default_factory=list)
     runs: int = 0
 
@@ -134,8 +141,11 @@ class Experiment:
     def start(self, folder: Path, command: str = "run") -> subprocess.Popen[bytes]:
         """Start the run, or go on with it."""
         words = ["-d", "501", "-o", "601"] if command == "run" else ["-d", "601"]
-        words += ["-c", "2d", "-preset", "tiny", "-tr", "Still", "--all_rounds", "-device", "cpu"]
+        words += ["-c", "2d", "-preset", "tiny", "-tr", "Still", "-device", "cpu"]
+        words += [] if self.astray else ["--all_rounds"]
+        (folder / "temporary").mkdir(exist_ok=True)
         environment = {**os.environ, **{root: str(folder / root) for root in ROOTS}}
+        environment |= {"TMPDIR": str(folder / "temporary")}
         environment |= {"nnUNet_extTrainer": str(self.work / "trainer"), "OMP_NUM_THREADS": "1"}
         with (folder.parent / f"{folder.name}.log").open("ab") as log:
             return subprocess.Popen(
@@ -259,7 +269,17 @@ def result(folder: Path) -> dict[str, Any]:
             # Kept for the next time of every case that was looked at, which after a kill may be one more.
             continue
         found[name] = content(path)
+    for name in [*files_of(folder / "nnUNet_results", LOGS), *files_of(folder / "temporary", (PYTHONS,))]:
+        found[name] = "there"
     return found
+
+
+def files_of(folder: Path, but: Sequence[str]) -> Iterator[str]:
+    """Names of all files but those of these patterns, as seen from the folder around."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder.parent)
+        if path.is_file() and not any(fnmatch(part, pattern) for part in name.parts for pattern in but):
+            yield str(name)
 
 
 def content(path: Path) -> Any:
@@ -324,6 +344,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-np", type=int, default=1)
     parser.add_argument("--stand_in", action="store_true", help="replace training and prediction")
+    parser.add_argument("--astray", action="store_true", help="judge the round, which is not taken")
     parser.add_argument("--no_row", action="store_true", help="write no row of results")
     arguments = parser.parse_args()
     # Shells start what they put into the background deaf to it, and children would inherit that.
@@ -336,16 +357,18 @@ def main() -> None:
     write_phantom_dataset(
         work / "fresh" / "nnUNet_raw", 501, truth=work / "truth", cases=4, shape=(1, 64, 64), kind="rgb2d"
     )
-    experiment = Experiment(work, arguments.np, random.Random(arguments.seed), arguments.stand_in)
+    drawn = random.Random(arguments.seed)
+    experiment = Experiment(work, arguments.np, drawn, arguments.stand_in, arguments.astray)
     seconds, expected = experiment.undisturbed()
     experiment.killed(arguments.kills, seconds, expected)
     experiment.interrupted()
     experiment.second_is_refused()
     row = {"kills": len(experiment.kills), "runs": experiment.runs, "seed": arguments.seed, "stages": experiment.kills}
-    row |= {"stand_in": arguments.stand_in, "processes": arguments.np}
+    row |= {"stand_in": arguments.stand_in, "processes": arguments.np, "astray": arguments.astray}
     row |= {"files_compared": len(expected), "seconds_undisturbed": round(seconds, 1), "different": 0}
     if not arguments.no_row:
-        write_row("kill_stand_in" if arguments.stand_in else "kill", row)
+        kind = ("kill", *["stand_in"] * arguments.stand_in, *["astray"] * arguments.astray)
+        write_row("_".join(kind), row)
     print(json.dumps(row, indent=1))
 
 
