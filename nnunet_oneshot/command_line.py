@@ -28,8 +28,8 @@ _INTERRUPTED = "interrupted; run the same command again to go on from where it s
 def execute(parser: argparse.ArgumentParser, command: Command, argv: Sequence[str] | None) -> None:
     """Parse the arguments (those of the process when None), run the command and print its summary."""
     arguments = parser.parse_args(argv)
-    _choose_device(arguments)
     try:
+        _choose_device(arguments)
         with _only_errors_printed() if arguments.json else contextlib.nullcontext():
             summary = command(arguments)
     except USER_ERRORS as error:

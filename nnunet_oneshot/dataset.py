@@ -25,7 +25,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, cut_short
 from sam2_propagation.interface import IDENTITY_DIRECTION, Image, LabelVolume, Support
 
 IMAGE_FOLDERS = ("imagesTr", "imagesUn")
@@ -169,12 +169,30 @@ class RawDataset:
         return Support(self.read_image(case), label, self.ignore if self.is_sparse(label) else None)
 
     def write_label(self, label: LabelVolume, path: Path, like: Case) -> None:
-        """Write a label with the geometry of a case's image, in the dataset's format (not atomic: see store.py)."""
+        """Write a label with the geometry of a case's image, in the dataset's format (not atomic: see store.py).
+
+        Raises:
+            OneShotError: the file is not whole, as where the disk is full.
+            OSError: the disk is full, by writers that say so.
+        """
         # The first channel's geometry is what nnU-Net's readers return for all of them.
         first = like.images[0]
         properties = _properties(self.reader, str(first), first.stat().st_mtime_ns)  # type: ignore[arg-type]
         # Some of nnU-Net's writers expect integers that SimpleITK and scikit-image map to one byte or two.
-        self.reader().write_seg(np.ascontiguousarray(label), str(path), properties)
+        try:
+            self.reader().write_seg(np.ascontiguousarray(label), str(path), properties)
+        except RuntimeError as error:
+            raise cut_short(path, error) from error
+        if not self._holds(path, label):
+            raise cut_short(path)
+
+    def _holds(self, path: Path, label: LabelVolume) -> bool:
+        """Whether a label file is whole: SimpleITK writes and reads a NIfTI file cut short without a word."""
+        try:
+            # Modulo 256: writers wrap negative values, and to refuse these is not done here.
+            return np.array_equal(self.read_label(path).astype(np.uint8), label.astype(np.uint8))
+        except OneShotError:
+            return False
 
     def image_geometry(self, case: Case) -> Geometry:
         """Shape (Z, Y, X), spacing, origin and direction of a case's first channel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 from sam2_propagation.errors import PropagationError
 
@@ -19,3 +20,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """The disk is full, or a user's share of it."""
 USER_ERRORS = (OneShotError, PropagationError)
 """A user's mistakes, of either package."""
+
+
+def cut_short(path: Path, error: Exception | None = None) -> OneShotError:
+    """What is said of a file that a library wrote, but not whole: some raise a RuntimeError then, some do nothing."""
+    said = f" ({str(error).strip().splitlines()[-1]})" if error is not None and str(error).strip() else ""
+    return OneShotError(
+        f"{path}: expected the file to be written whole, found it cut short{said}, as a full disk does; free some "
+        "space and run the same command again: what is whole is kept"
+    )

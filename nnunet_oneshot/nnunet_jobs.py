@@ -7,15 +7,14 @@ goes on beside the one that resumes it.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +64,24 @@ def train(
     """nnU-Net's training with its final validation; options are those of nnU-Net's run_training."""
     if device == "cuda":
         torch.set_num_threads(1)
-    with _loadable(pretrained_weights) as weights:
-        options["pretrained_weights"] = weights
-        run_training(dataset, configuration, fold, trainer, plans, device=torch.device(device), **options)
+    # Each process of a distributed training loads the file on its own device.
+    alone = options.get("num_gpus", 1) == 1
+    weights = _loadable(pretrained_weights) if pretrained_weights and alone else pretrained_weights
+    run_training(
+        dataset, configuration, fold, trainer, plans, pretrained_weights=weights, device=torch.device(device), **options
+    )
 
 
-@contextmanager
-def _loadable(checkpoint: str | None) -> Iterator[str | None]:
-    """A checkpoint as nnU-Net can load it here: by itself it loads weights on the device that trained them."""
-    if checkpoint is None:
-        yield checkpoint
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / Path(checkpoint).name
-        torch.save(torch.load(checkpoint, map_location="cpu", weights_only=False), copy)
-        yield str(copy)
+def _loadable(checkpoint: str) -> io.BytesIO:
+    """A checkpoint's weights as nnU-Net can load them here: by itself it loads them on the device that trained them.
+
+    In memory, since a kill would leave a file for ever.
+    """
+    content = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    weights = io.BytesIO()
+    torch.save({"network_weights": content["network_weights"]}, weights)
+    weights.seek(0)
+    return weights
 
 
 def predict(

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -141,7 +142,8 @@ def _in_processes(
     start = (threads, done, setup, arguments)
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=start)
     try:
-        waiting: set[Future[Result]] = {pool.submit(_work, function, item) for item in items}
+        with _interrupts_held():
+            waiting: set[Future[Result]] = {pool.submit(_work, function, item) for item in items}
         while waiting:
             ended, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
             show(bar, done.value)
@@ -155,6 +157,19 @@ def _in_processes(
     finally:
         # After an interruption the cases that have not begun are dropped; those under way are whole or absent.
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits meanwhile, and processes started here hold it back until `_start_worker` looks after it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _add_to(done: Any, share: float) -> None:
@@ -171,7 +186,9 @@ def _end_with_parent() -> None:
 
 
 def _start_worker(threads: int, done: Any, setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what then happens.
+    # Ctrl-C reaches the whole process group; the parent alone decides what then happens. It drops what has not begun.
+    if hasattr(signal, "sigpending") and signal.SIGINT in signal.sigpending():
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _METER[0] = _Meter(partial(_add_to, done))

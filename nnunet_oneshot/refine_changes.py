@@ -141,7 +141,8 @@ def check_no_edit_amid_switch(dataset: RawDataset, store: Store) -> None:
             store.label_path(name): target_path(store, number, name),
         }
         for path, source in rewritten.items():
-            if all(_edit_in(look, _read_human(look), path) is not None for look in looks):
+            # One that is gone is written anew where the switch is finished.
+            if path.is_file() and all(_edit_in(look, _read_human(look), path) is not None for look in looks):
                 rounds = " or ".join(map(str, sorted({now.round, number})))
                 raise OneShotError(
                     f"{path}: expected a label of round {rounds}, found one that was edited after a run was stopped "
@@ -154,7 +155,7 @@ def look_at(look: Look) -> Change | None:
     """What a person changed about a case, its new labels staged; None where nobody changed anything.
 
     Raises:
-        OneShotError: what a person drew is gone, or cannot be read.
+        OneShotError: what a person drew is gone, or a label in force or of its round; or it cannot be read.
     """
     store, name, human = look.store, look.case.name, _read_human(look)
     if human is None and look.record.status in ("annotated", "sparse"):
@@ -169,6 +170,8 @@ def look_at(look: Look) -> Change | None:
             return _correct(look, label)
     if human is None:
         return None
+    _check_there(look, store.label_path(name), target_path(store, look.written, name))
+    _check_there(look, store.fused_path(name), store.round_path(look.written, name))
     return _drawn(look, human, _checked(look, store.label_path(name)), look.dataset.read_label(store.fused_path(name)))
 
 
@@ -208,6 +211,13 @@ def _edit_in(look: Look, human: LabelVolume | None, path: Path) -> LabelVolume |
     trained_on = path == store.label_path(name)
     # What was accepted or drawn in the review is the best guess and the label to train on at once.
     written = ([target, guess] if look.record.status in HUMAN_WORD else [target]) if trained_on else [guess]
+    for known in written:
+        _check_there(look, known, None)
+    if trained_on and look.record.status in LEFT_OUT and not path.is_file():
+        nothing = np.full(look.dataset.read_label(guess).shape, ignore_value(look.dataset), np.int16)
+        store.write_label(look.dataset, nothing, path, look.case)
+        return None
+    _check_there(look, path, written[-1])
     # Compared as files first: reading every label of a large set would take minutes.
     if any(filecmp.cmp(path, known, shallow=False) for known in written):
         return None
@@ -216,6 +226,16 @@ def _edit_in(look: Look, human: LabelVolume | None, path: Path) -> LabelVolume |
         return None
     before = (_drawn_over(look, human, look.dataset.read_label(known)) for known in written)
     return None if any(np.array_equal(label, known) for known in before) else label
+
+
+def _check_there(look: Look, path: Path, copy: Path | None) -> None:
+    """OneShotError where a label file is gone; `copy` is one, unless it is gone too."""
+    if not path.is_file():
+        remedy = "put it back" if copy is None or not copy.is_file() else f"copy {copy} there"
+        raise OneShotError(
+            f"{path}: expected the label of round {look.written}, found no such file; {remedy}, or make the labels "
+            "again (propagate --overwrite)"
+        )
 
 
 def _says_nothing(look: Look, human: LabelVolume | None, label: LabelVolume) -> bool:

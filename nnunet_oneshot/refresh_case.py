@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import numpy.typing as npt
 from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
@@ -28,7 +29,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, cut_short
 
 OUTSIDE = -1
 """nnU-Net's label of background where the image is zero."""
@@ -229,6 +230,9 @@ def _save(target: Target, case: str, seg: npt.NDArray[np.int16], properties: Map
 
 def _move(folder: Path, target: Target, case: str) -> None:
     """Put finished files in place, the properties last: nnU-Net's own order."""
+    for written in folder.glob("*.b2nd"):
+        # On a full disk Blosc2 may cut a file short without a word, and does not open it then.
+        blosc2.open(urlpath=str(written), mode="r")
     for place in target.files(case):
         if (folder / place.name).is_file():
             os.replace(folder / place.name, place)
@@ -236,9 +240,18 @@ def _move(folder: Path, target: Target, case: str) -> None:
 
 @contextmanager
 def replacing(base: Path) -> Iterator[Path]:
-    """A folder on the preprocessed data's file system for files that are not whole yet."""
+    """A folder on the preprocessed data's file system for files that are not whole yet.
+
+    Raises:
+        OneShotError: Blosc2 could not write a file, or one is not whole.
+    """
     with tempfile.TemporaryDirectory(dir=base, prefix=TEMPORARY) as folder:
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        except RuntimeError as error:
+            if begun := sorted(Path(folder).iterdir()):
+                raise cut_short(begun[-1], error) from error
+            raise
 
 
 def remove_leftovers(base: Path) -> None:

@@ -231,6 +231,20 @@ def test_exit_codes(
     assert "Traceback" not in answer.err
 
 
+def test_ctrl_c_while_a_device_is_looked_for_is_told_too(
+    toy: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch takes seconds to import."""
+
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "_best_device", interrupt)
+    answer = call(cli.propagate, "-d", 501, "-o", 601)
+    assert (answer.code, answer.out) == (1, "")
+    assert "run the same command again" in answer.err
+
+
 def test_a_programming_error_is_not_hidden(toy: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str, options: object) -> None:
         raise ZeroDivisionError

@@ -238,3 +238,11 @@ def test_it_goes_to_workers_and_stays_as_it_is(opened: RawDataset) -> None:
     assert copy == opened
     with pytest.raises(AttributeError):
         opened.folder = Path()  # type: ignore[misc]
+
+
+def test_values_that_no_format_holds_are_not_laid_to_the_disk(toy: Path, tmp_path: Path) -> None:
+    """What a correction by file says that has a negative value: it is told of its values."""
+    dataset = open_dataset(501)
+    odd = np.full(SHAPE, -1, np.int16)
+    dataset.write_label(odd, tmp_path / "odd.nii.gz", dataset.cases[0])
+    assert (dataset.read_label(tmp_path / "odd.nii.gz") == 255).all()

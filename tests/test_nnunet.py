@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from tiny_dataset import LABELS, write_dataset
 
 from nnunet_oneshot import nnunet, nnunet_jobs
@@ -263,14 +265,28 @@ def test_weights_trained_on_a_gpu_start_a_training_where_there_is_none(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load(checkpoint, weights_only=False)
-    loaded: list[torch.Tensor] = []
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    network, written = torch.nn.ParameterDict({"layer": torch.zeros(3)}), []
 
-    def run_training(*_: object, pretrained_weights: str, **__: object) -> None:
-        loaded.append(torch.load(pretrained_weights, weights_only=False)["network_weights"]["layer"])
+    def run_training(*_: object, pretrained_weights: Any, **__: object) -> None:
+        load_pretrained_weights(network, pretrained_weights)
+        written.extend(temporary.iterdir())
 
     monkeypatch.setattr(nnunet_jobs, "run_training", run_training)
     nnunet_jobs.train("Dataset901_Tiny", "2d", "all", "OneShotTrainer", "nnUNetPlans", "cpu", str(checkpoint))
-    assert torch.equal(loaded[0], weights["layer"])
+    assert torch.equal(network["layer"], weights["layer"])
+    assert not written, "a kill amid the training would leave it for ever"
+
+
+def test_processes_of_a_distributed_training_load_weights_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they get is sent to each of them."""
+    given: list[object] = []
+    monkeypatch.setattr(nnunet_jobs, "run_training", lambda *_, **options: given.append(options["pretrained_weights"]))
+    arguments = ("Dataset901_Tiny", "2d", "all", "OneShotTrainer", "nnUNetPlans", "cpu")
+    nnunet_jobs.train(*arguments, "checkpoint_final.pth", num_gpus=2)
+    nnunet_jobs.train(*arguments, num_gpus=2)
+    assert given == ["checkpoint_final.pth", None]
 
 
 @pytest.mark.slow

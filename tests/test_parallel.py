@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,54 @@ def test_the_bar_moves_within_an_item_and_ends_whole(
     shown = capsys.readouterr().err
     assert "0.5/2" in shown or "1/2" in shown, "both half done, or the first"
     assert "100%" in shown.rsplit("\r", 1)[-1]
+
+
+SLOW_TO_IMPORT = """
+import multiprocessing
+import time
+from pathlib import Path
+
+if multiprocessing.current_process().name != "MainProcess":
+    Path(f"{multiprocessing.current_process().name}.starting").touch()
+    time.sleep(1)
+
+
+def work(item):
+    Path(f"{item}.done").touch()
+"""
+INTERRUPTED = """
+from slow_to_import import work
+
+from nnunet_oneshot.parallel import over_cases
+
+if __name__ == "__main__":
+    try:
+        list(over_cases(work, range(9), processes=2, title=""))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="sends signals to a process group")
+def test_ctrl_c_while_workers_start_is_told_by_the_parent_alone(tmp_path: Path) -> None:
+    for name, code in (("slow_to_import", SLOW_TO_IMPORT), ("interrupted", INTERRUPTED)):
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, "interrupted.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    ) as driver:
+        while driver.poll() is None and len(list(tmp_path.glob("*.starting"))) < 2:
+            time.sleep(0.01)
+        os.killpg(driver.pid, signal.SIGINT)
+        out, err = driver.communicate(timeout=60)
+    assert (driver.returncode, out) == (0, "interrupted\n")
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("*.done")), "what has not begun is dropped"
 
 
 def die(item: int) -> None:

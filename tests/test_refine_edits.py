@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -206,6 +208,56 @@ def test_of_a_case_that_was_left_out_what_a_person_drew_alone_is_trained_on(
         assert (label[1] == 2).all()
         assert (np.delete(label, 1, axis=0) == IGNORE).all()
     settles(fake, **more)
+
+
+@pytest.mark.parametrize("case", ["case_0", "case_1", "case_2"], ids=["annotated", "pseudo", "accepted"])
+@pytest.mark.parametrize("where", ["labelsTr", "pseudoTr/fused"])
+def test_a_label_in_force_that_is_gone_is_said_with_a_file_to_copy(fake: FakeNnunet, case: str, where: str) -> None:
+    store, raw = open_store(601)
+    decide(raw, store, "case_2", "accept")
+    run(rounds=1)
+    path = store.folder / where / f"{case}.nii.gz"
+    path.unlink()
+    with pytest.raises(OneShotError, match=rf"{where}/{case}.nii.gz: expected .* found no such file; copy ") as caught:
+        run(rounds=1)
+    (copy,) = re.findall("copy (.*) there", str(caught.value))
+    shutil.copyfile(copy, path)
+    assert run(rounds=1).taken_up == []
+    assert len(fake.trained) == 2
+
+
+def test_a_label_of_the_round_in_force_that_is_gone_is_said(fake: FakeNnunet) -> None:
+    """What was edited since is told by it."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    for path in (store.round_path(1, "case_1"), target_path(store, 1, "case_1")):
+        (kept := path.with_name("kept")).write_bytes(path.read_bytes())
+        path.unlink()
+        with pytest.raises(OneShotError, match=rf"{path}: expected the label of round 1, found no such file; put it"):
+            run(rounds=1)
+        kept.rename(path)
+    settles(fake, rounds=1)
+
+
+def test_the_label_of_a_case_that_is_left_out_is_made_again(fake: FakeNnunet) -> None:
+    """It says nothing but ignore."""
+    store, raw = open_store(601)
+    decide(raw, store, "case_1", "reject")
+    run(rounds=1)
+    before = read(store.label_path("case_1"))
+    store.label_path("case_1").unlink()
+    assert run(rounds=1).taken_up == []
+    np.testing.assert_array_equal(read(store.label_path("case_1")), before)
+    assert (before == IGNORE).all()
+    settles(fake, rounds=1)
+    assert len(fake.trained) == 2
+
+
+@pytest.mark.parametrize("where", ["labelsTr", "pseudoTr/fused"])
+def test_a_label_that_is_gone_amid_a_killed_switch_is_written_by_it(halfway: Store, where: str) -> None:
+    (halfway.folder / where / "case_1.nii.gz").unlink()
+    assert run(rounds=1).round == 1
+    np.testing.assert_array_equal(read(halfway.fused_path("case_1")), read(halfway.round_path(1, "case_1")))
 
 
 def test_drawn_slices_that_are_gone_are_said_before_anything_is_trained(

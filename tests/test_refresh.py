@@ -28,6 +28,8 @@ from cropped_dataset import (
     write_image,
     write_label,
 )
+from full_disk import files_end_at
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from raw_datasets import Roots
 from tiny_dataset import LABELS
 
@@ -35,7 +37,10 @@ from nnunet_oneshot import refresh as refresh_module
 from nnunet_oneshot import refresh_case
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.refresh import Refreshed, note_preprocessed, preprocessed_targets, refresh
+from nnunet_oneshot.refresh_ledger import Ledger
 from nnunet_oneshot.settings import SMALL_PLANS
+
+CUT_SHORT = r".b2nd: expected the file to be written whole, found it cut short .*; free some space"
 
 
 def content(base: Path) -> dict[str, Any]:
@@ -230,6 +235,35 @@ def test_an_interrupted_refresh_is_repaired_by_the_next(
     preprocess_fully(base)
     assert content(base) == refreshed
     assert not list(base.glob(f"{refresh_case.TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["label", "whole case"])
+def test_what_a_full_disk_cuts_short_is_said_and_never_in_place(
+    ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Blosc2 says nothing of what is still in a buffer when a file is closed."""
+    folder, base = ready
+    relabel_all(folder, (12, 26, 22), SPACINGS, top=3)
+    monkeypatch.setattr(refresh_case.Tools, "takes_labels_alone", not whole)
+    before, save = content(base), nnUNetDatasetBlosc2.save_case
+
+    def cut(data: np.ndarray, seg: np.ndarray, properties: object, name: str, **more: Any) -> None:
+        save(data, seg, properties, name, **more)
+        os.truncate(f"{name}_seg.b2nd", os.path.getsize(f"{name}_seg.b2nd") - 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nnUNetDatasetBlosc2, "save_case", cut)
+        with pytest.raises(OneShotError, match=CUT_SHORT):
+            refresh(NAME, 1)
+        patched.setattr(Ledger, "write", lambda _: None)
+        with files_end_at(0), pytest.raises(OneShotError, match=CUT_SHORT):
+            refresh(NAME, 1)
+    assert content(base) == before
+    assert not list(base.glob(f"{refresh_case.TEMPORARY}*"))
+    refresh(NAME, 1)
+    refreshed = content(base)
+    preprocess_fully(base)
+    assert content(base) == refreshed
 
 
 def test_what_a_killed_run_left_is_removed(ready: tuple[Path, Path]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_datasets import SHAPE, write_raw
+from full_disk import files_end_at
+from raw_datasets import SHAPE, Roots, write_raw
 
 from nnunet_oneshot.dataset import RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
@@ -129,6 +130,24 @@ def test_a_failing_writer_leaves_nothing(store: Store, dataset: RawDataset, monk
     assert files(store) == {"labelsTr/case_1.nii.gz"}
     assert path.read_bytes() == whole
     assert list((store.state_folder / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_a_label_that_a_full_disk_cuts_short_is_said_and_never_in_place(
+    roots: Roots, store: Store, ending: str
+) -> None:
+    """SimpleITK says nothing of a NIfTI file that it could not write whole, and reads it as another label."""
+    write_raw(roots.raw, ending=ending)
+    dataset, of_kind = open_dataset(501), Store(store.folder, ending)
+    noise = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.int16)
+    path, case = of_kind.label_path("case_1"), dataset.case("case_1")
+    of_kind.write_label(dataset, noise, path, case)
+    size, whole = path.stat().st_size, path.read_bytes()
+    for limit in (0, size // 2, size - 20):
+        with files_end_at(limit), pytest.raises(OneShotError, match=r"expected .* whole, found it cut .*; free some"):
+            of_kind.write_label(dataset, noise, path, case)
+    assert path.read_bytes() == whole
+    assert files(of_kind) == {f"labelsTr/case_1{ending}"}
 
 
 def test_a_failing_json_leaves_the_old_one(store: Store) -> None:
