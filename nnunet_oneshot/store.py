@@ -77,6 +77,11 @@ class CaseRecord(_Record):
     review: dict[str, Any] | None = Field(None, description="a person's decision, with its time")
 
 
+def is_by_model_alone(record: CaseRecord) -> bool:
+    """Whether nothing but a model labelled the case: propagation failed, or its image was added later."""
+    return record.status == "pseudo" and not record.views
+
+
 class Manifest(_Record):
     """Content of `oneshot.json`."""
 

@@ -179,7 +179,9 @@ def test_an_added_image_stays_labelled_in_a_round_that_is_put_in_force_again(
     write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
     store, _ = open_store(601, grown=True)
     run(rounds=1, all_rounds=False)
-    assert run(rounds=1, all_rounds=False).round == 0
+    again = run(rounds=1, all_rounds=False)
+    assert again.round == 0
+    assert "model alone" in {doubt.case: doubt.reason for doubt in again.doubts}["case_5"]
     assert store.read_manifest().cases["case_5"].status == "pseudo"
     assert read(store.label_path("case_5")).any()
     settles(fake, rounds=1, all_rounds=False)
