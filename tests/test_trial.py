@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,10 +90,34 @@ def test_nothing_is_written_but_its_folder(ready: Roots, here: Path) -> None:
 
 def test_a_second_trial_replaces_the_first_but_nothing_else(ready: Roots, here: Path) -> None:
     first = attempt(2)
-    assert len(attempt(3).cases) == 3
+    left = {path for path in first.folder.rglob("*") if first.cases[1].case in path.name}
+    assert left
+    again = attempt(1)
+    assert len(again.cases) == 1
+    assert again.cases[0].case != first.cases[1].case
+    assert not [path for path in left if path.exists()]
     (first.folder / "trial.json").unlink()
     with pytest.raises(OneShotError, match="found other files"):
         attempt(2)
+
+
+def test_a_trial_at_work_is_not_replaced_by_a_second_one(
+    ready: Roots, here: Path, call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2)
+    second: list[Answer] = []
+
+    def meanwhile(*arguments: Any, **more: Any) -> Outcome:
+        second.append(call(cli.propagate, *command))
+        return propagate(*arguments, **more)
+
+    monkeypatch.setattr(trial_module, "propagate", meanwhile)
+    first = attempt(3)
+    assert second[0].code == 2
+    assert f"found it running as process {os.getpid()} on" in second[0].error
+    assert "oneshot_trial_501" in second[0].error
+    assert len(first.cases) == len(json.loads((first.folder / "trial.json").read_text())["cases"]) == 3
+    assert first.picture.is_file()
 
 
 def test_more_cases_than_there_are_means_all(ready: Roots) -> None:
