@@ -51,6 +51,9 @@ STATUS_MEANING: Mapping[Status, str] = {
 }
 """Every status in a reader's words."""
 
+DIVERGENCE_MEANING = "programs disagree; ignored by stock trainers, OneShotTrainer learns the best guess there"
+"""What divergence, voxels that carry the ignore label, is to a reader."""
+
 
 class _Record(BaseModel):
     # A field that a later release of the same schema adds must survive being read and written here.

@@ -66,7 +66,7 @@ class Trial:
         cases: the cases tried, the one that stands for most first.
         set_size: images that the whole run would label.
         quality: estimated mean Dice of the set, each case weighed by its share; None where nothing was labelled.
-        divergence: expected share of voxels that training ignores.
+        divergence: expected share of voxels without consensus.
         divergence_of_foreground: the same of the voxels in and around the structures.
         preparation: seconds in which propagators learn before any case (correspondence's network, -adapt); next to
             none where an earlier run of the same images kept a network.
