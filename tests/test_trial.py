@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from nnunet_oneshot import cli
 from nnunet_oneshot import trial as trial_module
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import Outcome, propagate
-from nnunet_oneshot.trial import Trial, trial
+from nnunet_oneshot.summary import trial_summary
+from nnunet_oneshot.trial import Trial, TrialCase, trial
 from nnunet_oneshot.trial_cases import choose, evenly, statistics
 from sam2_propagation.interface import Image
 
@@ -175,10 +177,31 @@ def test_the_output_id_is_checked(ready: Roots) -> None:
 def test_the_command_says_what_to_expect(ready: Roots, call: Callable[..., Answer]) -> None:
     answer = call(cli.propagate, "-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2)
     assert answer.code == 0
+    for line in (
+        r"  divergence, where views disagree: \d+\.\d\d % of voxels, \d+% of those in and around the structures",
+        r"  time: about \d+ minutes; disk: about \d+ MB",
+    ):
+        assert re.search(f"^{line}$", answer.out, re.MULTILINE)
     for words in ("stands for", "expected of all 7 images", "annotate next: case_", "trial.png", "no dataset was made"):
         assert words in answer.out
     answer = call(cli.propagate, "-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2, "-json")
     assert json.loads(answer.out)["set_size"] == 7
+
+
+def test_the_summary_tells_divergence_time_and_disk_of_the_whole_set() -> None:
+    tried = TrialCase("case_6", 0.4, {"mean": 0.61, "1": 0.61}, 0.0312, 0.25, 17.6, None)
+    result = Trial(Path("there"), [tried], 70, 0.61, 0.01234, 0.456, 60.0, 83.7, 1236.4, "case_6")
+    said = trial_summary(result)
+    lines = said["lines"]
+    assert "case_6  40%         0.61            3.12          18" in lines
+    heading = lines.index("expected of all 70 images:")
+    assert lines[heading + 1 : heading + 4] == [
+        "  estimated Dice of the labels: 0.61",
+        "  divergence, where views disagree: 1.23 % of voxels, 46% of those in and around the structures",
+        "  time: about 84 minutes; disk: about 1236 MB",
+    ]
+    figures = {key: said[key] for key in ("divergence", "divergence_of_foreground", "minutes", "megabytes")}
+    assert list(figures.values()) == [0.01234, 0.456, 83.7, 1236.4], "exact for machines"
 
 
 def test_like_cases_are_one_group() -> None:
