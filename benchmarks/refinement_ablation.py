@@ -53,7 +53,7 @@ from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import open_store
-from nnunet_oneshot.refresh import note_preprocessed, refresh
+from nnunet_oneshot.refresh import note_preprocessed, raw_label_hashes, refresh
 from nnunet_oneshot.relabel import Trust, relabel
 from nnunet_oneshot.rounds import kept_manifest
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, opinion_of, source_of
@@ -103,8 +103,9 @@ class Rounds(Ablation):
                 _deal(store, raw)
             # Noted once: labels of a later round may have been put in force since.
             if not nnunet.is_preprocessed(number, PRESET.plans, self.configuration):
+                labels = raw_label_hashes(number)
                 nnunet.plan_and_preprocess(number, PRESET, [self.configuration], 1)
-                note_preprocessed(number, PRESET.plans, [self.configuration])
+                note_preprocessed(number, PRESET.plans, [self.configuration], labels)
 
     @property
     def settings(self) -> dict[str, Any]:

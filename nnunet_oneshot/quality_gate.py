@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nnunet_oneshot.store import MACHINE_MADE, CaseRecord, Manifest
+from nnunet_oneshot.store import MACHINE_MADE, CaseRecord, Manifest, is_by_model_alone
 
 MIN_QUALITY = 0.3
 """Estimated mean Dice below which a label is left out; chosen before anything was measured: most of it is wrong."""
@@ -46,7 +46,7 @@ def gate(cases: Mapping[str, CaseRecord], min_quality: float) -> dict[str, CaseR
 
 
 def needs_review(manifest: Manifest, class_names: Mapping[int, str]) -> list[Doubt]:
-    """Labels that a person should look at, worst first: none was made, left out, or estimated low."""
+    """Labels that a person should look at, worst first: none was made, a model's alone, left out, or low."""
     doubts = [doubt for name, record in manifest.cases.items() if (doubt := _doubt(name, record, class_names))]
     return sorted(doubts, key=lambda doubt: (-1.0 if doubt.quality is None else doubt.quality, doubt.case))
 
@@ -84,6 +84,10 @@ def _doubt(name: str, record: CaseRecord, class_names: Mapping[int, str]) -> Dou
         return Doubt(name, None, f"no label: {record.reason}")
     if record.status == "gated":
         return Doubt(name, quality, f"left out of training: {record.reason}")
+    if is_by_model_alone(record):
+        # An estimate, which a second round gives, tells no more than that the model repeats what it was taught.
+        why = record.reason or "labelled by the model alone"
+        return Doubt(name, None, f"{why}; nothing else tells how good its label is")
     low = low_estimate(record, class_names)
     return None if low is None else Doubt(name, quality, low)
 

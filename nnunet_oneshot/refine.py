@@ -25,7 +25,7 @@ from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_
 from nnunet_oneshot.refine_changes import check_no_edit_amid_switch, is_added, take_up
 from nnunet_oneshot.refine_models import Models
 from nnunet_oneshot.refine_record import Plan, Record, Splits, begun_plan, label_hashes, make_plan
-from nnunet_oneshot.refresh import note_preprocessed, refresh
+from nnunet_oneshot.refresh import note_preprocessed, raw_label_hashes, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
 from nnunet_oneshot.round_quality import compare_round, is_astray
 from nnunet_oneshot.rounds import (
@@ -355,7 +355,10 @@ class _Work:
         # It is written anew when the final model is there.
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
         self._preprocess()
-        self.record.note_labels(number, self._label_hashes(), self._folds_now())
+        # Before they are read: what a person edits meanwhile must not count as trained on.
+        labels = self._label_hashes()
+        refresh(self.name, self.processes)
+        self.record.note_labels(number, labels, self._folds_now())
         if self.record.is_done(f"further-{number}"):
             self.models.set_aside_first(number)
         self.models.train(self._start(number))
@@ -514,19 +517,19 @@ class _Work:
         self.store.write_manifest(manifest)
 
     def _preprocess(self) -> None:
-        """Full preprocessing where there is none; then whatever labels and images changed since."""
+        """Full preprocessing where there is none; a refresh then sees to what changed since."""
         plan, arguments = self.plan, ([self.plan.configuration], self.processes_asked)
         there = nnunet.plans_file(self.name, plan.plans).is_file()
         there = there and nnunet.preprocessed_folder(self.name, plan.plans, plan.configuration).is_dir()
         if not (self.record.is_done("preprocess") and there):
             if not nnunet.is_preprocessed(self.name, plan.plans, plan.configuration):
+                labels = raw_label_hashes(self.name)
                 if self.plans_given:
                     nnunet.preprocess(self.name, plan.plans, *arguments, overwrite=True)
                 else:
                     nnunet.plan_and_preprocess(self.name, PRESETS[plan.preset], *arguments, overwrite=True)
-                note_preprocessed(self.name, plan.plans, [plan.configuration])
+                note_preprocessed(self.name, plan.plans, [plan.configuration], labels)
             self.record.mark("preprocess")
-        refresh(self.name, self.processes)
 
     def _second_opinion(self, cases: Sequence[Case], predictions: Path, number: int) -> str | None:
         """The source of one more opinion, where one was asked for."""

@@ -33,7 +33,7 @@ class Plan:
         warm_start: each round's training starts from the weights of the round before.
         weight_by_quality: cases are drawn as often as their estimated quality says.
         self_opinion: SAM2 weights whose `self` mode, prompted by the predictions, must agree too; None for none.
-        min_margin: margin between the model's first two classes below which a voxel is not trained on.
+        min_margin: margin between the model's first two classes below which a voxel becomes ignore.
     """
 
     configuration: str

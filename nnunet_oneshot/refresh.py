@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,22 @@ def refresh(dataset: int | str, num_processes: int | None = None) -> Refreshed:
     )
 
 
-def note_preprocessed(dataset: int | str, plans: str, configurations: Sequence[str]) -> None:
+def raw_label_hashes(dataset: int | str) -> dict[str, str]:
+    """Hash of the label of every training case of a raw dataset, by case."""
+    return {case.name: hash_of(case.label) for case in training_cases(dataset_name(dataset))}
+
+
+def note_preprocessed(dataset: int | str, plans: str, configurations: Sequence[str], labels: Mapping[str, str]) -> None:
     """Remember that nnU-Net has just preprocessed every case for some configurations.
 
     Without that a refresh rewrites every label once.
+
+    Args:
+        dataset: id or name of the raw dataset.
+        plans: plans identifier.
+        configurations: what was preprocessed.
+        labels: `raw_label_hashes` of before, so that a refresh brings in what was edited meanwhile; a case that is not
+            named there is not noted.
     """
     name = dataset_name(dataset)
     base = root("nnUNet_preprocessed") / name
@@ -100,9 +112,9 @@ def note_preprocessed(dataset: int | str, plans: str, configurations: Sequence[s
     for target in targets:
         ledger.forget_other_plans(target)
     for case in training_cases(name):
-        label_hash = hash_of(case.label)
-        for target in targets:
-            ledger.note(target, case, label_hash)
+        if case.name in labels:
+            for target in targets:
+                ledger.note(target, case, labels[case.name])
     ledger.write()
 
 

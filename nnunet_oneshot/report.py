@@ -37,7 +37,16 @@ from nnunet_oneshot.report_pictures import (
     thumbnail,
 )
 from nnunet_oneshot.rounds import kept_manifest, kept_rounds
-from nnunet_oneshot.store import DRAWN, HUMAN_WORD, STATUS_MEANING, CaseRecord, Manifest, Store, read_manifest
+from nnunet_oneshot.store import (
+    DIVERGENCE_MEANING,
+    DRAWN,
+    HUMAN_WORD,
+    STATUS_MEANING,
+    CaseRecord,
+    Manifest,
+    Store,
+    read_manifest,
+)
 from nnunet_oneshot.training_data import ignore_value
 from sam2_propagation.interface import LabelVolume
 
@@ -272,7 +281,7 @@ def _statuses(manifest: Manifest) -> str:
 def _legend(dataset: RawDataset) -> str:
     names = sorted(dataset.class_names.items())
     keys = [f"{_key(class_color(value))}{escape(name)} (contour)" for value, name in names]
-    return "".join([*keys, f"{_key(DIVERGENCE_COLOR)}divergence: programs disagree, not trained on"])
+    return "".join([*keys, f"{_key(DIVERGENCE_COLOR)}divergence: {DIVERGENCE_MEANING}"])
 
 
 def _key(color: Color) -> str:

@@ -67,7 +67,7 @@ def run(
     raw = open_dataset(dataset)
     store, warnings = find_output(dataset, output), []
     if reference is not None:
-        _scored_cases(raw, reference)
+        _check_reference(raw, reference)
     if overwrite or not store.manifest_path.is_file():
         named = {key: training[key] for key in ("trainer", "plans", "preset", "num_folds") if key in training}
         plan = make_plan(configuration, **named)
@@ -97,26 +97,33 @@ def run(
     else:
         check_repeated(raw, store, propagators, views, options, same_patient)
     refinement = refine(output, configuration, **training, device=options.device, num_processes=num_processes)
-    store, raw = open_store(output)
+    # Training takes hours, in which images may have been added: the next run takes them up.
+    store, raw = open_store(output, grown=True)
     result = RunResult(store.read_manifest(), refinement, warnings=warnings)
     if reference is not None:
         _score(result, raw, store, reference)
     return result
 
 
-def _scored_cases(raw: RawDataset, reference: Path) -> list[str]:
+def _with_truth(raw: RawDataset, reference: Path) -> list[str]:
     """Un-annotated cases with a true label: annotated ones would score 1 by copying. Names are looked at, no file."""
-    cases = [c.name for c in raw.unannotated if (reference / f"{c.name}{raw.file_ending}").is_file()]
-    if not cases:
+    return [c.name for c in raw.unannotated if (reference / f"{c.name}{raw.file_ending}").is_file()]
+
+
+def _check_reference(raw: RawDataset, reference: Path) -> None:
+    if not _with_truth(raw, reference):
         raise OneShotError(
             f"expected true labels CASE{raw.file_ending} of un-annotated cases of {raw.name} in {reference}, found "
             "none; check -ref"
         )
-    return cases
 
 
 def _score(result: RunResult, raw: RawDataset, store: Store, reference: Path) -> None:
-    cases = _scored_cases(raw, reference)
+    # What people drew or added during training must not cost what was trained its summary.
+    cases = [name for name in _with_truth(raw, reference) if name in result.manifest.cases]
+    if not cases:
+        result.score_lines = ["", "no scores: every case with a true label was annotated since"]
+        return
     scored = evaluate(reference, store.fused_path("x").parent, raw.folder / "dataset.json", cases=cases)
     result.scores = scored.to_json()
     result.score_lines = ["", "labels in force against the reference:", format_table(scored)]

@@ -51,6 +51,9 @@ STATUS_MEANING: Mapping[Status, str] = {
 }
 """Every status in a reader's words."""
 
+DIVERGENCE_MEANING = "programs disagree; ignored by stock trainers, OneShotTrainer learns the best guess there"
+"""What divergence, voxels that carry the ignore label, is to a reader."""
+
 
 class _Record(BaseModel):
     # A field that a later release of the same schema adds must survive being read and written here.
@@ -75,6 +78,11 @@ class CaseRecord(_Record):
     quality: dict[str, float] | None = Field(None, description="estimated Dice: mean and per label value")
     reason: str | None = Field(None, description="why the case failed, or what a reader should know of it")
     review: dict[str, Any] | None = Field(None, description="a person's decision, with its time")
+
+
+def is_by_model_alone(record: CaseRecord) -> bool:
+    """Whether nothing but a model labelled the case: propagation failed, or its image was added later."""
+    return record.status == "pseudo" and not record.views
 
 
 class Manifest(_Record):

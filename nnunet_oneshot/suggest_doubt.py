@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_oneshot.dataset import Case, RawDataset
-from nnunet_oneshot.store import HUMAN_WORD, LEFT_OUT, CaseRecord, Store
+from nnunet_oneshot.store import HUMAN_WORD, LEFT_OUT, CaseRecord, Store, is_by_model_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def doubt_of_slices(dataset: RawDataset, case: Case, doubt: Doubt, axis: int) ->
 def _doubt(record: CaseRecord, largest: float) -> Doubt:
     if record.status in HUMAN_WORD:
         return Doubt(0.0, human=True)
-    if record.status in LEFT_OUT:
+    if record.status in LEFT_OUT or is_by_model_alone(record):
         return Doubt(1.0)
     signs = [] if record.divergence is None or largest == 0 else [record.divergence / largest]
     if record.quality is not None and "mean" in record.quality:

@@ -12,7 +12,7 @@ from nnunet_oneshot.command_line import has_gpu
 from nnunet_oneshot.dataset import find_raw_folder, open_dataset
 from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_record import begun_plan, repeated_flags
-from nnunet_oneshot.store import MANIFEST, Manifest, read_manifest
+from nnunet_oneshot.store import DIVERGENCE_MEANING, MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
     from nnunet_oneshot.demo import DemoResult
@@ -60,7 +60,7 @@ def manifest_summary(manifest: Manifest, output: int | str) -> dict[str, Any]:
     rows = [(status, count) for status, count in sorted(figures["cases"].items())]
     lines = ["", *table(("label", "cases"), rows)]
     if figures["mean_divergence"] is not None:
-        lines.append(f"divergence (ignored in training): {100 * figures['mean_divergence']:.2f} % of voxels")
+        lines.append(f"divergence: {100 * figures['mean_divergence']:.2f} % of voxels ({DIVERGENCE_MEANING})")
     if figures["mean_quality"] is not None:
         lines.append(f"estimated Dice of the labels (no ground truth was used): {figures['mean_quality']:.3f}")
     lines += [f"no label for {name}: {reason}" for name, reason in figures["failed"].items()]

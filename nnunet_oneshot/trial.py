@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Trial:
         cases: the cases tried, the one that stands for most first.
         set_size: images that the whole run would label.
         quality: estimated mean Dice of the set, each case weighed by its share; None where nothing was labelled.
-        divergence: expected share of voxels that training ignores.
+        divergence: expected share of voxels without consensus.
         divergence_of_foreground: the same of the voxels in and around the structures.
         preparation: seconds in which propagators learn before any case (correspondence's network, -adapt); next to
             none where an earlier run of the same images kept a network.
@@ -116,7 +117,7 @@ def trial(
             is replaced.
 
     Raises:
-        OneShotError: whatever `propagate` refuses, or a folder that holds something else.
+        OneShotError: whatever `propagate` refuses, or a folder that holds something else or another trial at work.
     """
     if cases < 1:
         raise OneShotError(f"expected -n of 1 or more cases to try, found {cases}; give a number such as 5")
@@ -128,20 +129,20 @@ def trial(
     names, left = fitting_names(propagators, [raw.support(case) for case in raw.annotated])
     checked = replace(options or PropagatorOptions(), reverse_check=bool({*names} & {*REVERSIBLE}))
     to_label = _to_label(raw)
-    chosen = _choose(raw, to_label, cases, processes)
-    _make_place(place)
-    with nnunet_folders(place):
-        _lay_out(raw, [c.case for c in chosen], to_label)
-        outcome = propagate(
-            raw.id, output, propagators=names, views=views, options=checked, num_processes=num_processes
-        )
-        small = open_dataset(raw.id)
-        found = [_found(small, outcome.store, entry) for entry in chosen]
-        _draw(small, outcome.store, found, place / "trial.png")
-    result = _expect(len(to_label), outcome, found, processes, place)
-    result.warnings = [*warnings, *left]
-    content = {**asdict(result), "folder": str(place)}
-    (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with _place_of_its_own(place):
+        chosen = _choose(raw, to_label, cases, processes)
+        with nnunet_folders(place):
+            _lay_out(raw, [c.case for c in chosen], to_label)
+            outcome = propagate(
+                raw.id, output, propagators=names, views=views, options=checked, num_processes=num_processes
+            )
+            small = open_dataset(raw.id)
+            found = [_found(small, outcome.store, entry) for entry in chosen]
+            _draw(small, outcome.store, found, place / "trial.png")
+        result = _expect(len(to_label), outcome, found, processes, place)
+        result.warnings = [*warnings, *left]
+        content = {**asdict(result), "folder": str(place)}
+        (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -168,17 +169,25 @@ def _statistics(task: tuple[RawDataset, Case]) -> tuple[str, Features]:
     return case.name, statistics(raw.read_image(case))
 
 
-def _make_place(place: Path) -> None:
-    if place.is_dir() and any(place.iterdir()):
-        if not (place / MARK).is_file():
-            raise OneShotError(
-                f"expected {place} to be free or to hold an earlier trial, found other files; run the trial in another "
-                "working directory"
-            )
-        shutil.rmtree(place)
-    place.mkdir(parents=True, exist_ok=True)
-    # There from the beginning, so that a trial that was stopped can be replaced.
-    (place / MARK).write_text("{}\n", encoding="utf-8")
+@contextmanager
+def _place_of_its_own(place: Path) -> Iterator[None]:
+    """The folder of a trial, emptied of an earlier one; OneShotError where another trial is at work in it."""
+    store = Store(place, "")
+    others = [path for path in place.iterdir() if path != store.state_folder] if place.is_dir() else []
+    if others and not (place / MARK).is_file():
+        raise OneShotError(
+            f"expected {place} to be free or to hold an earlier trial, found other files; run the trial in another "
+            "working directory"
+        )
+    with store.lock("trial"):
+        # There from the beginning, so that a trial that was stopped can be replaced.
+        (place / MARK).write_text("{}\n", encoding="utf-8")
+        for path in {*place.iterdir()} - {place / MARK, store.state_folder}:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        yield
 
 
 def _lay_out(raw: RawDataset, chosen: Sequence[str], to_label: Sequence[Case]) -> None:

@@ -87,6 +87,9 @@ def test_propagate_ends_with_a_table_and_what_comes_next(
     answer = call(cli.propagate, *PROPAGATE)
     assert answer.code == 0
     assert re.search(r"annotated +1\npseudo +2", answer.out)
+    divergence = next(line for line in answer.out.splitlines() if line.startswith("divergence"))
+    assert re.match(r"divergence: \d+\.\d\d % of voxels \(", divergence)
+    assert "ignored by stock trainers, OneShotTrainer learns the best guess there" in divergence
     assert "nnUNetv2_oneshot_refine -d 601" in answer.out
     assert "propagate by fake" in answer.err, "a progress bar"
 

@@ -146,7 +146,8 @@ def test_a_label_is_carried_back_and_held_against_the_drawn_one() -> None:
 
 
 def records(**means: float) -> dict[str, CaseRecord]:
-    return {name: CaseRecord(status="pseudo", quality={"mean": mean, "1": mean}) for name, mean in means.items()}
+    quality = {name: {"mean": mean, "1": mean} for name, mean in means.items()}
+    return {name: CaseRecord(status="pseudo", views=["fake/still"], quality=found) for name, found in quality.items()}
 
 
 def test_low_cases_are_gated_and_come_back() -> None:

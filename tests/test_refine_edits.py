@@ -13,11 +13,13 @@ from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
 
+from nnunet_oneshot import nnunet
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import rounds as rounds_module
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.refresh import raw_label_hashes
 from nnunet_oneshot.relabel import Change
 from nnunet_oneshot.review.decisions import Action, decide
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
@@ -55,6 +57,40 @@ def test_a_correction_made_during_a_training_is_a_persons_word(fake: FakeNnunet)
     assert fake.labels[-1]["case_3.nii.gz"] == store.label_path("case_3").read_bytes(), "the last model learns it"
     assert run(rounds=1).taken_up == []
     assert len(fake.trained) == 2
+
+
+def test_what_is_edited_while_labels_are_refreshed_is_trained_on(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refresh had read the old label, or not: that the new one was trained on is not to be relied on."""
+    store, raw = open_store(601)
+    drawn, found = np.roll(label_array(3), 2, axis=1), list[np.ndarray]()
+
+    def refresh(*_: object) -> None:
+        found.append(read(store.label_path("case_3")))
+        store.write_label(raw, drawn, store.label_path("case_3"), raw.case("case_3"))
+
+    monkeypatch.setattr(refine_module, "refresh", refresh)
+    run(rounds=0)
+    assert [np.array_equal(label, drawn) for label in found] == [False, True]
+    assert len(fake.trained) == 2, "once on the old label, then on the new one"
+
+
+def test_what_is_edited_during_the_full_preprocessing_is_left_to_the_refresh(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, raw = open_store(601)
+    before, preprocess, noted = raw_label_hashes(601), nnunet.plan_and_preprocess, list[object]()
+
+    def plan_and_preprocess(*arguments: Any, **more: Any) -> None:
+        preprocess(*arguments, **more)
+        store.write_label(raw, np.roll(label_array(3), 2, axis=1), store.label_path("case_3"), raw.case("case_3"))
+
+    monkeypatch.setattr(nnunet, "plan_and_preprocess", plan_and_preprocess)
+    monkeypatch.setattr(refine_module, "note_preprocessed", lambda *arguments: noted.append(arguments[-1]))
+    run(rounds=0)
+    assert noted == [before]
+    assert raw_label_hashes(601) != before
 
 
 def test_a_correction_of_a_round_that_is_given_up_is_kept(fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +217,9 @@ def test_an_added_image_stays_labelled_in_a_round_that_is_put_in_force_again(
     write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
     store, _ = open_store(601, grown=True)
     run(rounds=1, all_rounds=False)
-    assert run(rounds=1, all_rounds=False).round == 0
+    again = run(rounds=1, all_rounds=False)
+    assert again.round == 0
+    assert "model alone" in {doubt.case: doubt.reason for doubt in again.doubts}["case_5"]
     assert store.read_manifest().cases["case_5"].status == "pseudo"
     assert read(store.label_path("case_5")).any()
     settles(fake, rounds=1, all_rounds=False)

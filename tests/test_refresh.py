@@ -36,7 +36,7 @@ from tiny_dataset import LABELS
 from nnunet_oneshot import refresh as refresh_module
 from nnunet_oneshot import refresh_case
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.refresh import Refreshed, note_preprocessed, preprocessed_targets, refresh
+from nnunet_oneshot.refresh import Refreshed, note_preprocessed, preprocessed_targets, raw_label_hashes, refresh
 from nnunet_oneshot.refresh_ledger import Ledger
 from nnunet_oneshot.settings import SMALL_PLANS
 
@@ -127,7 +127,7 @@ def ready(roots: Roots) -> tuple[Path, Path]:
     """A raw dataset, preprocessed for 3d_fullres and known to the ledger; its two folders."""
     folder = write(roots)
     base = prepare(roots, ("3d_fullres",))
-    note_preprocessed(NAME, SMALL_PLANS, ["3d_fullres"])
+    note_preprocessed(NAME, SMALL_PLANS, ["3d_fullres"], raw_label_hashes(NAME))
     return folder, base
 
 
@@ -160,9 +160,19 @@ def test_what_nnunet_made_for_one_configuration_says_nothing_of_another(roots: R
     full = content(base)
     shutil.rmtree(flat.folder)
     kept.rename(flat.folder)
-    note_preprocessed(NAME, SMALL_PLANS, ["3d_fullres"])
+    note_preprocessed(NAME, SMALL_PLANS, ["3d_fullres"], raw_label_hashes(NAME))
     assert refresh(NAME, 1).labels == CASES
     assert content(base) == {name: value for name, value in full.items() if not name.startswith("kept")}
+
+
+def test_a_label_edited_during_a_full_preprocessing_is_brought_in(roots: Roots) -> None:
+    """nnU-Net read the old one."""
+    folder = write(roots)
+    labels = raw_label_hashes(NAME)
+    prepare(roots, ("3d_fullres",))
+    write_label(folder, "case_b", label_of(9, (12, 26, 22)), SPACINGS[1])
+    note_preprocessed(NAME, SMALL_PLANS, ["3d_fullres"], labels)
+    assert refresh(NAME, 1) == Refreshed(labels=("case_b",), kept=2)
 
 
 def test_the_image_is_read_once(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

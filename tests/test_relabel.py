@@ -15,6 +15,7 @@ from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.quality import estimate
+from nnunet_oneshot.quality_gate import needs_review
 from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, margin, mean_dice, relabel
 from nnunet_oneshot.rounds import finish_switch, put_in_force
@@ -94,6 +95,20 @@ def test_a_failed_case_takes_the_models_word(made: Made, predictions: Path, root
     assert json.loads((store.folder / "dataset.json").read_text())["oneshot"]["left_out"] == []
     splits = json.loads((roots.preprocessed / store.folder.name / "splits_final.json").read_text())
     assert all("bad_1" in (*fold["train"], *fold["val"]) for fold in splits)
+
+
+def test_a_label_of_the_model_alone_stays_listed_for_a_person(made: Made, predictions: Path) -> None:
+    """In the second round the model repeats what it was taught, which is no better a reason to believe it."""
+    dataset, store = made
+    for number in (1, 2):
+        relabel(dataset, store, predictions, number, 1, min_quality=0)
+        doubts = [d for d in needs_review(store.read_manifest(), dataset.class_names) if d.case == "bad_1"]
+        assert [doubt.quality for doubt in doubts] == [None], f"round {number}"
+        assert "model alone" in doubts[0].reason
+        assert "similarity no better than identity" in doubts[0].reason, "why nothing else labelled it"
+    manifest = store.read_manifest()
+    manifest.cases["bad_1"].status = "accepted"
+    assert "bad_1" not in [d.case for d in needs_review(manifest, dataset.class_names)], "a person has looked at it"
 
 
 def test_round_and_geometry(made: Made, predictions: Path) -> None:

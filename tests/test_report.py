@@ -97,6 +97,7 @@ def test_worst_cases_come_first_and_get_pictures(labelled: PhantomDataset) -> No
 def test_true_dice_is_shown_only_when_truth_is_given(labelled: PhantomDataset, tmp_path: Path) -> None:
     plain = report(601, num_processes=1).read_text(encoding="utf-8")
     assert "true Dice" not in plain
+    assert "divergence: programs disagree; ignored by stock trainers, OneShotTrainer learns the best guess" in plain
     page = report(601, truth=labelled.truth, num_processes=1).read_text(encoding="utf-8")
     fused = tmp_path / "raw" / "Dataset601_phantom_oneshot" / "pseudoTr" / "fused"
     worst = labelled.cases[-1]

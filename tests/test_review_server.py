@@ -153,6 +153,7 @@ def test_list_is_worst_first(page: Client, folder: Path) -> None:
     assert [case["name"] for case in shown["cases"]] == ["case_2", "case_1", "case_3", "case_0"]
     assert [c["name"] for c in shown["classes"]] == ["organ", "spot"]
     assert set(shown["statuses"]) >= {c["status"] for c in shown["cases"]}, "each is explained"
+    assert "OneShotTrainer learns the best guess there" in shown["divergence_meaning"]
 
 
 def test_a_low_estimate_names_the_class(page: Client, folder: Path) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from conftest import Answer
 from fake_propagator import FakePropagator
-from raw_datasets import Roots, label_array, write_image, write_raw
+from raw_datasets import Roots, image_array, label_array, write_image, write_raw
 
 from nnunet_oneshot import cli
 from nnunet_oneshot import run as module
 from nnunet_oneshot.output import find_output
+from nnunet_oneshot.refine import Refinement
+from nnunet_oneshot.refine_record import make_plan
 
 Call = Callable[..., Answer]
 RUN = ("-d", 501, "-o", 601, "-c", "3d_fullres", "-preset", "tiny", "-np", 1, "-device", "cpu")
@@ -108,6 +110,48 @@ def test_true_labels_are_looked_for_before_anything_is_done(
     assert roots.snapshot() == before
     write_image(truth / "case_2.nii.gz", label_array(2))
     trains(call, *FAKE, "-ref", truth)
+
+
+# --- what changes during training ---------------------------------------------------------------------------------
+
+
+def trained_while(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Refinement ends well, and people change the source dataset meanwhile."""
+
+    def refine(*_: object, **__: object) -> Refinement:
+        change()
+        return Refinement(make_plan("3d_fullres", preset="tiny"), Path("Dataset601_toy_oneshot/trained"))
+
+    monkeypatch.setattr(module, "refine", refine)
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Path:
+    """True labels of one case of the dataset, and of one that may be added."""
+    folder = tmp_path / "truth"
+    for index in (2, 3):
+        write_image(folder / f"case_{index}.nii.gz", label_array(index))
+    return folder
+
+
+def test_an_image_added_during_training_costs_no_summary_and_no_scores(
+    toy: Path, fakes: dict[str, FakePropagator], call: Call, truth: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_while(monkeypatch, lambda: write_image(toy / "imagesTr" / "case_3_0000.nii.gz", image_array(3)))
+    answer = call(cli.run, *FAKE, "-ref", truth, "-json")
+    assert answer.code == 0, answer.err
+    said = json.loads(answer.out)
+    assert said["labels"]["cases"] == {"annotated": 1, "pseudo": 2}
+    assert list(said["scores"]["cases"]) == ["case_2"], "the added image has no label to score"
+
+
+def test_a_label_drawn_during_training_costs_no_summary(
+    toy: Path, fakes: dict[str, FakePropagator], call: Call, truth: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_while(monkeypatch, lambda: write_image(toy / "labelsTr" / "case_2.nii.gz", label_array(2)))
+    answer = call(cli.run, *FAKE, "-ref", truth)
+    assert answer.code == 0, answer.err
+    assert "no scores: every case with a true label was annotated since" in answer.out
 
 
 # --- training is looked at before labels are made -----------------------------------------------------------------

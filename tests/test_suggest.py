@@ -156,6 +156,19 @@ def test_after_a_round_the_doubtful_case_comes_first(toy: Path, fakes: dict, cal
     assert read_manifest(folder / "oneshot.json").cases["case_2"].divergence == 0.5, "nothing is written to it"
 
 
+def test_a_case_that_the_model_alone_labelled_is_as_doubtful_as_one_without_a_label(
+    toy: Path, fakes: dict, call: Call
+) -> None:
+    """It has neither divergence nor an estimate, which is no sign of a good label."""
+    assert call(cli.propagate, *PROPAGATE).code == 0
+    folder = toy.parent / "Dataset601_toy_oneshot"
+    manifest = json.loads((folder / "oneshot.json").read_text())
+    manifest["cases"]["case_1"].update(round=1, views=[], divergence=0.0, quality=None)
+    manifest["cases"]["case_2"].update(round=1, divergence=0.1, quality={"mean": 0.8})
+    (folder / "oneshot.json").write_text(json.dumps(manifest))
+    assert {row.case: row.doubt for row in suggest(601, num_processes=1).rows}["case_1"] == 1
+
+
 def test_after_a_round_the_slice_with_most_divergence_is_offered(toy: Path, fakes: dict, call: Call) -> None:
     assert call(cli.propagate, *PROPAGATE).code == 0
     path = toy.parent / "Dataset601_toy_oneshot/labelsTr/case_1.nii.gz"

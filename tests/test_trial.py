@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from nnunet_oneshot import cli
 from nnunet_oneshot import trial as trial_module
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import Outcome, propagate
-from nnunet_oneshot.trial import Trial, trial
+from nnunet_oneshot.summary import trial_summary
+from nnunet_oneshot.trial import Trial, TrialCase, trial
 from nnunet_oneshot.trial_cases import choose, evenly, statistics
 from sam2_propagation.interface import Image
 
@@ -89,10 +92,34 @@ def test_nothing_is_written_but_its_folder(ready: Roots, here: Path) -> None:
 
 def test_a_second_trial_replaces_the_first_but_nothing_else(ready: Roots, here: Path) -> None:
     first = attempt(2)
-    assert len(attempt(3).cases) == 3
+    left = {path for path in first.folder.rglob("*") if first.cases[1].case in path.name}
+    assert left
+    again = attempt(1)
+    assert len(again.cases) == 1
+    assert again.cases[0].case != first.cases[1].case
+    assert not [path for path in left if path.exists()]
     (first.folder / "trial.json").unlink()
     with pytest.raises(OneShotError, match="found other files"):
         attempt(2)
+
+
+def test_a_trial_at_work_is_not_replaced_by_a_second_one(
+    ready: Roots, here: Path, call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2)
+    second: list[Answer] = []
+
+    def meanwhile(*arguments: Any, **more: Any) -> Outcome:
+        second.append(call(cli.propagate, *command))
+        return propagate(*arguments, **more)
+
+    monkeypatch.setattr(trial_module, "propagate", meanwhile)
+    first = attempt(3)
+    assert second[0].code == 2
+    assert f"found it running as process {os.getpid()} on" in second[0].error
+    assert "oneshot_trial_501" in second[0].error
+    assert len(first.cases) == len(json.loads((first.folder / "trial.json").read_text())["cases"]) == 3
+    assert first.picture.is_file()
 
 
 def test_more_cases_than_there_are_means_all(ready: Roots) -> None:
@@ -150,10 +177,31 @@ def test_the_output_id_is_checked(ready: Roots) -> None:
 def test_the_command_says_what_to_expect(ready: Roots, call: Callable[..., Answer]) -> None:
     answer = call(cli.propagate, "-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2)
     assert answer.code == 0
+    for line in (
+        r"  divergence, where views disagree: \d+\.\d\d % of voxels, \d+% of those in and around the structures",
+        r"  time: about \d+ minutes; disk: about \d+ MB",
+    ):
+        assert re.search(f"^{line}$", answer.out, re.MULTILINE)
     for words in ("stands for", "expected of all 7 images", "annotate next: case_", "trial.png", "no dataset was made"):
         assert words in answer.out
     answer = call(cli.propagate, "-d", 501, "-o", 601, "-propagator", "fake", "-np", 1, "--trial", "-n", 2, "-json")
     assert json.loads(answer.out)["set_size"] == 7
+
+
+def test_the_summary_tells_divergence_time_and_disk_of_the_whole_set() -> None:
+    tried = TrialCase("case_6", 0.4, {"mean": 0.61, "1": 0.61}, 0.0312, 0.25, 17.6, None)
+    result = Trial(Path("there"), [tried], 70, 0.61, 0.01234, 0.456, 60.0, 83.7, 1236.4, "case_6")
+    said = trial_summary(result)
+    lines = said["lines"]
+    assert "case_6  40%         0.61            3.12          18" in lines
+    heading = lines.index("expected of all 70 images:")
+    assert lines[heading + 1 : heading + 4] == [
+        "  estimated Dice of the labels: 0.61",
+        "  divergence, where views disagree: 1.23 % of voxels, 46% of those in and around the structures",
+        "  time: about 84 minutes; disk: about 1236 MB",
+    ]
+    figures = {key: said[key] for key in ("divergence", "divergence_of_foreground", "minutes", "megabytes")}
+    assert list(figures.values()) == [0.01234, 0.456, 83.7, 1236.4], "exact for machines"
 
 
 def test_like_cases_are_one_group() -> None:

@@ -19,7 +19,7 @@ from nnunet_oneshot.review.carry import Carrier, Correction
 from nnunet_oneshot.review.corrections import PICTURES, check_in, check_out, forget, read_label, size_limit
 from nnunet_oneshot.review.decisions import Action, UnknownCaseError, correct, decide
 from nnunet_oneshot.review.volumes import image_nifti, label_nifti
-from nnunet_oneshot.store import STATUS_MEANING, CaseRecord, Store
+from nnunet_oneshot.store import DIVERGENCE_MEANING, STATUS_MEANING, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
 from sam2_propagation.interface import Image, LabelVolume
 
@@ -75,12 +75,13 @@ class Desk:
                 {"value": v, "name": n, "color": class_color(v)} for v, n in sorted(self.raw.class_names.items())
             ],
             "divergence_color": DIVERGENCE_COLOR,
+            "divergence_meaning": DIVERGENCE_MEANING,
             "statuses": STATUS_MEANING,
             "cases": [self._listed(name, manifest.cases[name]) for name in worst_first(manifest.cases)],
         }
 
     def volume(self, name: str, kind: str, channel: int = 0) -> bytes:
-        """`image`, `label` (the best guess) or `divergence` (1 where training ignores a part of it) as .nii.gz."""
+        """`image`, `label` (the best guess) or `divergence` (1 where a part is the ignore label) as .nii.gz."""
         case, image = self._case(name), self._image(name)
         if kind == "image":
             return image_nifti(image, min(channel, image.data.shape[0] - 1))

@@ -340,8 +340,8 @@ function colors() {
 }
 
 function legend() {
-  const { classes, divergence_color: divergence } = state.dataset;
-  const entries = [...classes.map((c) => [c.color, `${c.value} ${c.name}`]), [divergence, "divergence: programs disagree, not trained on"]];
+  const { classes, divergence_color: divergence, divergence_meaning: meaning } = state.dataset;
+  const entries = [...classes.map((c) => [c.color, `${c.value} ${c.name}`]), [divergence, `divergence: ${meaning}`]];
   $("legend").replaceChildren(...entries.map(([color, text]) => {
     const item = document.createElement("span"), key = document.createElement("span");
     key.className = "key";
