@@ -310,6 +310,22 @@ def test_other_losses_are_trainers_that_nnunet_finds(make: Make, name: str, sett
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["OneShotTrainerNoMirroring", "OneShotTrainerNoMirroring_small", "OneShotTrainerNoMirroring_tiny"],
+)
+def test_without_mirroring_neither_training_nor_prediction_nor_views_flip(make: Make, name: str) -> None:
+    make()
+    trainer, mirrored = again(name), again("OneShotTrainer_tiny")
+    for one in (trainer, mirrored):
+        one.initialize()
+    assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
+    assert mirrored.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3]
+    assert trainer.inference_allowed_mirroring_axes is None
+    assert trainer.view_choice.mirror_axes == ()
+    assert mirrored.view_choice.mirror_axes
+
+
+@pytest.mark.parametrize(
     ("content", "error", "word"),
     [
         ({"oneshot": {"schema": 2}}, OneShotError, "schema 2"),

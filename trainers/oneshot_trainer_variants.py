@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from oneshot_trainer import OneShotTrainer, WholeCheckpoints
 
 from nnunet_oneshot.bfloat16 import VARIABLE, compute_in_bfloat16, pays
@@ -80,6 +81,40 @@ class nnUNetTrainer_tiny(_Shortened):
     """nnUNetTrainer on the schedule of OneShotTrainer_tiny."""
 
     schedule = PRESETS["tiny"].schedule
+
+
+class _NotMirrored(nnUNetTrainer):
+    """No mirrored images in training, and none in prediction, as nnU-Net's nnUNetTrainerNoMirroring.
+
+    For structures that side alone tells apart, which short trainings mix up (benchmarks/mirroring.py).
+    """
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        rotation, dummy_2d, size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, size, None
+
+
+class OneShotTrainerNoMirroring(OneShotTrainer, _NotMirrored):
+    """OneShotTrainer that mirrors nothing."""
+
+
+class OneShotTrainerNoMirroring_small(_Shortened, OneShotTrainerNoMirroring):
+    """OneShotTrainerNoMirroring on the schedule of OneShotTrainer_small."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class OneShotTrainerNoMirroring_tiny(_Shortened, OneShotTrainerNoMirroring):
+    """OneShotTrainerNoMirroring on the schedule of OneShotTrainer_tiny."""
+
+    schedule = PRESETS["tiny"].schedule
+
+
+class nnUNetTrainerNoMirroring_small(_Shortened, _NotMirrored):
+    """nnUNetTrainerNoMirroring on the schedule of OneShotTrainer_small."""
+
+    schedule = PRESETS["small"].schedule
 
 
 class OneShotTrainerConsistency(OneShotTrainer):
