@@ -118,10 +118,11 @@ class Evidence:
             predictions, precision = self._predicted(method, recipe, number), self._precision(number)
         minutes = {"labelling": labelling, "training": added(stages)}
         scored = evaluate(self.data.labels, predictions, self._pool() / "dataset.json", cases=self.test)
+        about = self._about(method, minutes, precision)
+        row = write_row(self.key(method), {**about, **figures(scored), **self._labels(recipe)})
         picture = self.work / "pictures" / f"{method}.png"
         draw_cases(self.data, open_dataset(POOL), scored, predictions, picture)
-        about = self._about(method, minutes, precision)
-        return write_row(self.key(method), {**about, **figures(scored), **self._labels(recipe)})
+        return row
 
     def _about(self, method: str, minutes: Mapping[str, float | None], precision: str | None) -> dict[str, Any]:
         return {
@@ -253,9 +254,9 @@ class Evidence:
             guess = partial(self._best_guess, number)
             trained = self._train_often(number + STOCK, recipe.again, guess, plan, stages)
         for again in range(1, recipe.replaced + 1):
-            replace = partial(self._replaced, number, trained, again, plan)
-            stages.append(self._timed(f"replace {number} {again}", replace))
-            trained = self._train_stock(replace(), plan, stages)
+            replacing = partial(self._replaced, number, trained, again, plan)
+            stages.append(self._timed(f"replace {number} {again}", replacing))
+            trained = self._train_stock(replacing(), plan, stages)
         return trained
 
     def _refine(self, number: int, rounds: int, plan: Plan) -> None:

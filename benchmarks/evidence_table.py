@@ -111,13 +111,11 @@ def headline(rows: Sequence[Row]) -> list[str]:
 
 
 def _gap(sets: Sequence[Sequence[Mapping[str, Row]]], mine: str, reference: str) -> str:
-    """Points of Dice between two methods, each set as the mean of its groups; says over how many sets it is."""
-    found = [
-        np.mean([100 * paired(group[mine], group[reference])[0] for group in groups if {mine, reference} <= {*group}])
-        for groups in sets
-        if any({mine, reference} <= {*group} for group in groups)
-    ]
-    over = "" if len(found) == len(sets) else f" (over {len(found)} of the sets)"
+    """Points of Dice between two methods, each set as the mean of its groups; says where it is not over all of them."""
+    both = [[group for group in groups if {mine, reference} <= {*group}] for groups in sets]
+    found = [np.mean([100 * paired(g[mine], g[reference])[0] for g in groups]) for groups in both if groups]
+    many, of = (sum(len(groups) for groups in chosen) for chosen in (both, sets))
+    over = "" if many == of else f" ({many} of {of} annotated cases)"
     return f"{np.mean(found):+.1f}{over}" if found else "not known"
 
 

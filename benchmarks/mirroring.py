@@ -46,7 +46,7 @@ def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str,
     key = f"mirroring_{name}_{row}_{seed}"
     if (done := read_row(key)) is not None:
         return done
-    data, configuration = data_set(name), SETS[name]
+    data, configuration = data_set(name), SETS.get(name, "3d_fullres")
     pool = sorted(data.split["pool"][:cases])
     folder = lay_out(data, FULL, pool, pool, name=f"{name}_full")
     os.environ.pop("nnUNet_n_proc_DA", None)  # nnU-Net's planner takes its threads from it, and takes no 0
@@ -67,7 +67,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", type=Path, required=True, help="working folder")
-    parser.add_argument("--set", default="chaos_mr_t2", choices=sorted(SETS))
+    parser.add_argument("--set", default="chaos_mr_t2", help="also one that made_up_sets.py wrote to $ONESHOT_DATA")
     parser.add_argument("--rows", nargs="+", default=["mirrored:0", "not_mirrored:0"])
     parser.add_argument("--cases", type=int, default=26, help="pool cases")
     arguments = parser.parse_args()

@@ -189,8 +189,11 @@ class RawDataset:
     def _holds(self, path: Path, label: LabelVolume) -> bool:
         """Whether a label file is whole: SimpleITK writes and reads a NIfTI file cut short without a word."""
         try:
-            # Modulo 256: writers wrap negative values, and to refuse these is not done here.
-            return np.array_equal(self.read_label(path).astype(np.uint8), label.astype(np.uint8))
+            held = self.read_label(path)
+            if label.min(initial=0) < 0:
+                # Writers wrap negative values, and to refuse these is not done here.
+                return np.array_equal(held.astype(np.uint8), label.astype(np.uint8))
+            return np.array_equal(held, label)
         except OneShotError:
             return False
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -62,6 +62,8 @@ class _Meter:
 
 _METER = [_Meter(lambda _: None)]
 """This process's own."""
+_STOP: list[Any] = [None]
+"""In a worker what its parent sets when it takes no more results."""
 
 
 def advance(share: float) -> None:
@@ -123,6 +125,8 @@ def show(bar: tqdm[Any], done: float) -> None:
 
 
 def _work(function: Callable[[Item], Result], item: Item) -> Result:
+    if _stopped():
+        raise CancelledError
     result = function(item)
     _METER[0].end_item()
     return result
@@ -139,7 +143,8 @@ def _in_processes(
     threads = max(1, default_processes() // processes)
     context = multiprocessing.get_context("spawn")
     done = context.Value("d", 0.0)
-    start = (threads, done, setup, arguments)
+    stop = context.Value("b", 0)
+    start = (threads, done, stop, setup, arguments)
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=start)
     try:
         with _interrupts_held():
@@ -156,12 +161,13 @@ def _in_processes(
         ) from error
     finally:
         # After an interruption the cases that have not begun are dropped; those under way are whole or absent.
+        stop.value = 1
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits meanwhile, and processes started here hold it back until `_start_worker` looks after it."""
+    """Ctrl-C waits meanwhile, and processes started here hold it back until `_start_worker` ignores it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -185,11 +191,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _start_worker(threads: int, done: Any, setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what then happens. It drops what has not begun.
-    if hasattr(signal, "sigpending") and signal.SIGINT in signal.sigpending():
-        os._exit(1)
+def _stopped() -> bool:
+    """Whether the parent has ended early: what is handed over and has not begun is dropped."""
+    return _STOP[0] is not None and bool(_STOP[0].value)
+
+
+def _start_worker(
+    threads: int, done: Any, stop: Any, setup: Callable[..., None] | None, arguments: tuple[Any, ...]
+) -> None:
+    # Ctrl-C reaches the whole process group; the parent alone decides what then happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _STOP[0] = stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _METER[0] = _Meter(partial(_add_to, done))
     # For libraries that load later, and for torch where the setup's own imports have brought it already; importing it
@@ -197,5 +209,5 @@ def _start_worker(threads: int, done: Any, setup: Callable[..., None] | None, ar
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    if setup is not None:
+    if setup is not None and not _stopped():
         setup(*arguments)

@@ -3,7 +3,8 @@
 A new or changed label in the source dataset, a pseudo label corrected by hand in `labelsTr` or `pseudoTr/fused`, and
 images that were added are found by comparing what lies there with what the round in force wrote.
 
-Looking changes nothing in force. New labels are staged below `.oneshot/taken` and, when every case was looked at, named
+Looking changes nothing in force, but that a label of nothing is written again, where that of a case that is left out is
+gone. New labels are staged below `.oneshot/taken` and, when every case was looked at, named
 in `.oneshot/taken.json`; from then on they are published and the manifest is written, again after a kill. Published at
 once, a correction would equal what the round wrote without the manifest knowing whose it is, and the next round would
 overwrite it.

@@ -129,8 +129,9 @@ def trial(
     names, left = fitting_names(propagators, [raw.support(case) for case in raw.annotated])
     checked = replace(options or PropagatorOptions(), reverse_check=bool({*names} & {*REVERSIBLE}))
     to_label = _to_label(raw)
+    # Before the place is emptied: an image that cannot be read must not cost the trial of before.
+    chosen = _choose(raw, to_label, cases, processes)
     with _place_of_its_own(place):
-        chosen = _choose(raw, to_label, cases, processes)
         with nnunet_folders(place):
             _lay_out(raw, [c.case for c in chosen], to_label)
             outcome = propagate(

@@ -116,7 +116,7 @@ def test_the_headline_tells_of_full_supervision_that_is_trained_as_often_too_whe
     assert "-12.0 points (-12.0 to -12.0) against the same trained once more" in line
     assert "with two each not known" in table.headline(once)[0]
     unlike = [*once, row("ours_no_refinement", 0.7), row("full", 0.5, set="b"), row("ours", 0.5, set="b")]
-    assert "(ours without its round) it is -20.0 (over 1 of the sets), with" in table.headline(unlike)[0]
+    assert "(ours without its round) it is -20.0 (1 of 2 annotated cases), with" in table.headline(unlike)[0]
 
 
 def test_images_of_a_patient_are_drawn_together(table: Any) -> None:

@@ -76,11 +76,15 @@ def work(item):
     Path(f"{item}.done").touch()
 """
 INTERRUPTED = """
+import signal
+
 from slow_to_import import work
 
 from nnunet_oneshot.parallel import over_cases
 
 if __name__ == "__main__":
+    # Where tests run in the background of a shell, it would be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         list(over_cases(work, range(9), processes=2, title=""))
     except KeyboardInterrupt:
@@ -105,7 +109,7 @@ def test_ctrl_c_while_workers_start_is_told_by_the_parent_alone(tmp_path: Path) 
             time.sleep(0.01)
         os.killpg(driver.pid, signal.SIGINT)
         out, err = driver.communicate(timeout=60)
-    assert (driver.returncode, out) == (0, "interrupted\n")
+    assert (driver.returncode, out) == (0, "interrupted\n"), err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("*.done")), "what has not begun is dropped"
 

@@ -325,6 +325,14 @@ def test_without_mirroring_neither_training_nor_prediction_nor_views_flip(make: 
     assert mirrored.view_choice.mirror_axes
 
 
+def test_nnunets_trainer_without_mirroring_has_a_schedule_of_ours(make: Make) -> None:
+    make()
+    trainer = again("nnUNetTrainerNoMirroring_small")
+    trainer.initialize()
+    assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
+    assert trainer.num_epochs == again("OneShotTrainer_small").num_epochs
+
+
 @pytest.mark.parametrize(
     ("content", "error", "word"),
     [

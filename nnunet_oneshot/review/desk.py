@@ -19,7 +19,7 @@ from nnunet_oneshot.review.carry import Carrier, Correction
 from nnunet_oneshot.review.corrections import PICTURES, check_in, check_out, forget, read_label, size_limit
 from nnunet_oneshot.review.decisions import Action, UnknownCaseError, correct, decide
 from nnunet_oneshot.review.volumes import image_nifti, label_nifti
-from nnunet_oneshot.store import DIVERGENCE_MEANING, STATUS_MEANING, CaseRecord, Store
+from nnunet_oneshot.store import DIVERGENCE_MEANING, STATUS_MEANING, CaseRecord, Store, is_by_model_alone
 from nnunet_oneshot.training_data import ignore_value
 from sam2_propagation.interface import Image, LabelVolume
 
@@ -187,7 +187,7 @@ def worst_first(cases: dict[str, CaseRecord]) -> list[str]:
 
     def key(name: str) -> tuple[int, float, str]:
         record = cases[name]
-        if record.status == "failed":
+        if record.status == "failed" or is_by_model_alone(record):
             return 0, 0.0, name
         score = score_of(record)
         return (1, score, name) if score is not None else (2, 0.0, name)
@@ -196,8 +196,11 @@ def worst_first(cases: dict[str, CaseRecord]) -> list[str]:
 
 
 def score_of(record: CaseRecord) -> float | None:
-    """Estimated Dice, else the share of consensus; None for labels that are not a machine's alone."""
-    if record.status in ("annotated", "failed"):
+    """Estimated Dice, else the share of consensus; None for labels that are not a machine's, or of a model alone.
+
+    A model that alone labelled a case agrees with itself, rightly or not.
+    """
+    if record.status in ("annotated", "failed") or is_by_model_alone(record):
         return None
     if record.quality:
         return record.quality["mean"]
