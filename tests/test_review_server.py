@@ -29,9 +29,11 @@ for package in ("starlette", "uvicorn", "ipyniivue", "httpx2"):
 from starlette.testclient import TestClient
 
 from nnunet_oneshot import cli
+from nnunet_oneshot.review.desk import score_of, worst_first
 from nnunet_oneshot.review.server import Door, make_app
 from nnunet_oneshot.review.session import open_desk
 from nnunet_oneshot.review.viewer import niivue_module, with_niivue_exported
+from nnunet_oneshot.store import CaseRecord
 
 PORT = 4711
 BASE = f"http://127.0.0.1:{PORT}"
@@ -63,6 +65,19 @@ def nifti(answer: Any) -> nibabel.Nifti1Image:
 
 def as_file(label: np.ndarray, like: nibabel.Nifti1Image) -> bytes:
     return nibabel.Nifti1Image(label.astype(np.uint8).transpose(), like.affine).to_bytes()
+
+
+def test_what_a_model_alone_labelled_comes_before_labels_of_low_quality() -> None:
+    """It agrees with itself, rightly or not: what is estimated of it in later rounds is no reason to look later."""
+    seen = {"views": ["registration/identity"], "divergence": 0.1}
+    cases = {
+        "drawn": CaseRecord(status="annotated"),
+        "good": CaseRecord(status="pseudo", quality={"mean": 0.9}, **seen),
+        "bad": CaseRecord(status="pseudo", quality={"mean": 0.2}, **seen),
+        "alone": CaseRecord(status="pseudo", round=2, divergence=0.0, quality={"mean": 0.99}),
+    }
+    assert worst_first(cases) == ["alone", "bad", "good", "drawn"]
+    assert score_of(cases["alone"]) is None
 
 
 def test_only_the_address_with_the_token_opens_the_page(folder: Path) -> None:
