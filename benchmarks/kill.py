@@ -196,7 +196,7 @@ class Experiment:
         if last:
             self._must_end(process, folder)
             return False
-        wait = self.random.uniform(0, 0.7) * seconds
+        wait = self.random.uniform(0, 1) * seconds
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
