@@ -17,7 +17,7 @@ from typing import Any
 
 from common import data_set, lay_out, markdown, read_row, use_folders, write_row
 from evidence import FULL, SETS, figures
-from in_process import make, nothing, predict
+from in_process import make, predict
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
@@ -26,19 +26,8 @@ from nnunet_oneshot.settings import PRESETS
 SMALL = PRESETS["small"]
 
 
-def without_mirroring(trainer: Any) -> None:
-    """Let a trainer mirror along no axis, as nnU-Net's own variant does."""
-    mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size
-
-    def plain() -> tuple[Any, ...]:
-        rotation, dummy, patch, _ = mirrored()
-        trainer.inference_allowed_mirroring_axes = None
-        return rotation, dummy, patch, None
-
-    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size = plain
-
-
-ROWS = {"mirrored": nothing, "not_mirrored": without_mirroring}
+ROWS = {"mirrored": "nnUNetTrainer", "not_mirrored": "nnUNetTrainerNoMirroring"}
+"""The trainer of each row."""
 
 
 def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str, Any]:
@@ -53,11 +42,11 @@ def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str,
     nnunet.plan_and_preprocess(FULL, SMALL, [configuration], 2)
     os.environ["nnUNet_n_proc_DA"] = "0"
     assert SMALL.schedule is not None
-    names = SMALL.trainer("nnUNetTrainer"), SMALL.plans
-    trainer = make(FULL, configuration, names, SMALL.schedule.epochs, seed, before=ROWS[row], bfloat16=True)
+    names = SMALL.trainer(ROWS[row]), SMALL.plans
+    trainer = make(FULL, configuration, names, SMALL.schedule.epochs, seed, bfloat16=True)
     trainer.run_training()
     images = {case: [data.folder / "images" / f"{case}{data.ending}"] for case in data.split["test"]}
-    output = predict(trainer, images, work / "predictions" / key, mirroring=row == "mirrored")
+    output = predict(trainer, images, work / "predictions" / key, mirroring=SMALL.mirroring)
     scored = evaluate(data.labels, output, folder / "dataset.json", cases=data.split["test"])
     about = {"set": name, "row": row, "seed": seed, "pool": len(pool), "n": len(images), "configuration": configuration}
     return write_row(key, {**about, **figures(scored)})
