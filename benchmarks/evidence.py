@@ -2,13 +2,14 @@
 
     python benchmarks/evidence.py -o WORK [--sets hippocampus acdc_mr ...] [--methods full annotated ours ...]
                                   [--annotated default|all|CASE[+CASE]] [--cases 26] [--preset small]
-                                  [--training 1] [--configuration 3d_fullres] [-device cpu]
+                                  [--training 1] [--configuration 3d_fullres] [--mirroring] [-device cpu]
     python benchmarks/evidence.py --table
 
 A row is one set, annotated case and method, scored on the set's test cases, whose images and labels no labelling or
 training sees. Every training of a set has as many iterations, by the same planner, on the same cases (`--preset`;
 `--cases` takes the first so many of the pool, the annotated one included); how many trainings made the model that is
-scored is in the row. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own.
+scored is in the row. `--mirroring` trains and predicts with nnU-Net's mirrored images, which the short presets leave out:
+rows and tables of their own. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own.
 Finished rows are small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is
 in WORK, where WORK/.../pictures/ shows the worst, the median and the best test cases of every row. Rows that share
 labels share their labelling, and a row with refinement goes on from the one without; the minutes of each stage are kept
@@ -38,12 +39,13 @@ from common import DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import LABELS, METHODS, Labels, Method
 from evidence_pictures import draw_cases
 from evidence_table import write_results
+from in_process import MIRRORED
 from oneseg import sparse_support
 from registration import read_image, read_label, voxel_shares
 from yoloseg_volumes import label_by_slices
 
 from nnunet_oneshot import nnunet
-from nnunet_oneshot.baseline import train_annotated_only
+from nnunet_oneshot.baseline import write_annotated_only
 from nnunet_oneshot.dataset import RawDataset, open_dataset
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_oneshot.first_round import take_over
@@ -85,7 +87,9 @@ class Evidence:
         self.test: list[str] = self.data.split["test"]
         own = SETS.get(name, "3d_fullres")
         self.configuration: str = arguments.configuration or own
-        self.variant = "" if self.configuration == own else self.configuration
+        self.mirroring: bool = arguments.mirroring
+        others = [self.configuration] * (self.configuration != own) + ["mirroring"] * self.mirroring
+        self.variant = ", ".join(others)
         self.preset: str = arguments.preset
         self.device: str = arguments.device
         self.training: int = arguments.training
@@ -98,7 +102,7 @@ class Evidence:
 
     def _about_all(self) -> str:
         """What all rows of it share."""
-        parts = (self.data.name, self.annotated, str(len(self.pool)), self.preset, self.variant)
+        parts = (self.data.name, self.annotated, str(len(self.pool)), self.preset, self.variant.replace(", ", "_"))
         return "_".join(part for part in parts if part)
 
     def row(self, method: str) -> dict[str, Any]:
@@ -135,6 +139,7 @@ class Evidence:
             "preset": self.preset,
             "configuration": METHODS[method].configuration or self.configuration,
             "variant": self.variant,
+            "trainer": self._trainer(METHODS[method]),
             "precision": precision,
             "gpu": torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else None,
             "training": self.training,
@@ -144,9 +149,13 @@ class Evidence:
         }
 
     def _plan(self, recipe: Method) -> Plan:
-        chosen = PRESETS[self.preset]
         configuration = recipe.configuration or self.configuration
-        return Plan(configuration, chosen.trainer(recipe.trainer or ""), chosen.plans, self.preset)
+        return Plan(configuration, self._trainer(recipe) or "", PRESETS[self.preset].plans, self.preset)
+
+    def _trainer(self, recipe: Method) -> str | None:
+        if (base := recipe.trainer) is None:
+            return None
+        return PRESETS[self.preset].trainer(MIRRORED.get(base, base) if self.mirroring else base)
 
     def _precision(self, number: int) -> str:
         """What the trainings on a dataset computed in, as their logs tell."""
@@ -230,8 +239,8 @@ class Evidence:
         """Train; the number of the dataset that was trained on. Each training's minutes are added to `stages`."""
         if recipe.labels is None:
             self._pool()
-            stages.append(self._timed("train annotated", lambda: self._train_alone(plan)))
-            return ALONE
+            write_annotated_only(POOL, ALONE)
+            return self._train_stock(ALONE, plan, stages)
         if recipe.labels == "truth":
             every = partial(lay_out, self.data, cases=self.pool, annotated=self.pool, name=f"{self.data.name}_full")
             return self._train_often(FULL, recipe.again, every, plan, stages)
@@ -262,17 +271,8 @@ class Evidence:
     def _refine(self, number: int, rounds: int, plan: Plan) -> None:
         """All rounds up to so many; those that are done are not done again."""
         if open_store(number)[0].read_manifest().round <= rounds:
-            refine(number, plan.configuration, rounds=rounds, preset=self.preset, device=self.device)
-
-    def _train_alone(self, plan: Plan) -> None:
-        train_annotated_only(
-            POOL,
-            ALONE,
-            plan.configuration,
-            preset=self.preset,
-            device=self.device,
-            num_processes=default_processes(),
-        )
+            how = {"trainer": plan.trainer, "preset": self.preset, "device": self.device}
+            refine(number, plan.configuration, rounds=rounds, **how)
 
     def _train_often(
         self, first: int, again: int, lay_out_as: Callable[[int], object], plan: Plan, stages: list[float | None]
@@ -421,6 +421,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--training", type=int, default=1, help="2 and more: once more, since trainings are not seeded")
     parser.add_argument("--configuration", help="another than the set's own: rows and tables of their own")
+    parser.add_argument("--mirroring", action="store_true", help="in training and prediction: rows and tables of their own")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, help="working folder")
     parser.add_argument("--table", action="store_true", help="only write the tables of the rows that are there")

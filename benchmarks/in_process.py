@@ -17,6 +17,8 @@ from nnunet_oneshot.next_stage import predictor_of
 from nnunet_oneshot.nnunet import Fold
 
 Weights = dict[str, torch.Tensor]
+MIRRORED = {base: f"{base}Mirroring" for base in ("OneShotTrainer", "nnUNetTrainer")}
+"""Trainers of the short presets that mirror, as these did themselves when rows that name no other were made."""
 
 
 def nothing(trainer: Any) -> None:
@@ -59,13 +61,14 @@ def predict(
     trainer: Any,
     images: Mapping[str, Sequence[Path]],
     output: Path,
-    mirroring: bool,
+    mirroring: bool = True,
     weights: Sequence[Weights] | None = None,
 ) -> Path:
     """Write a trained network's label of every case to a folder; the folder.
 
     Args:
         images: one file a channel, by case.
+        mirroring: whether to average over mirrored images, where the trainer mirrors.
         weights: of the models whose mean it is; the trainer's own where None.
     """
     if mirroring and trainer.inference_allowed_mirroring_axes is None:

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, required=True, help="working folder")
-    parser.set_defaults(cases=26, training=1, configuration=None)
+    parser.set_defaults(cases=26, training=1, configuration=None, mirroring=False)
     arguments = parser.parse_args()
     os.environ["ONESHOT_DATA"] = str(arguments.data.resolve())
     lines = []

@@ -3,7 +3,7 @@
     python benchmarks/mirroring.py -o WORK [--set chaos_mr_t2] [--rows mirrored:0 not_mirrored:0] [--cases 26]
 
 nnU-Net's own trainer in the preset `small`, in the set's own configuration of evidence.py, with and without mirroring
-in augmentation and prediction (nnU-Net's `nnUNetTrainerNoMirroring` is without). NAME:SEED is a row; seeds are those of
+in augmentation and prediction. NAME:SEED is a row; seeds are those of
 weights, samples and augmentation. Scores of the test cases by class. Finished rows are small JSON files in
 benchmarks/results/.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from common import data_set, lay_out, markdown, read_row, use_folders, write_row
 from evidence import FULL, SETS, figures
-from in_process import make, predict
+from in_process import MIRRORED, make, predict
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
@@ -26,8 +26,8 @@ from nnunet_oneshot.settings import PRESETS
 SMALL = PRESETS["small"]
 
 
-ROWS = {"mirrored": "nnUNetTrainer", "not_mirrored": "nnUNetTrainerNoMirroring"}
-"""The trainer of each row."""
+ROWS = {"mirrored": MIRRORED["nnUNetTrainer"], "not_mirrored": "nnUNetTrainer"}
+"""The trainer of each row, without the preset's suffix."""
 
 
 def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str,
     trainer = make(FULL, configuration, names, SMALL.schedule.epochs, seed, bfloat16=True)
     trainer.run_training()
     images = {case: [data.folder / "images" / f"{case}{data.ending}"] for case in data.split["test"]}
-    output = predict(trainer, images, work / "predictions" / key, mirroring=SMALL.mirroring)
+    output = predict(trainer, images, work / "predictions" / key)
     scored = evaluate(data.labels, output, folder / "dataset.json", cases=data.split["test"])
     about = {"set": name, "row": row, "seed": seed, "pool": len(pool), "n": len(images), "configuration": configuration}
     return write_row(key, {**about, **figures(scored)})
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["mirrored:0", "not_mirrored:0"])
     parser.add_argument("--cases", type=int, default=26, help="pool cases")
     arguments = parser.parse_args()
-    use_folders(arguments.o)
+    use_folders(arguments.o / arguments.set)
     rows = []
     for chosen in arguments.rows:
         row, _, seed = chosen.partition(":")

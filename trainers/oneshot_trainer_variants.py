@@ -59,34 +59,10 @@ class _Shortened(WholeCheckpoints):
         super().perform_actual_validation(save_probabilities)
 
 
-class OneShotTrainer_small(_Shortened, OneShotTrainer):
-    """OneShotTrainer for two CPU cores: 30 epochs of 50 iterations."""
-
-    schedule = PRESETS["small"].schedule
-
-
-class OneShotTrainer_tiny(_Shortened, OneShotTrainer):
-    """OneShotTrainer for demonstrations and tests: 10 epochs of 20 iterations."""
-
-    schedule = PRESETS["tiny"].schedule
-
-
-class nnUNetTrainer_small(_Shortened):
-    """nnUNetTrainer on the schedule of OneShotTrainer_small."""
-
-    schedule = PRESETS["small"].schedule
-
-
-class nnUNetTrainer_tiny(_Shortened):
-    """nnUNetTrainer on the schedule of OneShotTrainer_tiny."""
-
-    schedule = PRESETS["tiny"].schedule
-
-
 class _NotMirrored(nnUNetTrainer):
     """No mirrored images in training, and none in prediction, as nnU-Net's nnUNetTrainerNoMirroring.
 
-    For structures that side alone tells apart, which mirrored images make hard to learn (benchmarks/mirroring.py).
+    For structures that side alone tells apart, and for short trainings, which learn more without (benchmarks/mirroring.py).
     """
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
@@ -99,20 +75,44 @@ class OneShotTrainerNoMirroring(OneShotTrainer, _NotMirrored):
     """OneShotTrainer that mirrors nothing."""
 
 
-class OneShotTrainerNoMirroring_small(_Shortened, OneShotTrainerNoMirroring):
-    """OneShotTrainerNoMirroring on the schedule of OneShotTrainer_small."""
+class OneShotTrainer_small(_Shortened, OneShotTrainerNoMirroring):
+    """OneShotTrainer for two CPU cores: 30 epochs of 50 iterations, nothing mirrored."""
 
     schedule = PRESETS["small"].schedule
 
 
-class OneShotTrainerNoMirroring_tiny(_Shortened, OneShotTrainerNoMirroring):
-    """OneShotTrainerNoMirroring on the schedule of OneShotTrainer_tiny."""
+class OneShotTrainer_tiny(_Shortened, OneShotTrainerNoMirroring):
+    """OneShotTrainer for demonstrations and tests: 10 epochs of 20 iterations, nothing mirrored."""
 
     schedule = PRESETS["tiny"].schedule
 
 
-class nnUNetTrainerNoMirroring_small(_Shortened, _NotMirrored):
-    """nnUNetTrainerNoMirroring on the schedule of OneShotTrainer_small."""
+class nnUNetTrainer_small(_Shortened, _NotMirrored):
+    """nnUNetTrainer on the schedule of OneShotTrainer_small, nothing mirrored."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class nnUNetTrainer_tiny(_Shortened, _NotMirrored):
+    """nnUNetTrainer on the schedule of OneShotTrainer_tiny, nothing mirrored."""
+
+    schedule = PRESETS["tiny"].schedule
+
+
+class OneShotTrainerMirroring_small(_Shortened, OneShotTrainer):
+    """OneShotTrainer_small with nnU-Net's mirroring."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class OneShotTrainerMirroring_tiny(_Shortened, OneShotTrainer):
+    """OneShotTrainer_tiny with nnU-Net's mirroring."""
+
+    schedule = PRESETS["tiny"].schedule
+
+
+class nnUNetTrainerMirroring_small(_Shortened):
+    """nnUNetTrainer_small with nnU-Net's mirroring."""
 
     schedule = PRESETS["small"].schedule
 
