@@ -8,16 +8,16 @@
 A row is one set, annotated case and method, scored on the set's test cases, whose images and labels no labelling or
 training sees. Every training of a set has as many iterations, by the same planner, on the same cases (`--preset`;
 `--cases` takes the first so many of the pool, the annotated one included); how many trainings made the model that is
-scored is in the row. `--mirroring` trains and predicts with nnU-Net's mirrored images, which the short presets leave out:
-rows and tables of their own. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own.
-Finished rows are small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is
-in WORK, where WORK/.../pictures/ shows the worst, the median and the best test cases of every row. Rows that share
-labels share their labelling, and a row with refinement goes on from the one without; the minutes of each stage are kept
-and added up. `--table` writes docs/results.md, the README's headline and the figure of all rows that there are and
-names those that are not. Only "full" and "full_again" train on labels of other cases, and methods from one slice a
-volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images, and its network is one of
-slices: of a set of volumes it gets all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d configuration
-is trained.
+scored is in the row. `--mirroring` trains and predicts with nnU-Net's mirrored images, which the short presets leave
+out: rows and tables of their own. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row
+of its own. Finished rows are small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on
+from what is in WORK, where WORK/.../pictures/ shows the worst, the median and the best test cases of every row. Rows
+that share labels share their labelling, and a row with refinement goes on from the one without; the minutes of each
+stage are kept and added up. `--table` writes docs/results.md, the README's headline and the figure of all rows that
+there are and names those that are not. Only "full" and "full_again" train on labels of other cases, and methods from
+one slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels 2D images, and its network is
+one of slices: of a set of volumes it gets all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d
+configuration is trained.
 """
 
 from __future__ import annotations
@@ -421,7 +421,9 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--training", type=int, default=1, help="2 and more: once more, since trainings are not seeded")
     parser.add_argument("--configuration", help="another than the set's own: rows and tables of their own")
-    parser.add_argument("--mirroring", action="store_true", help="in training and prediction: rows and tables of their own")
+    parser.add_argument(
+        "--mirroring", action="store_true", help="in training and prediction: rows and tables of their own"
+    )
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, help="working folder")
     parser.add_argument("--table", action="store_true", help="only write the tables of the rows that are there")

@@ -62,7 +62,7 @@ class _Shortened(WholeCheckpoints):
 class _NotMirrored(nnUNetTrainer):
     """No mirrored images in training, and none in prediction, as nnU-Net's nnUNetTrainerNoMirroring.
 
-    For structures that side alone tells apart, and for short trainings, which learn more without (benchmarks/mirroring.py).
+    For structures that side alone tells apart, and for short trainings (benchmarks/mirroring.py).
     """
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
