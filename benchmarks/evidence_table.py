@@ -43,9 +43,10 @@ def budget(row: Row) -> tuple[str, int, str, str]:
 
 
 def variant(row: Row) -> str:
-    """The configuration and the preset where they are others than those of the set; empty where they are those."""
+    """Configuration, mirroring and preset where they are others than those of the set; empty where they are those."""
     preset = "" if row["preset"] == OWN_PRESET else f"preset {row['preset']}"
-    return ", ".join(part for part in (row.get("variant", ""), preset) if part)
+    own = row.get("variant", "").replace("mirroring", "mirrored images")
+    return ", ".join(part for part in (own, preset) if part)
 
 
 def training(row: Row) -> int:
@@ -324,7 +325,7 @@ def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
             parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of the methods above'}.", ""]
         for other in sorted({variant(row) for row in rows if row["set"] == name and variant(row)}):
             theirs = [row for row in rows if row["set"] == name and variant(row) == other]
-            parts += [f"### {name} in {other}", "", *_of_set(theirs)]
+            parts += [f"### {name}: {other}", "", *_of_set(theirs)]
     return "\n".join(parts)
 
 

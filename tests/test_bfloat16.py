@@ -150,7 +150,7 @@ def test_predictions_of_our_commands_use_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         nnUNetPredictor, "initialize_from_trained_model_folder", lambda self, *_: setattr(self, "network", network)
     )
-    options = {"checkpoint": "checkpoint_final.pth", "trainer": nnUNetTrainer.__name__, "mirroring": False, "batch": 1}
+    options = {"checkpoint": "checkpoint_final.pth", "trainer": nnUNetTrainer.__name__, "batch": 1}
     for asked, expected in (("0", torch.float32), ("1", torch.bfloat16)):
         monkeypatch.setenv(VARIABLE, asked)
         nnunet_jobs.predict("model", ["all"], {}, str(tmp_path / asked), "cpu", **options)

@@ -91,12 +91,16 @@ def test_repetitions_are_rows_of_their_own_and_their_spread_is_told(table: Any) 
     assert table.spread_table(rows[1:]) == ""
 
 
-def test_another_configuration_has_tables_of_its_own_and_no_say_in_the_headline(table: Any) -> None:
-    rows = [row("full", 0.9), row("ours", 0.8), row("full", 0.3, variant="3d_fullres")]
-    rows.append(row("ours", 0.4, variant="3d_fullres"))
+@pytest.mark.parametrize(
+    ("variant", "title"),
+    [("3d_fullres", "3d_fullres"), ("mirroring", "mirrored images"), ("2d, mirroring", "2d, mirrored images")],
+)
+def test_variants_have_tables_of_their_own_and_no_say_in_the_headline(table: Any, variant: str, title: str) -> None:
+    rows = [row("full", 0.9), row("ours", 0.8), row("full", 0.3, variant=variant)]
+    rows.append(row("ours", 0.4, variant=variant))
     page = table.page(["toy"], rows)
     assert "1 data set(s): -10.0 points of test Dice" in page
-    own, other = page.split("### toy in 3d_fullres")
+    own, other = page.split(f"### toy: {title}\n")
     assert "| 0.300 |" in other
     assert "| 0.300 |" not in own
     assert "+0.100 (+0.100 to +0.100)" in other
@@ -130,7 +134,7 @@ def test_images_of_a_patient_are_drawn_together(table: Any) -> None:
 
 def test_rows_of_another_preset_stand_apart(table: Any) -> None:
     rows = [row("full", 0.9), row("ours", 0.8), row("full", 0.95, preset="default")]
-    own, other = table.page(["toy"], rows).split("### toy in preset default")
+    own, other = table.page(["toy"], rows).split("### toy: preset default")
     assert "0.950" in other
     assert "0.950" not in own
 

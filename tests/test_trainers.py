@@ -37,7 +37,9 @@ Make = Callable[..., Any]
 def make(training_roots: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a trainer on a new tiny dataset; keyword arguments are those of write_dataset."""
 
-    def trainer(name: str = "OneShotTrainer_tiny", configuration: str = "2d", fold: Any = 0, **dataset: Any) -> Any:
+    def trainer(
+        name: str = "OneShotTrainerMirroring_tiny", configuration: str = "2d", fold: Any = 0, **dataset: Any
+    ) -> Any:
         write_dataset(training_roots / "nnUNet_raw", "Dataset901_Tiny", **dataset)
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
         preprocess_in_process("Dataset901_Tiny", [configuration])
@@ -207,7 +209,7 @@ def steps(trainer: Any, count: int) -> list[dict[str, Any]]:
 
 
 def test_three_full_passes_learn_and_say_so(make: Make) -> None:
-    trainer = late(make("OneShotTrainer_tiny", fold="all"), full_passes=3)
+    trainer = late(make("OneShotTrainerMirroring_tiny", fold="all"), full_passes=3)
     seen: list[bool] = []
     trainer.network.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     outputs = steps(trainer, 4)
@@ -263,11 +265,11 @@ def test_a_compiled_network_learns_what_it_learns_otherwise(
     make: Make, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """nnU-Net compiles on CUDA alone; `eager` runs the same wrappers without a compiler."""
-    plain = seeded_late(make("OneShotTrainer_tiny", annotated=[]), settings)
+    plain = seeded_late(make("OneShotTrainerMirroring_tiny", annotated=[]), settings)
     expected = steps(plain, 2)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda _: True)
-    compiled = seeded_late(again("OneShotTrainer_tiny"), settings)
+    compiled = seeded_late(again("OneShotTrainerMirroring_tiny"), settings)
     found = steps(compiled, 2)
     assert isinstance(compiled.network, OptimizedModule)
     for one, other in zip(found, expected, strict=True):
@@ -282,7 +284,7 @@ def seeded_late(trainer: Any, settings: dict[str, Any]) -> Any:
 
 
 def test_a_mean_teacher_is_asked_instead_and_follows_slowly(make: Make) -> None:
-    trainer = late(make("OneShotTrainer_tiny", annotated=[]), teacher_decay=0.9)
+    trainer = late(make("OneShotTrainerMirroring_tiny", annotated=[]), teacher_decay=0.9)
     asked: list[Any] = []
     trainer.network.register_forward_hook(lambda network, *_: asked.append(network))
     assert steps(trainer, 1)[0]["consistency"] > 0
@@ -309,13 +311,10 @@ def test_other_losses_are_trainers_that_nnunet_finds(make: Make, name: str, sett
     assert again(name).loss_settings == replace(again("OneShotTrainer").loss_settings, guess_share=0.0, **settings)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["OneShotTrainerNoMirroring", "OneShotTrainerNoMirroring_small", "OneShotTrainerNoMirroring_tiny"],
-)
+@pytest.mark.parametrize("name", ["OneShotTrainerNoMirroring", "OneShotTrainer_small", "OneShotTrainer_tiny"])
 def test_without_mirroring_neither_training_nor_prediction_nor_views_flip(make: Make, name: str) -> None:
     make()
-    trainer, mirrored = again(name), again("OneShotTrainer_tiny")
+    trainer, mirrored = again(name), again("OneShotTrainerMirroring_tiny")
     for one in (trainer, mirrored):
         one.initialize()
     assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
@@ -325,11 +324,24 @@ def test_without_mirroring_neither_training_nor_prediction_nor_views_flip(make: 
     assert mirrored.view_choice.mirror_axes
 
 
-def test_nnunets_trainer_without_mirroring_has_a_schedule_of_ours(make: Make) -> None:
+@pytest.mark.parametrize("preset", ["small", "tiny"])
+def test_nnunets_trainer_of_a_short_preset_mirrors_as_little_as_ours(make: Make, preset: str) -> None:
+    """Else a comparison of the two would be one of augmentation."""
     make()
-    trainer = again("nnUNetTrainerNoMirroring_small")
+    trainer = again(f"nnUNetTrainer_{preset}")
     trainer.initialize()
     assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
+    assert trainer.inference_allowed_mirroring_axes is None
+    assert trainer.num_epochs == again(f"OneShotTrainer_{preset}").num_epochs
+
+
+@pytest.mark.parametrize("base", ["OneShotTrainer", "nnUNetTrainer"])
+def test_mirroring_comes_back_by_the_trainers_name(make: Make, base: str) -> None:
+    make()
+    trainer = again(f"{base}Mirroring_small")
+    trainer.initialize()
+    axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3]
+    assert axes == trainer.inference_allowed_mirroring_axes == (0, 1)
     assert trainer.num_epochs == again("OneShotTrainer_small").num_epochs
 
 
