@@ -320,7 +320,7 @@ def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
     for name in sets:
         mine = [row for row in rows if row["set"] == name and not variant(row)]
         parts += [f"### {name}", "", *_of_set(mine)] if mine else []
-        missing = [METHODS[m].what for m in METHODS if m not in {row["method"] for row in mine}]
+        missing = [m.what for key, m in METHODS.items() if m.has_row(False) and key not in {r["method"] for r in mine}]
         if missing:
             parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of the methods above'}.", ""]
         for other in sorted({variant(row) for row in rows if row["set"] == name and variant(row)}):

@@ -17,8 +17,6 @@ from nnunet_oneshot.next_stage import predictor_of
 from nnunet_oneshot.nnunet import Fold
 
 Weights = dict[str, torch.Tensor]
-MIRRORED = {base: f"{base}Mirroring" for base in ("OneShotTrainer", "nnUNetTrainer")}
-"""Trainers of the short presets that mirror, as these did themselves when rows that name no other were made."""
 
 
 def nothing(trainer: Any) -> None:

@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import markdown, read_row, use_folders, write_row
-from in_process import MIRRORED, make, predict
+from common import MIRRORED, markdown, read_row, use_folders, write_row
+from in_process import make, predict
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
     plan_experiment_dataset,

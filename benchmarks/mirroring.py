@@ -1,11 +1,10 @@
-"""Whether mirrored images are what keeps `small` from learning left and right: nnU-Net from all true labels of a pool.
+"""Whether short trainings learn more without mirrored images: nnU-Net from all true labels of a pool.
 
     python benchmarks/mirroring.py -o WORK [--set chaos_mr_t2] [--rows mirrored:0 not_mirrored:0] [--cases 26]
 
 nnU-Net's own trainer in the preset `small`, in the set's own configuration of evidence.py, with and without mirroring
-in augmentation and prediction. NAME:SEED is a row; seeds are those of
-weights, samples and augmentation. Scores of the test cases by class. Finished rows are small JSON files in
-benchmarks/results/.
+in augmentation and prediction. NAME:SEED is a row; seeds are those of weights, samples and augmentation. Scores of the
+test cases by class. Finished rows are small JSON files in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,17 +14,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common import data_set, lay_out, markdown, read_row, use_folders, write_row
+from common import MIRRORED, data_set, lay_out, markdown, read_row, use_folders, write_row
 from evidence import FULL, SETS, figures
-from in_process import MIRRORED, make, predict
+from in_process import make, predict
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
 from nnunet_oneshot.settings import PRESETS
 
 SMALL = PRESETS["small"]
-
-
 ROWS = {"mirrored": MIRRORED["nnUNetTrainer"], "not_mirrored": "nnUNetTrainer"}
 """The trainer of each row, without the preset's suffix."""
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from common import markdown, read_row, use_folders, write_row
-from in_process import MIRRORED, Weights, make, predict
+from common import MIRRORED, markdown, read_row, use_folders, write_row
+from in_process import Weights, make, predict
 from refinement_ablation import UNGATED, Rounds
 from trainer_ablation import PRESET, add_data_arguments, difference
 

@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import lay_out, markdown, read_row, use_folders, write_row
-from in_process import MIRRORED, Weights, make, predict
+from common import MIRRORED, lay_out, markdown, read_row, use_folders, write_row
+from in_process import Weights, make, predict
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from quality import spoil
 from trainer_ablation import LABELLED, POOL, PRESET, Ablation, add_data_arguments, difference

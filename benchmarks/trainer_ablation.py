@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DataSet, data_set, lay_out, markdown, read_row, use_folders, write_row
-from in_process import MIRRORED, make, predict
+from common import MIRRORED, DataSet, data_set, lay_out, markdown, read_row, use_folders, write_row
+from in_process import make, predict
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunet_oneshot import nnunet

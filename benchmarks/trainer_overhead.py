@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import markdown, use_folders, write_row
-from in_process import MIRRORED
+from common import MIRRORED, markdown, use_folders, write_row
 from nnunetv2.run.run_training import get_trainer_from_args
 from trainer_ablation import LABELLED, PRESET, ROWS, Ablation, Recipe, add_data_arguments
 

@@ -82,8 +82,16 @@ def test_every_command_has_a_place_in_the_docs() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [*PAGES, ROOT / "README.md"]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), (page.name, target)
+        for target, place in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            there = page.parent / target if target else page
+            assert there.exists(), (page.name, target)
+            assert not place or place in _places(there), (page.name, target, place)
+
+
+def _places(page: Path) -> set[str]:
+    """What a link may name after #: the headings of a page, as GitHub and the site write them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.slow

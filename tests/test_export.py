@@ -109,14 +109,16 @@ class OtherNetwork(nnUNetTrainer):
         return torch.nn.Conv3d(1, 3, 3)
 
 
-def train(fold: str = "all", trainer: type[nnUNetTrainer] = OneShotTrainer) -> Path:
+def train(
+    fold: str = "all", trainer: type[nnUNetTrainer] = OneShotTrainer, axes: tuple[int, ...] | None = (0, 1)
+) -> Path:
     """What a training leaves in nnUNet_results, with random weights; the checkpoint is nnU-Net's own."""
     plans = {**json.loads(json.dumps(PLANS)), "continue_training": False}
     made = trainer(plans, "3d_fullres", fold, json.loads(json.dumps(DATASET_JSON)), torch.device("cpu"))
     torch.manual_seed(7)
     made.network = made.build_network_architecture(made.plans_manager, made.configuration_manager, 1, 3, True)
     made.optimizer = torch.optim.SGD(made.network.parameters(), 0.01, momentum=0.9)
-    made.inference_allowed_mirroring_axes = (0, 1)
+    made.inference_allowed_mirroring_axes = axes
     fold_folder = Path(made.output_folder)
     made.save_checkpoint(str(fold_folder / CHECKPOINT))
     (fold_folder / "debug.json").write_text(json.dumps({"output_folder": made.output_folder}))
@@ -177,6 +179,14 @@ def test_zip_holds_what_prediction_needs_and_nothing_of_the_training(results: Pa
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     assert checkpoint["inference_allowed_mirroring_axes"] == (0, 1)
     assert "optimizer_state" not in checkpoint
+
+
+def test_a_model_that_was_trained_without_mirrored_images_predicts_without(results: Path, tmp_path: Path) -> None:
+    train(axes=None)
+    with zipfile.ZipFile(export(777, "3d_fullres", tmp_path / "model.zip").zip) as archive:
+        archive.extractall(tmp_path / "out")
+    [checkpoint] = (tmp_path / "out").rglob(CHECKPOINT)
+    assert torch.load(checkpoint, weights_only=True)["inference_allowed_mirroring_axes"] is None
 
 
 def test_same_prediction_as_the_model_that_was_trained(results: Path, tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ def test_it_learns_from_consensus_and_compares_views_in_divergence(make: Make, c
     assert "flips along axes" in Path(trainer.log_file).read_text()
 
 
+def test_the_presets_own_trainer_learns_best_guesses_where_there_is_no_view_to_compare(make: Make) -> None:
+    trainer = late(make("OneShotTrainer_tiny", "3d_fullres"))
+    outputs = steps(trainer, 4)
+    assert all(np.isfinite(output["loss"]) and output["consistency"] == 0 for output in outputs)
+    said = Path(trainer.log_file).read_text()
+    assert "nothing: this configuration has neither flips nor rotations" in said
+
+
 def test_the_log_gives_both_parts_of_the_loss_and_how_much_has_no_label(make: Make) -> None:
     trainer = late(make(fold="all"))
     outputs = steps(trainer, 4)
@@ -375,13 +383,22 @@ def seeded_validation(trainer: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("change", "fold"),
-    [({}, 0), ({}, "all"), ({"oneshot": None}, 0), ({"labels": {"background": 0, "ball": 1, "core": 2}}, 0)],
+    ("change", "fold", "kind"),
+    [
+        ({}, 0, ""),
+        ({}, 0, "Mirroring"),
+        ({}, "all", ""),
+        ({"oneshot": None}, 0, "Mirroring"),
+        ({"labels": {"background": 0, "ball": 1, "core": 2}}, 0, "Mirroring"),
+    ],
 )
-def test_without_block_or_divergence_it_trains_exactly_as_nnunet(make: Make, change: dict[str, Any], fold: Any) -> None:
+def test_without_block_or_divergence_it_trains_exactly_as_nnunet(
+    make: Make, change: dict[str, Any], fold: Any, kind: str
+) -> None:
     """Also where `propagate` made the dataset, whose labels have an ignore value, of cases that are all annotated."""
-    plain = make("nnUNetTrainer_tiny", fold=fold, cases=5, annotated=[f"case_{n:03d}" for n in range(5)], **change)
-    losses, ours = seeded_steps(plain), again("OneShotTrainer_tiny", fold=fold)
+    everyone = [f"case_{n:03d}" for n in range(5)]
+    plain = make(f"nnUNetTrainer{kind}_tiny", fold=fold, cases=5, annotated=everyone, **change)
+    losses, ours = seeded_steps(plain), again(f"OneShotTrainer{kind}_tiny", fold=fold)
     assert seeded_steps(ours) == losses
     assert torch.equal(seeded_validation(ours), seeded_validation(plain))
     trained, expected = ours.network.state_dict(), plain.network.state_dict()
@@ -482,6 +499,19 @@ def test_a_checkpoint_of_another_trainer_is_refused(make: Make) -> None:
     with pytest.raises(OneShotError, match=r"checkpoint of OneShotTrainer_tiny, found one of nnUNetTrainer_tiny"):
         again("OneShotTrainer_tiny").load_checkpoint(str(path))
     other.load_checkpoint(str(path))
+
+
+def test_a_training_begun_with_mirrored_images_does_not_go_on_without(make: Make) -> None:
+    """Presets once mirrored under the names that they have now; its model would be half of each."""
+    trainer = make("OneShotTrainer_tiny")
+    trainer.initialize()
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    again("OneShotTrainer_tiny").load_checkpoint(str(path))
+    trainer.inference_allowed_mirroring_axes = (0, 1)
+    trainer.save_checkpoint(str(path))
+    with pytest.raises(OneShotError, match="without mirrored images, found one that mirrors along axes 0, 1; move it"):
+        again("OneShotTrainer_tiny").load_checkpoint(str(path))
 
 
 def test_presets_shorten_both_trainers_alike(make: Make) -> None:

@@ -8,6 +8,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from oneshot_trainer import OneShotTrainer, WholeCheckpoints
 
 from nnunet_oneshot.bfloat16 import VARIABLE, compute_in_bfloat16, pays
+from nnunet_oneshot.model_checkpoints import check_not_mirrored
 from nnunet_oneshot.settings import PRESETS, LossSettings, Schedule
 
 
@@ -70,6 +71,12 @@ class _NotMirrored(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, size, None
 
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's, but a training that began with mirrored images, as `small` once did, does not go on without."""
+        if isinstance(filename_or_checkpoint, str):
+            check_not_mirrored(filename_or_checkpoint, "move it away, or train on by the trainer that mirrors")
+        super().load_checkpoint(filename_or_checkpoint)
+
 
 class OneShotTrainerNoMirroring(OneShotTrainer, _NotMirrored):
     """OneShotTrainer that mirrors nothing."""
@@ -117,6 +124,12 @@ class nnUNetTrainerMirroring_small(_Shortened):
     schedule = PRESETS["small"].schedule
 
 
+class nnUNetTrainerMirroring_tiny(_Shortened):
+    """nnUNetTrainer_tiny with nnU-Net's mirroring."""
+
+    schedule = PRESETS["tiny"].schedule
+
+
 class OneShotTrainerConsistency(OneShotTrainer):
     """Divergence has no label: consistency with one other view is all that it teaches."""
 
@@ -142,12 +155,12 @@ class OneShotTrainerMeanTeacher(OneShotTrainer):
 
 
 class OneShotTrainerConsistency_small(_Shortened, OneShotTrainerConsistency):
-    """OneShotTrainerConsistency on the schedule of OneShotTrainer_small."""
+    """OneShotTrainerConsistency on the schedule of OneShotTrainer_small; it mirrors, since flips are its views."""
 
     schedule = PRESETS["small"].schedule
 
 
 class OneShotTrainerYoloSeg_small(_Shortened, OneShotTrainerYoloSeg):
-    """OneShotTrainerYoloSeg on the schedule of OneShotTrainer_small."""
+    """OneShotTrainerYoloSeg on the schedule of OneShotTrainer_small; it mirrors, since flips are its views."""
 
     schedule = PRESETS["small"].schedule
