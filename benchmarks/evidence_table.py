@@ -102,13 +102,14 @@ def headline(rows: Sequence[Row]) -> list[str]:
         f"supervision once. With one training each (ours without its round) it is {_gap(sets, ONCE, REFERENCE)}, with "
         f"two each {_gap(sets, OURS, AS_OFTEN)}. YoloSeg tells -{YOLOSEG_GAP} of its own sets.",
         "",
-        *(
-            f"- {group[OURS]['set']}, {_pool(group, groups)}: {_against_others(group)}"
-            for groups in sets
-            for group in groups
-        ),
+        *(line for groups in sets for line in _compared(groups)),
         "",
     ]
+
+
+def _compared(groups: Sequence[Mapping[str, Row]]) -> list[str]:
+    """Of one set, a line for every budget that has ours and full supervision."""
+    return [f"- {group[OURS]['set']}, {_pool(group, groups)}: {_against_others(group)}" for group in groups]
 
 
 def _gap(sets: Sequence[Sequence[Mapping[str, Row]]], mine: str, reference: str) -> str:
@@ -325,7 +326,8 @@ def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
             parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of the methods above'}.", ""]
         for other in sorted({variant(row) for row in rows if row["set"] == name and variant(row)}):
             theirs = [row for row in rows if row["set"] == name and variant(row) == other]
-            parts += [f"### {name}: {other}", "", *_of_set(theirs)]
+            said = _compared([group for group in by_budget(theirs).values() if {OURS, REFERENCE} <= {*group}])
+            parts += [f"### {name}: {other}", "", *said, *[""] * bool(said), *_of_set(theirs)]
     return "\n".join(parts)
 
 

@@ -102,6 +102,7 @@ def test_variants_have_tables_of_their_own_and_no_say_in_the_headline(table: Any
     assert "1 data set(s): -10.0 points of test Dice" in page
     own, other = page.split(f"### toy: {title}\n")
     assert "| 0.300 |" in other
+    assert "- toy, case_1: +10.0 points" in other
     assert "| 0.300 |" not in own
     assert "+0.100 (+0.100 to +0.100)" in other
 
