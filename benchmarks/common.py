@@ -23,8 +23,8 @@ from sam2_propagation.interface import Image, Support
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-MIRRORED = {base: f"{base}Mirroring" for base in ("nnUNetTrainer", "OneShotTrainer")}
-"""The trainers that mirror in the short presets, which is what the names without did when older rows were made."""
+NOT_MIRRORED = {base: f"{base}NoMirroring" for base in ("nnUNetTrainer", "OneShotTrainer")}
+"""The trainers that neither train nor predict with mirrored images."""
 PACKAGES = ("nnunet-oneshot", "nnunetv2", "sam2", "torch", "SimpleITK", "numpy")
 
 

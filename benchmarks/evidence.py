@@ -2,22 +2,21 @@
 
     python benchmarks/evidence.py -o WORK [--sets hippocampus acdc_mr ...] [--methods full annotated ours ...]
                                   [--annotated default|all|CASE[+CASE]] [--cases 26] [--preset small]
-                                  [--training 1] [--configuration 3d_fullres] [--mirroring] [-device cpu]
+                                  [--training 1] [--configuration 3d_fullres] [--no_mirroring] [-device cpu]
     python benchmarks/evidence.py --table
 
 A row is one set, annotated case and method, scored on the set's test cases, whose images and labels no labelling or
 training sees. Every training of a set has as many iterations, by the same planner, on the same cases (`--preset`;
 `--cases` takes the first so many of the pool, the annotated one included); how many trainings made the model that is
-scored is in the row. `--mirroring` trains and predicts with nnU-Net's mirrored images, which the short presets leave
-out: rows and tables of their own, YoloSeg's among them, whose loss compares mirrored views. nnU-Net's trainings are not
-seeded: `--training 2` does all of it once more, as a row of its own. Finished rows are small JSON files in
-benchmarks/results/ and are not run again; an unfinished one goes on from what is in WORK, where WORK/.../pictures/
-shows the worst, the median and the best test cases of every row. Rows that share labels share their labelling, and a
-row with refinement goes on from the one without; the minutes of each stage are kept and added up. `--table` writes
-docs/results.md, the README's headline and the figure of all rows that there are and names those that are not. Only
-"full" and "full_again" train on labels of other cases, and methods from one slice a volume on that slice; elsewhere
-they are read by scoring alone. YoloSeg labels 2D images, and its network is one of slices: of a set of volumes it gets
-all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
+scored is in the row. `--no_mirroring` trains and predicts without nnU-Net's mirrored images: rows and tables of their
+own. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own. Finished rows are
+small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is in WORK, where
+WORK/.../pictures/ shows the worst, the median and the best test cases of every row. Rows that share labels share their
+labelling, and a row with refinement goes on from the one without; the minutes of each stage are kept and added up.
+`--table` writes docs/results.md, the README's headline and the figure of all rows that there are and names those that
+are not. Only "full" and "full_again" train on labels of other cases, and methods from one slice a volume on that slice;
+elsewhere they are read by scoring alone. YoloSeg labels 2D images, and its network is one of slices: of a set of
+volumes it gets all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from common import MIRRORED, DataSet, data_set, lay_out, read_row, use_folders, write_row
+from common import NOT_MIRRORED, DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import LABELS, METHODS, Labels, Method
 from evidence_pictures import draw_cases
 from evidence_table import write_results
@@ -50,7 +49,6 @@ from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.make_sparse import make_sparse
 from nnunet_oneshot.metrics import METRICS
-from nnunet_oneshot.model_checkpoints import check_not_mirrored
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.quality_gate import MIN_QUALITY
@@ -87,8 +85,8 @@ class Evidence:
         self.test: list[str] = self.data.split["test"]
         own = SETS.get(name, "3d_fullres")
         self.configuration: str = arguments.configuration or own
-        self.mirroring: bool = arguments.mirroring
-        unlike = [self.configuration] * (self.configuration != own) + ["mirroring"] * self.mirroring
+        self.mirroring: bool = not arguments.no_mirroring
+        unlike = [self.configuration] * (self.configuration != own) + ["no_mirroring"] * (not self.mirroring)
         self.variant = ", ".join(unlike)
         self.preset: str = arguments.preset
         self.device: str = arguments.device
@@ -155,7 +153,7 @@ class Evidence:
     def _trainer(self, recipe: Method) -> str | None:
         if (base := recipe.trainer) is None:
             return None
-        return PRESETS[self.preset].trainer(MIRRORED.get(base, base) if self.mirroring else base)
+        return PRESETS[self.preset].trainer(base if self.mirroring else NOT_MIRRORED[base])
 
     def _precision(self, number: int) -> str:
         """What the trainings on a dataset computed in, as their logs tell."""
@@ -229,11 +227,6 @@ class Evidence:
     def _predicted(self, method: str, recipe: Method, number: int) -> Path:
         """Predictions of the test cases by the model that was trained on a dataset."""
         plan = self._plan(recipe)
-        if PRESETS[self.preset].schedule is not None and not self.mirroring:
-            model = nnunet.results_folder(number, plan.trainer, plan.plans, plan.configuration)
-            check_not_mirrored(
-                model / "fold_all" / "checkpoint_final.pth", "it is of an earlier version: use another -o"
-            )
         # Named after the labels too: predictions that are there are kept, and must not be another model's.
         output = self.work / "predictions" / f"{method}_{number}"
         images = {c: [self.data.folder / "images" / f"{c}{self.data.ending}"] for c in self.test}
@@ -426,9 +419,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--training", type=int, default=1, help="2 and more: once more, since trainings are not seeded")
     parser.add_argument("--configuration", help="another than the set's own: rows and tables of their own")
-    parser.add_argument(
-        "--mirroring", action="store_true", help="in training and prediction: rows and tables of their own"
-    )
+    parser.add_argument("--no_mirroring", action="store_true", help="rows and tables of their own")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, help="working folder")
     parser.add_argument("--table", action="store_true", help="only write the tables of the rows that are there")
@@ -436,10 +427,7 @@ def main() -> None:
     if not arguments.table:
         if arguments.o is None:
             parser.error("-o is needed to run rows")
-        short = PRESETS[arguments.preset].schedule is not None
-        if arguments.mirroring and not short:
-            parser.error(f"--mirroring is for the presets that leave it out; {arguments.preset} mirrors anyhow")
-        methods = [m for m in arguments.methods if not short or METHODS[m].has_row(arguments.mirroring)]
+        methods = [m for m in arguments.methods if not arguments.no_mirroring or METHODS[m].trainer in NOT_MIRRORED]
         for name in arguments.sets:
             split = data_set(name).split
             named = {"all": split["annotated_choices"], "default": [split["annotated_default"]]}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from common import MIRRORED
-
 from nnunet_oneshot.propagators import PropagatorOptions
 
 
@@ -75,13 +73,6 @@ class Method:
     configuration: str | None = None
     gated: bool = False
     rival: bool = False
-
-    def has_row(self, mirroring: bool) -> bool:
-        """Whether it has a row with, or without, mirrored images in a short preset.
-
-        Labels as they are have none of their own with them; trainers whose loss compares mirrored views none without.
-        """
-        return self.trainer in MIRRORED or (self.trainer is not None) == mirroring
 
     @property
     def by_slices(self) -> bool:

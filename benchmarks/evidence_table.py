@@ -43,9 +43,9 @@ def budget(row: Row) -> tuple[str, int, str, str]:
 
 
 def variant(row: Row) -> str:
-    """Configuration, mirroring and preset where they are others than those of the set; empty where they are those."""
+    """Configuration, preset and mirroring where they are others than those of the set; empty where they are those."""
     preset = "" if row["preset"] == OWN_PRESET else f"preset {row['preset']}"
-    own = row.get("variant", "").replace("mirroring", "mirrored images")
+    own = row.get("variant", "").replace("no_mirroring", "no mirrored images")
     return ", ".join(part for part in (own, preset) if part)
 
 
@@ -321,7 +321,7 @@ def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
     for name in sets:
         mine = [row for row in rows if row["set"] == name and not variant(row)]
         parts += [f"### {name}", "", *_of_set(mine)] if mine else []
-        missing = [m.what for key, m in METHODS.items() if m.has_row(False) and key not in {r["method"] for r in mine}]
+        missing = [METHODS[m].what for m in METHODS if m not in {row["method"] for row in mine}]
         if missing:
             parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of the methods above'}.", ""]
         for other in sorted({variant(row) for row in rows if row["set"] == name and variant(row)}):

@@ -59,14 +59,13 @@ def predict(
     trainer: Any,
     images: Mapping[str, Sequence[Path]],
     output: Path,
-    mirroring: bool = True,
+    mirroring: bool,
     weights: Sequence[Weights] | None = None,
 ) -> Path:
     """Write a trained network's label of every case to a folder; the folder.
 
     Args:
         images: one file a channel, by case.
-        mirroring: whether to average over mirrored images, where the trainer mirrors.
         weights: of the models whose mean it is; the trainer's own where None.
     """
     if mirroring and trainer.inference_allowed_mirroring_axes is None:

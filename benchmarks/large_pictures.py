@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import MIRRORED, markdown, read_row, use_folders, write_row
+from common import markdown, read_row, use_folders, write_row
 from in_process import make, predict
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
@@ -76,14 +76,14 @@ def run_row(row: str, seed: int, work: Path, size: tuple[int, int]) -> dict[str,
     plan = prepare(row, work, size)
     os.environ["nnUNet_n_proc_DA"] = "0"
     assert SMALL.schedule is not None
-    names = SMALL.trainer(MIRRORED["nnUNetTrainer"]), SMALL.plans
+    names = SMALL.trainer("nnUNetTrainer"), SMALL.plans
     trainer = make(NUMBERS[row], "2d", names, SMALL.schedule.epochs, seed, bfloat16=True)
     begin = time.monotonic()
     trainer.run_training()
     minutes = (time.monotonic() - begin) / 60
     folder = work / "nnUNet_raw" / f"Dataset{NUMBERS[row]}_{row}"
     images = {path.name.removesuffix("_0000.png"): [path] for path in sorted((folder / "imagesTs").iterdir())}
-    output = predict(trainer, images, work / "predictions" / f"{row}_{seed}")
+    output = predict(trainer, images, work / "predictions" / f"{row}_{seed}", mirroring=SMALL.mirroring)
     scored = evaluate(work / f"truth_{row}", output, folder / "dataset.json", cases=sorted(images))
     scores = {metric: round(float(value.mean), 4) for metric, value in scored.summary[FOREGROUND].items()}
     kept = {key: plan[key] for key in ("patch_size", "spacing", "batch_size")}

@@ -1,7 +1,6 @@
 """How many rounds, asked of made-up sets: `evidence.py`'s ours with none, one and up to three, on phantoms and anatomy.
 
     python benchmarks/made_up_rounds.py -o WORK --data FOLDER [--sets isotropic synthetic10] [--preset small]
-                                        [--mirroring]
 
 FOLDER is what `made_up_sets.py` has written, which has no patient's image: so the default may be chosen by this. Rows
 are as those of `evidence.py`, made_up_<set>_..., and are not run again; labels' Dice by round, agreement of rounds, the
@@ -45,10 +44,9 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["isotropic", "synthetic10"])
     parser.add_argument("--data", type=Path, required=True, help="what made_up_sets.py has written")
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
-    parser.add_argument("--mirroring", action="store_true", help="in training and prediction: rows of their own")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", type=Path, required=True, help="working folder")
-    parser.set_defaults(cases=26, training=1, configuration=None)
+    parser.set_defaults(cases=26, training=1, configuration=None, no_mirroring=False)
     arguments = parser.parse_args()
     os.environ["ONESHOT_DATA"] = str(arguments.data.resolve())
     lines = []

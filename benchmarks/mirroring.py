@@ -3,8 +3,9 @@
     python benchmarks/mirroring.py -o WORK [--set chaos_mr_t2] [--rows mirrored:0 not_mirrored:0] [--cases 26]
 
 nnU-Net's own trainer in the preset `small`, in the set's own configuration of evidence.py, with and without mirroring
-in augmentation and prediction. NAME:SEED is a row; seeds are those of weights, samples and augmentation. Scores of the
-test cases by class. Finished rows are small JSON files in benchmarks/results/.
+in augmentation and prediction (nnU-Net's `nnUNetTrainerNoMirroring` is without). NAME:SEED is a row; seeds are those of
+weights, samples and augmentation. Scores of the test cases by class. Finished rows are small JSON files in
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common import MIRRORED, data_set, lay_out, markdown, read_row, use_folders, write_row
+from common import NOT_MIRRORED, data_set, lay_out, markdown, read_row, use_folders, write_row
 from evidence import FULL, SETS, figures
 from in_process import make, predict
 
@@ -23,8 +24,8 @@ from nnunet_oneshot.evaluate import FOREGROUND, evaluate
 from nnunet_oneshot.settings import PRESETS
 
 SMALL = PRESETS["small"]
-ROWS = {"mirrored": MIRRORED["nnUNetTrainer"], "not_mirrored": "nnUNetTrainer"}
-"""The trainer of each row, without the preset's suffix."""
+ROWS = {"mirrored": "nnUNetTrainer", "not_mirrored": NOT_MIRRORED["nnUNetTrainer"]}
+"""The trainer of each row."""
 
 
 def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str,
     trainer = make(FULL, configuration, names, SMALL.schedule.epochs, seed, bfloat16=True)
     trainer.run_training()
     images = {case: [data.folder / "images" / f"{case}{data.ending}"] for case in data.split["test"]}
-    output = predict(trainer, images, work / "predictions" / key)
+    output = predict(trainer, images, work / "predictions" / key, mirroring=SMALL.mirroring)
     scored = evaluate(data.labels, output, folder / "dataset.json", cases=data.split["test"])
     about = {"set": name, "row": row, "seed": seed, "pool": len(pool), "n": len(images), "configuration": configuration}
     return write_row(key, {**about, **figures(scored)})

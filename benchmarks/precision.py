@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from common import MIRRORED, markdown, read_row, use_folders, write_row
+from common import markdown, read_row, use_folders, write_row
 from in_process import Weights, make, predict
 from refinement_ablation import UNGATED, Rounds
 from trainer_ablation import PRESET, add_data_arguments, difference
@@ -53,7 +53,7 @@ class Precision(Rounds):
         return write_row(self.key("pair"), {**about, "trainings": found})
 
     def _made(self, precision: str) -> Any:
-        names = (PRESET.trainer(MIRRORED["OneShotTrainer"]), PRESET.plans)
+        names = (PRESET.trainer(), PRESET.plans)
         return make(UNGATED, self.configuration, names, self.epochs, self.seed, bfloat16=precision == "bfloat16")
 
     def _scored(self, trainer: Any, name: str, precision: str, weights: Weights | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIRRORED, lay_out, markdown, read_row, use_folders, write_row
+from common import lay_out, markdown, read_row, use_folders, write_row
 from in_process import Weights, make, predict
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from quality import spoil
@@ -294,7 +294,7 @@ class Rounds(Ablation):
         return trainer
 
     def _new(self, number: int, fold: Fold = "all") -> Any:
-        names = (PRESET.trainer(MIRRORED["OneShotTrainer"]), PRESET.plans)
+        names = (PRESET.trainer(), PRESET.plans)
         return make(number, self.configuration, names, self.epochs, self.seed, fold=fold)
 
     def _tested(self, name: str) -> Path:

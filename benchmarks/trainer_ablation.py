@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MIRRORED, DataSet, data_set, lay_out, markdown, read_row, use_folders, write_row
+from common import DataSet, data_set, lay_out, markdown, read_row, use_folders, write_row
 from in_process import make, predict
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
@@ -174,7 +174,7 @@ class Ablation:
                 trainer.block = replace(trainer.block, case_weight=self._quality())
 
         base = "nnUNetTrainer" if recipe.settings is None else "OneShotTrainer"
-        names = (PRESET.trainer(MIRRORED[base]), PRESET.plans)
+        names = (PRESET.trainer(base), PRESET.plans)
         trainer = make(recipe.dataset, self.configuration, names, self.epochs, self.seed, before=before)
         if recipe.balanced:
             weigh_classes(trainer)

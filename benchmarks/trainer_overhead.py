@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MIRRORED, markdown, use_folders, write_row
+from common import markdown, use_folders, write_row
 from nnunetv2.run.run_training import get_trainer_from_args
 from trainer_ablation import LABELLED, PRESET, ROWS, Ablation, Recipe, add_data_arguments
 
@@ -35,7 +35,7 @@ TIMED = {
 def ready(recipe: Recipe, configuration: str, device: torch.device) -> Any:
     """A trainer in its last epoch."""
     base = "nnUNetTrainer" if recipe.settings is None else "OneShotTrainer"
-    arguments = (str(recipe.dataset), configuration, "all", PRESET.trainer(MIRRORED[base]), PRESET.plans)
+    arguments = (str(recipe.dataset), configuration, "all", PRESET.trainer(base), PRESET.plans)
     trainer = get_trainer_from_args(*arguments, device=device)
     trainer.disable_checkpointing = True
     if recipe.settings is not None:

@@ -24,7 +24,7 @@ import _nnunet_oneshot_path
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.nnunet_process import STAGING, Epochs, Progress, run_job, training_environment
 from nnunet_oneshot.parallel import default_processes
-from nnunet_oneshot.settings import Preset, schedule_of
+from nnunet_oneshot.settings import Preset, mirrors, schedule_of
 
 ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FINAL = "checkpoint_final.pth"
@@ -321,6 +321,7 @@ def predict(
         "previous_stage": str(previous_stage.resolve()) if previous_stage else None,
         "checkpoint": checkpoint,
         "trainer": trainer,
+        "mirroring": mirrors(trainer),
     }
     with Progress("predict", len(images), partial(_count, output, f"*{ending}")) as bar:
         run_job(job, output / "nnunet.log", bar.update)

@@ -92,8 +92,7 @@ def predict(
         # nnU-Net builds the network of whatever trainer the first fold's checkpoint names.
         remedy = "move it away and train the fold"
         check_trainer(Path(model) / f"fold_{fold}" / options["checkpoint"], options["trainer"], remedy)
-    # Over mirrored images too where the checkpoint's training had them.
-    predictor = nnUNetPredictor(device=torch.device(device), allow_tqdm=False)
+    predictor = nnUNetPredictor(use_mirroring=options["mirroring"], device=torch.device(device), allow_tqdm=False)
     chosen = tuple(fold if fold == "all" else int(fold) for fold in folds)
     predictor.initialize_from_trained_model_folder(model, chosen, options["checkpoint"])
     if pays(predictor.device):

@@ -64,6 +64,7 @@ class Preset:
         trainer_suffix: what is appended to a trainer's name.
         schedule: training length, None for nnU-Net's own (1000 epochs of 250 iterations).
         planner: limits of the plans, None for nnU-Net's own planner.
+        mirroring: whether predictions of our commands average over mirrored images, as nnU-Net's do.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Preset:
     trainer_suffix: str = ""
     schedule: Schedule | None = None
     planner: PlannerLimits | None = None
+    mirroring: bool = True
 
     def trainer(self, base: str = DEFAULT_TRAINER) -> str:
         """The name of trainer `base` in this preset, for example `OneShotTrainer_small`."""
@@ -84,7 +86,7 @@ _SMALL_LIMITS = PlannerLimits(base_features=8, max_features=64, elements_2d=28e6
 PRESETS: Mapping[str, Preset] = {
     "default": Preset("default", DEFAULT_PLANS),
     "small": Preset("small", SMALL_PLANS, "_small", Schedule(30, 50, 5, 3), _SMALL_LIMITS),
-    "tiny": Preset("tiny", SMALL_PLANS, "_tiny", Schedule(10, 20, 5, 2), _SMALL_LIMITS),
+    "tiny": Preset("tiny", SMALL_PLANS, "_tiny", Schedule(10, 20, 5, 2), _SMALL_LIMITS, mirroring=False),
 }
 
 
@@ -174,6 +176,11 @@ def preset(name: str) -> Preset:
 def schedule_of(trainer: str) -> Schedule | None:
     """The schedule that a trainer's name stands for, None where it is nnU-Net's own or unknown."""
     return _preset_of(trainer).schedule
+
+
+def mirrors(trainer: str) -> bool:
+    """Whether predictions by a trainer's model average over mirrored images."""
+    return _preset_of(trainer).mirroring
 
 
 def _preset_of(trainer: str) -> Preset:

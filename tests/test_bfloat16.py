@@ -145,19 +145,15 @@ def test_shortened_trainers_learn_in_it_and_nnunets_length_does_not(
 
 
 def test_predictions_of_our_commands_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, mirroring = unet(), []
-
-    def initialize(predictor: nnUNetPredictor, *_: object) -> None:
-        predictor.network = network
-        mirroring.append(predictor.use_mirroring)
-
+    network = unet()
     monkeypatch.setattr(nnunet_jobs, "check_trainer", lambda *_: None)
-    monkeypatch.setattr(nnUNetPredictor, "initialize_from_trained_model_folder", initialize)
-    options = {"checkpoint": "checkpoint_final.pth", "trainer": nnUNetTrainer.__name__, "batch": 1}
+    monkeypatch.setattr(
+        nnUNetPredictor, "initialize_from_trained_model_folder", lambda self, *_: setattr(self, "network", network)
+    )
+    options = {"checkpoint": "checkpoint_final.pth", "trainer": nnUNetTrainer.__name__, "mirroring": False, "batch": 1}
     for asked, expected in (("0", torch.float32), ("1", torch.bfloat16)):
         monkeypatch.setenv(VARIABLE, asked)
         nnunet_jobs.predict("model", ["all"], {}, str(tmp_path / asked), "cpu", **options)
         with convolved(network) as dtypes:
             network(torch.zeros(1, 1, 32, 32))
         assert dtypes == {expected}
-    assert mirroring == [True, True], "over the axes that the checkpoint names, which are none for the short presets"

@@ -93,7 +93,11 @@ def test_repetitions_are_rows_of_their_own_and_their_spread_is_told(table: Any) 
 
 @pytest.mark.parametrize(
     ("variant", "title"),
-    [("3d_fullres", "3d_fullres"), ("mirroring", "mirrored images"), ("2d, mirroring", "2d, mirrored images")],
+    [
+        ("3d_fullres", "3d_fullres"),
+        ("no_mirroring", "no mirrored images"),
+        ("2d, no_mirroring", "2d, no mirrored images"),
+    ],
 )
 def test_variants_have_tables_of_their_own_and_no_say_in_the_headline(table: Any, variant: str, title: str) -> None:
     rows = [row("full", 0.9), row("ours", 0.8), row("full", 0.3, variant=variant)]

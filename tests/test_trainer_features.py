@@ -31,7 +31,7 @@ NAME = "Dataset901_Tiny"
 QUICK = """
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-class Quick(recursive_find_trainer_class_by_name("OneShotTrainerMirroring_tiny")):
+class Quick(recursive_find_trainer_class_by_name("OneShotTrainer_tiny")):
     def initialize(self):
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch, self.save_every = 2, 1, 1, 1
         super().initialize()
@@ -89,7 +89,7 @@ def add_channels(folder: Path, channels: int) -> None:
 
 def trainer(configuration: str = "2d", fold: Any = "all") -> Any:
     """OneShotTrainer with every part of its loss and augmentation on, half way through its training."""
-    arguments = ("901", configuration, fold, "OneShotTrainerMirroring_tiny", SMALL_PLANS)
+    arguments = ("901", configuration, fold, "OneShotTrainer_tiny", SMALL_PLANS)
     made = get_trainer_from_args(*arguments, device=torch.device("cpu"))
     made.loss_settings = EVERYTHING
     made.current_epoch = made.num_epochs // 2
@@ -174,7 +174,7 @@ def test_the_cascade_sees_the_stage_before(write: Write, tmp_path: Path) -> None
         configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
 
     change_plan(write("3d_fullres", cases=3), cascade)
-    stage = f"OneShotTrainerMirroring_tiny__{SMALL_PLANS}__3d_lowres/predicted_next_stage/3d_cascade_fullres"
+    stage = f"OneShotTrainer_tiny__{SMALL_PLANS}__3d_lowres/predicted_next_stage/3d_cascade_fullres"
     predicted = tmp_path / "nnUNet_results" / NAME / stage
     for fold in (0, 1):
         one = trainer("3d_lowres", fold)

@@ -37,9 +37,7 @@ Make = Callable[..., Any]
 def make(training_roots: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a trainer on a new tiny dataset; keyword arguments are those of write_dataset."""
 
-    def trainer(
-        name: str = "OneShotTrainerMirroring_tiny", configuration: str = "2d", fold: Any = 0, **dataset: Any
-    ) -> Any:
+    def trainer(name: str = "OneShotTrainer_tiny", configuration: str = "2d", fold: Any = 0, **dataset: Any) -> Any:
         write_dataset(training_roots / "nnUNet_raw", "Dataset901_Tiny", **dataset)
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
         preprocess_in_process("Dataset901_Tiny", [configuration])
@@ -84,14 +82,6 @@ def test_it_learns_from_consensus_and_compares_views_in_divergence(make: Make, c
         result = trainer.validation_step(next(trainer.dataloader_val))
     assert np.isfinite(result["loss"])
     assert "flips along axes" in Path(trainer.log_file).read_text()
-
-
-def test_the_presets_own_trainer_learns_best_guesses_where_there_is_no_view_to_compare(make: Make) -> None:
-    trainer = late(make("OneShotTrainer_tiny", "3d_fullres"))
-    outputs = steps(trainer, 4)
-    assert all(np.isfinite(output["loss"]) and output["consistency"] == 0 for output in outputs)
-    said = Path(trainer.log_file).read_text()
-    assert "nothing: this configuration has neither flips nor rotations" in said
 
 
 def test_the_log_gives_both_parts_of_the_loss_and_how_much_has_no_label(make: Make) -> None:
@@ -217,7 +207,7 @@ def steps(trainer: Any, count: int) -> list[dict[str, Any]]:
 
 
 def test_three_full_passes_learn_and_say_so(make: Make) -> None:
-    trainer = late(make("OneShotTrainerMirroring_tiny", fold="all"), full_passes=3)
+    trainer = late(make("OneShotTrainer_tiny", fold="all"), full_passes=3)
     seen: list[bool] = []
     trainer.network.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     outputs = steps(trainer, 4)
@@ -273,11 +263,11 @@ def test_a_compiled_network_learns_what_it_learns_otherwise(
     make: Make, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """nnU-Net compiles on CUDA alone; `eager` runs the same wrappers without a compiler."""
-    plain = seeded_late(make("OneShotTrainerMirroring_tiny", annotated=[]), settings)
+    plain = seeded_late(make("OneShotTrainer_tiny", annotated=[]), settings)
     expected = steps(plain, 2)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda _: True)
-    compiled = seeded_late(again("OneShotTrainerMirroring_tiny"), settings)
+    compiled = seeded_late(again("OneShotTrainer_tiny"), settings)
     found = steps(compiled, 2)
     assert isinstance(compiled.network, OptimizedModule)
     for one, other in zip(found, expected, strict=True):
@@ -292,7 +282,7 @@ def seeded_late(trainer: Any, settings: dict[str, Any]) -> Any:
 
 
 def test_a_mean_teacher_is_asked_instead_and_follows_slowly(make: Make) -> None:
-    trainer = late(make("OneShotTrainerMirroring_tiny", annotated=[]), teacher_decay=0.9)
+    trainer = late(make("OneShotTrainer_tiny", annotated=[]), teacher_decay=0.9)
     asked: list[Any] = []
     trainer.network.register_forward_hook(lambda network, *_: asked.append(network))
     assert steps(trainer, 1)[0]["consistency"] > 0
@@ -319,10 +309,13 @@ def test_other_losses_are_trainers_that_nnunet_finds(make: Make, name: str, sett
     assert again(name).loss_settings == replace(again("OneShotTrainer").loss_settings, guess_share=0.0, **settings)
 
 
-@pytest.mark.parametrize("name", ["OneShotTrainerNoMirroring", "OneShotTrainer_small", "OneShotTrainer_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["OneShotTrainerNoMirroring", "OneShotTrainerNoMirroring_small", "OneShotTrainerNoMirroring_tiny"],
+)
 def test_without_mirroring_neither_training_nor_prediction_nor_views_flip(make: Make, name: str) -> None:
     make()
-    trainer, mirrored = again(name), again("OneShotTrainerMirroring_tiny")
+    trainer, mirrored = again(name), again("OneShotTrainer_tiny")
     for one in (trainer, mirrored):
         one.initialize()
     assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
@@ -333,24 +326,14 @@ def test_without_mirroring_neither_training_nor_prediction_nor_views_flip(make: 
 
 
 @pytest.mark.parametrize("preset", ["small", "tiny"])
-def test_nnunets_trainer_of_a_short_preset_mirrors_as_little_as_ours(make: Make, preset: str) -> None:
+def test_nnunets_trainer_without_mirroring_has_a_schedule_of_ours(make: Make, preset: str) -> None:
     """Else a comparison of the two would be one of augmentation."""
     make()
-    trainer = again(f"nnUNetTrainer_{preset}")
+    trainer = again(f"nnUNetTrainerNoMirroring_{preset}")
     trainer.initialize()
     assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
     assert trainer.inference_allowed_mirroring_axes is None
     assert trainer.num_epochs == again(f"OneShotTrainer_{preset}").num_epochs
-
-
-@pytest.mark.parametrize("base", ["OneShotTrainer", "nnUNetTrainer"])
-def test_mirroring_comes_back_by_the_trainers_name(make: Make, base: str) -> None:
-    make()
-    trainer = again(f"{base}Mirroring_small")
-    trainer.initialize()
-    axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3]
-    assert axes == trainer.inference_allowed_mirroring_axes == (0, 1)
-    assert trainer.num_epochs == again("OneShotTrainer_small").num_epochs
 
 
 @pytest.mark.parametrize(
@@ -383,22 +366,13 @@ def seeded_validation(trainer: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("change", "fold", "kind"),
-    [
-        ({}, 0, ""),
-        ({}, 0, "Mirroring"),
-        ({}, "all", ""),
-        ({"oneshot": None}, 0, "Mirroring"),
-        ({"labels": {"background": 0, "ball": 1, "core": 2}}, 0, "Mirroring"),
-    ],
+    ("change", "fold"),
+    [({}, 0), ({}, "all"), ({"oneshot": None}, 0), ({"labels": {"background": 0, "ball": 1, "core": 2}}, 0)],
 )
-def test_without_block_or_divergence_it_trains_exactly_as_nnunet(
-    make: Make, change: dict[str, Any], fold: Any, kind: str
-) -> None:
+def test_without_block_or_divergence_it_trains_exactly_as_nnunet(make: Make, change: dict[str, Any], fold: Any) -> None:
     """Also where `propagate` made the dataset, whose labels have an ignore value, of cases that are all annotated."""
-    everyone = [f"case_{n:03d}" for n in range(5)]
-    plain = make(f"nnUNetTrainer{kind}_tiny", fold=fold, cases=5, annotated=everyone, **change)
-    losses, ours = seeded_steps(plain), again(f"OneShotTrainer{kind}_tiny", fold=fold)
+    plain = make("nnUNetTrainer_tiny", fold=fold, cases=5, annotated=[f"case_{n:03d}" for n in range(5)], **change)
+    losses, ours = seeded_steps(plain), again("OneShotTrainer_tiny", fold=fold)
     assert seeded_steps(ours) == losses
     assert torch.equal(seeded_validation(ours), seeded_validation(plain))
     trained, expected = ours.network.state_dict(), plain.network.state_dict()
@@ -499,19 +473,6 @@ def test_a_checkpoint_of_another_trainer_is_refused(make: Make) -> None:
     with pytest.raises(OneShotError, match=r"checkpoint of OneShotTrainer_tiny, found one of nnUNetTrainer_tiny"):
         again("OneShotTrainer_tiny").load_checkpoint(str(path))
     other.load_checkpoint(str(path))
-
-
-def test_a_training_begun_with_mirrored_images_does_not_go_on_without(make: Make) -> None:
-    """Presets once mirrored under the names that they have now; its model would be half of each."""
-    trainer = make("OneShotTrainer_tiny")
-    trainer.initialize()
-    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
-    trainer.save_checkpoint(str(path))
-    again("OneShotTrainer_tiny").load_checkpoint(str(path))
-    trainer.inference_allowed_mirroring_axes = (0, 1)
-    trainer.save_checkpoint(str(path))
-    with pytest.raises(OneShotError, match="without mirrored images, found one that mirrors along axes 0, 1; move it"):
-        again("OneShotTrainer_tiny").load_checkpoint(str(path))
 
 
 def test_presets_shorten_both_trainers_alike(make: Make) -> None:

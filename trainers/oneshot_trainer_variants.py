@@ -8,7 +8,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from oneshot_trainer import OneShotTrainer, WholeCheckpoints
 
 from nnunet_oneshot.bfloat16 import VARIABLE, compute_in_bfloat16, pays
-from nnunet_oneshot.model_checkpoints import check_not_mirrored
 from nnunet_oneshot.settings import PRESETS, LossSettings, Schedule
 
 
@@ -60,10 +59,34 @@ class _Shortened(WholeCheckpoints):
         super().perform_actual_validation(save_probabilities)
 
 
+class OneShotTrainer_small(_Shortened, OneShotTrainer):
+    """OneShotTrainer for two CPU cores: 30 epochs of 50 iterations."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class OneShotTrainer_tiny(_Shortened, OneShotTrainer):
+    """OneShotTrainer for demonstrations and tests: 10 epochs of 20 iterations."""
+
+    schedule = PRESETS["tiny"].schedule
+
+
+class nnUNetTrainer_small(_Shortened):
+    """nnUNetTrainer on the schedule of OneShotTrainer_small."""
+
+    schedule = PRESETS["small"].schedule
+
+
+class nnUNetTrainer_tiny(_Shortened):
+    """nnUNetTrainer on the schedule of OneShotTrainer_tiny."""
+
+    schedule = PRESETS["tiny"].schedule
+
+
 class _NotMirrored(nnUNetTrainer):
     """No mirrored images in training, and none in prediction, as nnU-Net's nnUNetTrainerNoMirroring.
 
-    For structures that side alone tells apart, and for short trainings (benchmarks/mirroring.py).
+    For structures that side alone tells apart, which mirrored images make hard to learn (benchmarks/mirroring.py).
     """
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
@@ -71,61 +94,31 @@ class _NotMirrored(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, size, None
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """nnU-Net's, but a training that began with mirrored images, as `small` once did, does not go on without."""
-        if isinstance(filename_or_checkpoint, str):
-            check_not_mirrored(filename_or_checkpoint, "move it away, or train on by the trainer that mirrors")
-        super().load_checkpoint(filename_or_checkpoint)
-
 
 class OneShotTrainerNoMirroring(OneShotTrainer, _NotMirrored):
     """OneShotTrainer that mirrors nothing."""
 
 
-class OneShotTrainer_small(_Shortened, OneShotTrainerNoMirroring):
-    """OneShotTrainer for two CPU cores: 30 epochs of 50 iterations, nothing mirrored."""
+class OneShotTrainerNoMirroring_small(_Shortened, OneShotTrainerNoMirroring):
+    """OneShotTrainerNoMirroring on the schedule of OneShotTrainer_small."""
 
     schedule = PRESETS["small"].schedule
 
 
-class OneShotTrainer_tiny(_Shortened, OneShotTrainerNoMirroring):
-    """OneShotTrainer for demonstrations and tests: 10 epochs of 20 iterations, nothing mirrored."""
+class OneShotTrainerNoMirroring_tiny(_Shortened, OneShotTrainerNoMirroring):
+    """OneShotTrainerNoMirroring on the schedule of OneShotTrainer_tiny."""
 
     schedule = PRESETS["tiny"].schedule
 
 
-class nnUNetTrainer_small(_Shortened, _NotMirrored):
-    """nnUNetTrainer on the schedule of OneShotTrainer_small, nothing mirrored."""
+class nnUNetTrainerNoMirroring_small(_Shortened, _NotMirrored):
+    """nnUNetTrainerNoMirroring on the schedule of OneShotTrainer_small."""
 
     schedule = PRESETS["small"].schedule
 
 
-class nnUNetTrainer_tiny(_Shortened, _NotMirrored):
-    """nnUNetTrainer on the schedule of OneShotTrainer_tiny, nothing mirrored."""
-
-    schedule = PRESETS["tiny"].schedule
-
-
-class OneShotTrainerMirroring_small(_Shortened, OneShotTrainer):
-    """OneShotTrainer_small with nnU-Net's mirroring."""
-
-    schedule = PRESETS["small"].schedule
-
-
-class OneShotTrainerMirroring_tiny(_Shortened, OneShotTrainer):
-    """OneShotTrainer_tiny with nnU-Net's mirroring."""
-
-    schedule = PRESETS["tiny"].schedule
-
-
-class nnUNetTrainerMirroring_small(_Shortened):
-    """nnUNetTrainer_small with nnU-Net's mirroring."""
-
-    schedule = PRESETS["small"].schedule
-
-
-class nnUNetTrainerMirroring_tiny(_Shortened):
-    """nnUNetTrainer_tiny with nnU-Net's mirroring."""
+class nnUNetTrainerNoMirroring_tiny(_Shortened, _NotMirrored):
+    """nnUNetTrainerNoMirroring on the schedule of OneShotTrainer_tiny."""
 
     schedule = PRESETS["tiny"].schedule
 
@@ -155,12 +148,12 @@ class OneShotTrainerMeanTeacher(OneShotTrainer):
 
 
 class OneShotTrainerConsistency_small(_Shortened, OneShotTrainerConsistency):
-    """OneShotTrainerConsistency on the schedule of OneShotTrainer_small; it mirrors, since flips are its views."""
+    """OneShotTrainerConsistency on the schedule of OneShotTrainer_small."""
 
     schedule = PRESETS["small"].schedule
 
 
 class OneShotTrainerYoloSeg_small(_Shortened, OneShotTrainerYoloSeg):
-    """OneShotTrainerYoloSeg on the schedule of OneShotTrainer_small; it mirrors, since flips are its views."""
+    """OneShotTrainerYoloSeg on the schedule of OneShotTrainer_small."""
 
     schedule = PRESETS["small"].schedule
