@@ -9,14 +9,15 @@ A row is one set, annotated case and method, scored on the set's test cases, who
 training sees. Every training of a set has as many iterations, by the same planner, on the same cases (`--preset`;
 `--cases` takes the first so many of the pool, the annotated one included); how many trainings made the model that is
 scored is in the row. `--no_mirroring` trains and predicts without nnU-Net's mirrored images: rows and tables of their
-own. nnU-Net's trainings are not seeded: `--training 2` does all of it once more, as a row of its own. Finished rows are
-small JSON files in benchmarks/results/ and are not run again; an unfinished one goes on from what is in WORK, where
-WORK/.../pictures/ shows the worst, the median and the best test cases of every row. Rows that share labels share their
-labelling, and a row with refinement goes on from the one without; the minutes of each stage are kept and added up.
-`--table` writes docs/results.md, the README's headline and the figure of all rows that there are and names those that
-are not. Only "full" and "full_again" train on labels of other cases, and methods from one slice a volume on that slice;
-elsewhere they are read by scoring alone. YoloSeg labels 2D images, and its network is one of slices: of a set of
-volumes it gets all slices as one set of images (yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
+own, of methods that train nnU-Net's trainer or ours. nnU-Net's trainings are not seeded: `--training 2` does all of it
+once more, as a row of its own. Finished rows are small JSON files in benchmarks/results/ and are not run again; an
+unfinished one goes on from what is in WORK, where WORK/.../pictures/ shows the worst, the median and the best test
+cases of every row. Rows that share labels share their labelling, and a row with refinement goes on from the one
+without; the minutes of each stage are kept and added up. `--table` writes docs/results.md, the README's headline and
+the figure of all rows that there are and names those that are not. Only "full" and "full_again" train on labels of
+other cases, and methods from one slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels
+2D images, and its network is one of slices: of a set of volumes it gets all slices as one set of images
+(yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
 """
 
 from __future__ import annotations
@@ -428,6 +429,8 @@ def main() -> None:
         if arguments.o is None:
             parser.error("-o is needed to run rows")
         methods = [m for m in arguments.methods if not arguments.no_mirroring or METHODS[m].trainer in NOT_MIRRORED]
+        if left := sorted({*arguments.methods} - {*methods}):
+            print(f"not run, since they have no other trainer without mirrored images: {', '.join(left)}")
         for name in arguments.sets:
             split = data_set(name).split
             named = {"all": split["annotated_choices"], "default": [split["annotated_default"]]}

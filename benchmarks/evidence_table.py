@@ -328,6 +328,10 @@ def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
             theirs = [row for row in rows if row["set"] == name and variant(row) == other]
             said = _compared([group for group in by_budget(theirs).values() if {OURS, REFERENCE} <= {*group}])
             parts += [f"### {name}: {other}", "", *said, *[""] * bool(said), *_of_set(theirs)]
+            wanted = [
+                METHODS[m].what for m in (REFERENCE, AS_OFTEN, ONCE, OURS) if m not in {r["method"] for r in theirs}
+            ]
+            parts += [f"Not run on {name}: {other}: {'; '.join(wanted)}.", ""] if wanted else []
     return "\n".join(parts)
 
 

@@ -46,7 +46,15 @@ def run_row(name: str, row: str, seed: int, work: Path, cases: int) -> dict[str,
     images = {case: [data.folder / "images" / f"{case}{data.ending}"] for case in data.split["test"]}
     output = predict(trainer, images, work / "predictions" / key, mirroring=SMALL.mirroring)
     scored = evaluate(data.labels, output, folder / "dataset.json", cases=data.split["test"])
-    about = {"set": name, "row": row, "seed": seed, "pool": len(pool), "n": len(images), "configuration": configuration}
+    about = {
+        "set": name,
+        "row": row,
+        "trainer": names[0],
+        "seed": seed,
+        "pool": len(pool),
+        "n": len(images),
+        "configuration": configuration,
+    }
     return write_row(key, {**about, **figures(scored)})
 
 

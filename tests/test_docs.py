@@ -90,7 +90,8 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def _places(page: Path) -> set[str]:
     """What a link may name after #: the headings of a page, as GitHub and the site write them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 

@@ -181,7 +181,7 @@ def test_zip_holds_what_prediction_needs_and_nothing_of_the_training(results: Pa
     assert "optimizer_state" not in checkpoint
 
 
-def test_a_model_that_was_trained_without_mirrored_images_predicts_without(results: Path, tmp_path: Path) -> None:
+def test_an_export_says_that_a_model_was_trained_without_mirrored_images(results: Path, tmp_path: Path) -> None:
     train(axes=None)
     with zipfile.ZipFile(export(777, "3d_fullres", tmp_path / "model.zip").zip) as archive:
         archive.extractall(tmp_path / "out")

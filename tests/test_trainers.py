@@ -327,13 +327,13 @@ def test_without_mirroring_neither_training_nor_prediction_nor_views_flip(make: 
 
 @pytest.mark.parametrize("preset", ["small", "tiny"])
 def test_nnunets_trainer_without_mirroring_has_a_schedule_of_ours(make: Make, preset: str) -> None:
-    """Else a comparison of the two would be one of augmentation."""
+    """Else a comparison of the two would be one of lengths."""
     make()
     trainer = again(f"nnUNetTrainerNoMirroring_{preset}")
     trainer.initialize()
     assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] is None
     assert trainer.inference_allowed_mirroring_axes is None
-    assert trainer.num_epochs == again(f"OneShotTrainer_{preset}").num_epochs
+    assert trainer.schedule == again(f"OneShotTrainerNoMirroring_{preset}").schedule == PRESETS[preset].schedule
 
 
 @pytest.mark.parametrize(

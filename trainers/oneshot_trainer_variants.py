@@ -86,7 +86,7 @@ class nnUNetTrainer_tiny(_Shortened):
 class _NotMirrored(nnUNetTrainer):
     """No mirrored images in training, and none in prediction, as nnU-Net's nnUNetTrainerNoMirroring.
 
-    For structures that side alone tells apart, which mirrored images make hard to learn (benchmarks/mirroring.py).
+    For structures that differ by their place alone, which mirrored images make hard to learn (benchmarks/mirroring.py).
     """
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
