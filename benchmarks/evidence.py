@@ -430,7 +430,7 @@ def main() -> None:
             parser.error("-o is needed to run rows")
         methods = [m for m in arguments.methods if not arguments.no_mirroring or METHODS[m].trainer in NOT_MIRRORED]
         if left := sorted({*arguments.methods} - {*methods}):
-            print(f"not run, since they have no other trainer without mirrored images: {', '.join(left)}")
+            print(f"not run, since no trainer of theirs leaves mirrored images out: {', '.join(left)}")
         for name in arguments.sets:
             split = data_set(name).split
             named = {"all": split["annotated_choices"], "default": [split["annotated_default"]]}

@@ -84,14 +84,7 @@ def by_budget(rows: Iterable[Row]) -> dict[tuple[str, int, str, str], dict[str, 
 
 def headline(rows: Sequence[Row]) -> list[str]:
     """Ours against full supervision and against the best of what a user would pick instead, by set, and over sets."""
-    sets = [
-        [
-            group
-            for group in by_budget(row for row in rows if row["set"] == name).values()
-            if {OURS, REFERENCE} <= {*group}
-        ]
-        for name in dict.fromkeys(row["set"] for row in rows)
-    ]
+    sets = [_with_ours(row for row in rows if row["set"] == name) for name in dict.fromkeys(row["set"] for row in rows)]
     sets = [groups for groups in sets if groups]
     if not sets:
         return ["Ours with its defaults was run on no set yet.", ""]
@@ -107,8 +100,13 @@ def headline(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _with_ours(rows: Iterable[Row]) -> list[Mapping[str, Row]]:
+    """The budgets that have ours and full supervision."""
+    return [group for group in by_budget(rows).values() if {OURS, REFERENCE} <= {*group}]
+
+
 def _compared(groups: Sequence[Mapping[str, Row]]) -> list[str]:
-    """Of one set, a line for every budget that has ours and full supervision."""
+    """Of one set, a line for every budget."""
     return [f"- {group[OURS]['set']}, {_pool(group, groups)}: {_against_others(group)}" for group in groups]
 
 
@@ -326,7 +324,7 @@ def page(sets: Sequence[str], rows: Sequence[Row]) -> str:
             parts += [f"Not run on {name}: {'; '.join(missing) if mine else 'any of the methods above'}.", ""]
         for other in sorted({variant(row) for row in rows if row["set"] == name and variant(row)}):
             theirs = [row for row in rows if row["set"] == name and variant(row) == other]
-            said = _compared([group for group in by_budget(theirs).values() if {OURS, REFERENCE} <= {*group}])
+            said = _compared(_with_ours(theirs))
             parts += [f"### {name}: {other}", "", *said, *[""] * bool(said), *_of_set(theirs)]
             wanted = [
                 METHODS[m].what for m in (REFERENCE, AS_OFTEN, ONCE, OURS) if m not in {r["method"] for r in theirs}

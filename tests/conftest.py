@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -38,6 +41,21 @@ Command = Callable[[Sequence[str] | None], None]
 # A busy machine makes any example slow, and no run sees other examples than the one before.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def benchmark_module() -> Callable[[str], ModuleType]:
+    """Imports a module of benchmarks/, whose modules import each other by their bare names."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+
+    def imported(name: str) -> ModuleType:
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(folder)
+
+    return imported
 
 
 @pytest.fixture(autouse=True)

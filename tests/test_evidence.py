@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, benchmark_module: Callable[[str], Any]) -> Any:
     """An Evidence of chaos_mr_t2, whose folder has a split and nothing else."""
     (tmp_path / "chaos_mr_t2" / "images").mkdir(parents=True)
     (tmp_path / "chaos_mr_t2" / "images" / "a.nii.gz").touch()
@@ -29,8 +29,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     split |= {"channel": "MRI", "labels": {"background": 0, "liver": 1}}
     (tmp_path / "chaos_mr_t2" / "split.json").write_text(json.dumps(split), encoding="utf-8")
     monkeypatch.setenv("ONESHOT_DATA", str(tmp_path))
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import evidence
+    evidence = benchmark_module("evidence")
 
     def made(**more: Any) -> Any:
         given = {"cases": 26, "preset": "small", "training": 1, "configuration": None, "no_mirroring": False}

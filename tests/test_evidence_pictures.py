@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,17 +12,11 @@ import pytest
 from nnunet_oneshot.metrics import METRICS as ALL_METRICS
 
 METRICS = list(ALL_METRICS)
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import evidence_pictures
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return evidence_pictures
+def pictures(benchmark_module: Callable[[str], Any]) -> Any:
+    return benchmark_module("evidence_pictures")
 
 
 def scored(dice: list[float]) -> Any:

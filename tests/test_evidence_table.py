@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def table() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import evidence_table
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return evidence_table
+def table(benchmark_module: Callable[[str], Any]) -> Any:
+    return benchmark_module("evidence_table")
 
 
 def row(method: str, dice: float, *, annotated: str = "case_1", **more: Any) -> dict[str, Any]:
