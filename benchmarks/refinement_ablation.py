@@ -15,15 +15,16 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
             two, three       rounds 2 and 3 of `refine`, each by a model of the labels before, from new weights
     models: round_0          trained on round 0's labels
             ungated          the same, with the cases that quality leaves out
+            gated_more       the same, without cases of a higher estimated quality too
             scratch, warm    trained on the labels `one`: from new weights, or from all of those of round_0
             warm_new_head    the same, as nnU-Net's -pretrained_weights has it: its last layers are new
             from_folds       trained on the labels `folds`, from new weights
 
 Trainings are short (`--epochs` of the preset `small`) and seeded; those of round 0 and of `scratch` differ in labels
 alone. With --spoil half of the un-annotated images are inverted, gamma-changed or made noisy before anything is done
-(the test images are not), which is what gating is for; only `before`, round_0 and ungated are made then. Nothing but
-the scores sees a true label. Finished rows are small JSON files, and are not made again: those that do not name the
-`voices` of a round are of one in which the labels before had none (`one` apart, which was fused for itself).
+(the test images are not), which is what gating is for; only `before`, round_0, ungated and gated_more are made then.
+Nothing but the scores sees a true label. Finished rows are small JSON files, and are not made again: those that do not
+name the `voices` of a round are of one in which the labels before had none (`one` apart, which was fused for itself).
 """
 
 from __future__ import annotations
@@ -62,16 +63,20 @@ from nnunet_oneshot.training_data import splits, write_training_files
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import LabelVolume
 
-FOLDED, UNGATED = 611, 612
-"""Copies of the labelled dataset: whose round is made by two folds, and of which no case is left out."""
+FOLDED, UNGATED, GATED_MORE = 611, 612, 613
+"""Copies of the labelled dataset: whose round is made by two folds, of which no case is left out, and more are."""
+LEAST = {UNGATED: 0.0, GATED_MORE: 0.6}
+"""Estimated Dice below which a case is left out, where it is not the default of `refine`."""
 FOLDS = 2
 LABELS = ("before", "model", "model_labels", "model_views", "model_opinion", "one", "folds", "ensemble")
-MODELS = ("round_0", "ungated", "scratch", "warm", "warm_new_head", "from_folds")
+MODELS = ("round_0", "ungated", "gated_more", "scratch", "warm", "warm_new_head", "from_folds")
 LATER = ("two", "three")
 """Labels too, made last: a model is trained on the labels in force."""
 TRAINED_ON = {"scratch": 1, "warm": 1, "warm_new_head": 1, "from_folds": 1, "again": 2}
 """The round whose labels a model learns, 0 where not named."""
-SPOILED = ("before", "round_0", "ungated")
+COPIES = {"ungated": UNGATED, "gated_more": GATED_MORE, "from_folds": FOLDED}
+"""The dataset that a model learns, LABELLED where not named."""
+SPOILED = ("before", "round_0", "ungated", "gated_more")
 
 
 class Rounds(Ablation):
@@ -93,12 +98,12 @@ class Rounds(Ablation):
             self._spoil(folder / "imagesTr")
         if not list(nnunet.root("nnUNet_raw").glob(f"Dataset{LABELLED}_*/oneshot.json")):
             propagate(POOL, LABELLED, num_processes=1)
-        copies = (UNGATED,) if self.spoiled else (FOLDED, UNGATED)
+        copies = (UNGATED, GATED_MORE) if self.spoiled else (FOLDED, UNGATED, GATED_MORE)
         for number in copies:
             self._copy(number)
         for number in (LABELLED, *copies):
             store, raw = open_store(number)
-            take_over(raw, store, 1, 0.0 if number == UNGATED else MIN_QUALITY)
+            take_over(raw, store, 1, LEAST.get(number, MIN_QUALITY))
             if number == FOLDED:
                 _deal(store, raw)
             # Noted once: labels of a later round may have been put in force since.
@@ -117,6 +122,9 @@ class Rounds(Ablation):
     def _claim(self) -> None:
         """Note in the working folder what it is for; SystemExit where it is for something else."""
         path, wanted = self.work / "settings.json", {**self.settings, "pool": self.pool}
+        if self.spoiled:
+            # Labels of round 0 do not depend on it, and no others are made.
+            del wanted["seed"]
         if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
             other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
             raise SystemExit(f"{self.work} is of other {other}: use another -o")
@@ -143,16 +151,10 @@ class Rounds(Ablation):
         content |= {"case_dice": [round(float(value), 4) for value in found]}
         content |= {
             "voices": "model, opinion, labels before",
-            "left_out": self.left_out,
+            "left_out": left_out(COPIES.get(name, LABELLED)),
             "opinion": opinion_of(open_store(LABELLED)[0], AS_BEFORE),
         }
         return write_row(self.key(name), content)
-
-    @property
-    def left_out(self) -> list[str]:
-        """Cases that round 0's estimated quality leaves out."""
-        cases = kept_manifest(open_store(LABELLED)[0], 0).cases
-        return sorted(name for name, record in cases.items() if record.status in LEFT_OUT)
 
     # --- labels, each a folder ---
 
@@ -245,6 +247,11 @@ class Rounds(Ablation):
         return self._tested("ungated")
 
     @property
+    def gated_more(self) -> Path:
+        """Trained on fewer of them."""
+        return self._tested("gated_more")
+
+    @property
     def scratch(self) -> Path:
         """Trained on round 1's labels."""
         self._relabelled(LABELLED, self.model, 1)
@@ -278,7 +285,7 @@ class Rounds(Ablation):
         return torch.load(path, weights_only=True)
 
     def _trained_model(self, name: str, fold: Fold) -> Any:
-        number = {"ungated": UNGATED, "from_folds": FOLDED}.get(name, FOLDED if fold != "all" else LABELLED)
+        number = COPIES.get(name, FOLDED if fold != "all" else LABELLED)
         wanted = TRAINED_ON.get(name, 0)
         if (found := open_store(number)[0].read_manifest().round) != wanted:
             raise SystemExit(f"expected labels of round {wanted} for {name}, found {found}: use another -o")
@@ -353,6 +360,12 @@ class Rounds(Ablation):
             os.replace(target.with_name(f"{target.name}.part"), target)
 
 
+def left_out(number: int) -> list[str]:
+    """Cases that round 0's estimated quality leaves out of a dataset."""
+    cases = kept_manifest(open_store(number)[0], 0).cases
+    return sorted(name for name, record in cases.items() if record.status in LEFT_OUT)
+
+
 def _deal(store: Store, raw: RawDataset) -> None:
     """Deal the cases over folds."""
     manifest = store.read_manifest().model_copy(update={"num_folds": FOLDS})
@@ -373,9 +386,10 @@ def main() -> None:
     rounds = Rounds(arguments, arguments.seed)
     rounds.prepare()
     wanted = arguments.rows or (SPOILED if arguments.spoil else (*LABELS, *MODELS, *LATER))
-    if "ungated" in wanted and not rounds.left_out:
-        print("no case is left out of round 0: ungated would be round_0")
-        wanted = [name for name in wanted if name != "ungated"]
+    for name in {"ungated", "gated_more"}.intersection(wanted):
+        if left_out(COPIES[name]) == left_out(LABELLED):
+            print(f"{name} leaves out the cases that round_0 leaves out: it would be round_0")
+            wanted = [row for row in wanted if row != name]
     rows = {name: rounds.row(name) for name in wanted}
     firsts = {of: next(row for row in rows.values() if row["of"] == of) for of in {row["of"] for row in rows.values()}}
     table = [
