@@ -11,13 +11,13 @@ training sees. Every training of a set has as many iterations, by the same plann
 scored is in the row. `--no_mirroring` trains and predicts without nnU-Net's mirrored images: rows and tables of their
 own, of methods that train nnU-Net's trainer or ours. nnU-Net's trainings are not seeded: `--training 2` does all of it
 once more, as a row of its own. Finished rows are small JSON files in benchmarks/results/ and are not run again; an
-unfinished one goes on from what is in WORK, where WORK/.../pictures/ shows the worst, the median and the best test
-cases of every row. Rows that share labels share their labelling, and a row with refinement goes on from the one
-without; the minutes of each stage are kept and added up. `--table` writes docs/results.md, the README's headline and
-the figure of all rows that there are and names those that are not. Only "full" and "full_again" train on labels of
-other cases, and methods from one slice a volume on that slice; elsewhere they are read by scoring alone. YoloSeg labels
-2D images, and its network is one of slices: of a set of volumes it gets all slices as one set of images
-(yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
+unfinished one goes on from what is in WORK, where WORK/.../pictures/index.html shows the worst, the median and the best
+test cases of every row that was made there. Rows that share labels share their labelling, and a row with refinement
+goes on from the one without; the minutes of each stage are kept and added up. `--table` writes docs/results.md, the
+README's headline and the figure of all rows that there are and names those that are not. Only "full" and "full_again"
+train on labels of other cases, and methods from one slice a volume on that slice; elsewhere they are read by scoring
+alone. YoloSeg labels 2D images, and its network is one of slices: of a set of volumes it gets all slices as one set of
+images (yoloseg_volumes.py), and nnU-Net's 2d configuration is trained.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from common import NOT_MIRRORED, DataSet, data_set, lay_out, read_row, use_folders, write_row
-from evidence_methods import LABELS, METHODS, Labels, Method
-from evidence_pictures import draw_cases
+from evidence_methods import FLAT, LABELS, METHODS, Labels, Method
+from evidence_pictures import draw_cases, write_index
 from evidence_table import write_results
 from oneseg import sparse_support
 from registration import read_image, read_label, voxel_shares
@@ -63,8 +63,6 @@ from nnunet_oneshot.training_data import ignore_value
 SETS = {"hippocampus": "3d_fullres", "chaos_mr_t2": "2d", "acdc_mr": "2d", "hc18_us": "2d"}
 """The sets and the configuration that each is trained in unless told otherwise: chaos_mr_t2 in 2D, since within the
 budget of `small` nnU-Net learns little there in 3D from all true labels (its rows say how little)."""
-FLAT = ("hc18_us",)
-"""Sets of single images: one slice a volume is all of it."""
 POOL, ALONE, FULL, TEST, SLICES = 501, 502, 503, 504, 505
 STOCK, TESTED, REPLACED, AGAIN = 100, 200, 300, 30
 """Added to the number of a label dataset: its best guess everywhere, the same labels for the test images, and what a
@@ -123,9 +121,19 @@ class Evidence:
         scored = evaluate(self.data.labels, predictions, self._pool() / "dataset.json", cases=self.test)
         about = self._about(method, minutes, precision)
         row = write_row(self.key(method), {**about, **figures(scored), **self._labels(recipe)})
-        picture = self.work / "pictures" / f"{method}.png"
-        draw_cases(self.data, open_dataset(POOL), scored, predictions, picture)
+        draw_cases(self.data, open_dataset(POOL), scored, predictions, self.work / "pictures" / f"{method}.png")
+        self._write_report()
         return row
+
+    def _write_report(self) -> None:
+        """A page of what the rows that were made here look like."""
+        rows = {method: read_row(self.key(method)) for method in METHODS}
+        said = {
+            method: f"{METHODS[method].what}: Dice {row['scores'][FOREGROUND]['Dice'][0]:.3f}"
+            for method, row in rows.items()
+            if row is not None
+        }
+        write_index(self.work / "pictures", said)
 
     def _about(self, method: str, minutes: Mapping[str, float | None], precision: str | None) -> dict[str, Any]:
         return {
@@ -438,7 +446,7 @@ def main() -> None:
             for annotated in choices:
                 made = Evidence(name, annotated, arguments)
                 for method in sorted(methods, key=lambda method: METHODS[method].rounds):
-                    if name not in FLAT or not METHODS[method].by_slices:
+                    if METHODS[method].fits(name):
                         made.row(method)
     write_results(list(SETS))
 

@@ -7,6 +7,16 @@ from dataclasses import dataclass, field
 
 from nnunet_oneshot.propagators import PropagatorOptions
 
+FLAT = ("hc18_us",)
+"""Sets of single images: one slice a volume is all of it."""
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "hippocampus": ("hippocampus_001", "hippocampus_104", "hippocampus_215"),
+    "chaos_mr_t2": ("chaos_005", "chaos_020", "chaos_019"),
+    "acdc_mr": ("patient001_frame01", "patient044_frame01", "patient061_frame01"),
+    "hc18_us": ("hc18_236", "hc18_600", "hc18_012"),
+}
+"""The annotated cases that the protocol names, the default one first: what is not run is told without the data too."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -78,6 +88,10 @@ class Method:
     def by_slices(self) -> bool:
         """Whether it starts from one slice a volume."""
         return self.labels in LABELS and LABELS[self.labels].slices
+
+    def fits(self, data: str) -> bool:
+        """Whether it can be run on a set."""
+        return data not in FLAT or not self.by_slices
 
 
 METHODS: Mapping[str, Method] = {

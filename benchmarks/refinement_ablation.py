@@ -23,8 +23,9 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
 Trainings are short (`--epochs` of the preset `small`) and seeded; those of round 0 and of `scratch` differ in labels
 alone. With --spoil half of the un-annotated images are inverted, gamma-changed or made noisy before anything is done
 (the test images are not), which is what gating is for; only `before`, round_0, ungated and gated_more are made then.
-Nothing but the scores sees a true label. Finished rows are small JSON files, and are not made again: those that do not
-name the `voices` of a round are of one in which the labels before had none (`one` apart, which was fused for itself).
+Nothing but the scores, and WORK/pictures, sees a true label. Finished rows are small JSON files, and are not made
+again: those that do not name the `voices` of a round are of one in which the labels before had none (`one` apart, which
+was fused for itself).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from typing import Any
 
 import torch
 from common import lay_out, markdown, read_row, use_folders, write_row
+from evidence_pictures import draw_cases
 from in_process import Weights, make, predict
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from quality import spoil
@@ -144,7 +146,12 @@ class Rounds(Ablation):
         cases = self.pool if of_labels else self.test
         if (done := read_row(self.key(name))) is not None:
             return self.checked(name, done, {**self.settings, "n": len(cases)})
-        scored = evaluate(self.data.labels, getattr(self, name), self.dataset_json, cases=cases)
+        said = getattr(self, name)
+        scored = evaluate(self.data.labels, said, self.dataset_json, cases=cases)
+        if of_labels:
+            _, raw = open_store(LABELLED)
+            picture = self.work / "pictures" / f"{name}.png"
+            draw_cases(self.data, raw, scored, said, picture, lambda case: raw.read_image(raw.case(case)))
         found = scored.case_mean()[:, METRICS.index("Dice")]
         content = {**self.settings, "row": name, "of": "labels" if of_labels else "model", "n": len(cases)}
         content |= {"dice": round(scored.summary[FOREGROUND]["Dice"].mean, 4)}

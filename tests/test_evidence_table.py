@@ -163,3 +163,67 @@ def test_the_rows_that_there_are_make_a_page(table: Any) -> None:
     page = table.page(sorted({r["set"] for r in rows}), rows)
     assert all(f"### {name}" in page for name in {r["set"] for r in rows})
     assert all(table.METHODS[r["method"]].what in page for r in rows)
+
+
+def test_every_row_is_held_against_the_best_that_starts_from_the_same_annotation(table: Any) -> None:
+    rows = [row("full", 0.9), row("registration_stock", 0.7), row("sam2_stock", 0.65), row("ours", 0.8)]
+    rows += [row("oneseg_slices", 0.85), row("ours_slices", 0.86)]
+    cells = {line.split("|")[1].strip(): line.split("|")[8].strip() for line in table.scores_table(rows).split("\n")}
+    assert cells["ours"] == "+0.100 (+0.100 to +0.100)"
+    assert cells["SAM2 on registration (self mode), then nnU-Net"] == "-0.050 (-0.050 to -0.050)"
+    assert cells["registration, then nnU-Net"] == "-"
+    assert cells["nnU-Net, fully supervised on the pool"] == "-"
+    assert cells["ours, from one slice a volume"] == "+0.010 (+0.010 to +0.010)"
+
+
+def test_the_best_other_is_met_by_ours_with_as_many_trainings_too(table: Any) -> None:
+    """Two trainings beat one, whatever the labels."""
+    rows = [row("full", 0.9), row("sam2_stock", 0.7, trainings_of_the_model=1), row("ours", 0.8)]
+    rows.append(row("ours_no_refinement", 0.71))
+    said = "+10.0 points (+10.0 to +10.0) against the one other that was run from the same annotation, SAM2 on"
+    line = table.headline(rows)[2]
+    assert said in line
+    assert "(+1.0 points (+1.0 to +1.0) where ours is trained once, as that is)" in line
+    often = [row("full", 0.9), row("sam2_stock_again", 0.7, trainings_of_the_model=2), *rows[2:]]
+    assert "where ours is trained once" not in table.headline(often)[2]
+
+
+def test_two_annotated_cases_are_no_part_of_the_headline_of_one(table: Any) -> None:
+    rows = [row("full", 0.9), row("ours", 0.8)]
+    rows += [row("full", 0.9, annotated="case_1+case_2"), row("ours", 0.88, annotated="case_1+case_2")]
+    own, other = table.page(["toy"], rows).split("### toy: 2 annotated cases\n")
+    assert "1 data set(s): -10.0 points of test Dice" in own
+    assert "case_1+case_2" not in own
+    assert "- toy, case_1+case_2: -2.0 points" in other
+
+
+def test_patients_are_counted_where_they_are_fewer_than_images(table: Any) -> None:
+    hearts = row("ours", 0.8, dice_per_case={f"patient00{i % 3}_frame{i:02d}": 0.8 for i in range(6)}, test_cases=6)
+    assert "6 test cases of 3 patients, preset small." in table.page(["toy"], [hearts])
+    assert "5 test cases, preset small." in table.page(["toy"], [row("ours", 0.8)])
+
+
+def test_what_is_not_run_is_told_of_every_annotated_case_of_the_protocol(table: Any) -> None:
+    rows = [row("full", 0.9, set="hc18_us", annotated="hc18_236")]
+    rows.append(row("ours", 0.8, set="hc18_us", annotated="hc18_236", variant="3d_fullres"))
+    methods, _, presets, again = table.not_run(["hc18_us"], rows)
+    _, _, first, second, third = methods.split("\n")
+    assert first.startswith("| hc18_us | hc18_236 | 1 of 30 |")
+    assert "; ours; " in first, "a variant does not stand in for it"
+    assert "fully supervised on the pool;" not in first
+    assert "slice a volume" not in first, "of single images there is none"
+    assert [line.split("|")[2:5] for line in (second, third)] == [
+        [f" hc18_{number} ", " 0 of 30 ", " anything "] for number in (600, "012")
+    ]
+    assert "--preset default" in presets
+    assert "--training 2" in again
+    assert len(table.not_run(["hc18_us"], [*rows, row("full", 0.9, training=2, preset="default")])) == 2
+
+
+@pytest.mark.real
+def test_the_annotated_cases_are_those_of_the_protocol(benchmark_module: Callable[[str], Any], table: Any) -> None:
+    data_set = benchmark_module("common").data_set
+    for name, choices in table.CHOICES.items():
+        split = data_set(name).split
+        assert list(choices) == split["annotated_choices"]
+        assert choices[0] == split["annotated_default"]
