@@ -11,7 +11,7 @@ import numpy as np
 from nnunet_oneshot.dataset import READ_ERRORS, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
-from sam2_propagation.interface import LabelVolume
+from sam2_propagation.interface import Image, LabelVolume
 
 
 def check_for_propagation(dataset: RawDataset) -> list[str]:
@@ -72,8 +72,8 @@ def check_images(dataset: RawDataset, processes: int) -> None:
         pass
 
 
-def check_image(dataset: RawDataset, case: Case) -> None:
-    """Read a case's image whole; OneShotError where it cannot be used."""
+def check_image(dataset: RawDataset, case: Case) -> Image:
+    """Read a case's image whole, float32 (C, Z, Y, X); OneShotError where it cannot be used."""
     image = dataset.read_image(case)
     expected = len(dataset.json["channel_names"])
     if image.data.shape[0] != expected:
@@ -83,6 +83,7 @@ def check_image(dataset: RawDataset, case: Case) -> None:
         )
     for path in case.images:
         _check_stored(path)
+    return image
 
 
 def checked_label(dataset: RawDataset, path: Path, case: Case, *, drawn: bool) -> LabelVolume:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from nnunet_oneshot.checks import checked_label
+from nnunet_oneshot.checks import check_image, checked_label
 from nnunet_oneshot.dataset import IGNORE, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import over_cases
@@ -88,8 +88,8 @@ def take_up(dataset: RawDataset, store: Store, processes: int) -> list[Taken]:
     """Take over what people changed into the labels in force; returns what that was.
 
     Raises:
-        OneShotError: a changed label is broken, not on its image's grid, or holds values that are not declared;
-            nothing is changed then.
+        OneShotError: a changed label is broken, not on its image's grid, or holds values that are not declared; or an
+            image that was added cannot be used. Nothing is changed then.
     """
     before = finish_taking(dataset, store)
     manifest = store.read_manifest()
@@ -279,7 +279,7 @@ def _correct(look: Look, label: LabelVolume) -> Change:
 
 def _add(dataset: RawDataset, store: Store, case: Case, number: int) -> Change:
     """An image without a label is left out until a model labels it; one with a label is annotated."""
-    shape = dataset.read_image(case).shape
+    shape = check_image(dataset, case).shape
     guess, target = np.zeros(shape, np.int16), np.full(shape, ignore_value(dataset), np.int16)
     look = Look(dataset, store, case, CaseRecord(status="failed", round=number, reason=ADDED), number)
     human = _read_human(look)

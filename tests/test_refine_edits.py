@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
+from test_bad_input import change_voxel, refused, truncate
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
 
-from nnunet_oneshot import nnunet
+from nnunet_oneshot import cli, nnunet
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import rounds as rounds_module
 from nnunet_oneshot.errors import OneShotError
@@ -312,3 +316,28 @@ def test_drawn_slices_that_are_gone_are_said_before_anything_is_trained(
     with pytest.raises(OneShotError, match="case_0: expected its label in Dataset501_toy/labelsTr, which a person"):
         run(rounds=1)
     assert not fake.trained
+
+
+REFINE = ("-d", 601, "-c", "2d", "-device", "cpu", "-np", 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda path: change_voxel(path, np.nan), "NaN"),
+        (truncate, "expected a whole file"),
+        (lambda path: write_image(path.with_name("case_5_0001.nii.gz"), image_array(5)), "expected 1 channels"),
+    ],
+    ids=["NaN", "cut short", "another number of channels"],
+)
+def test_a_new_image_that_cannot_be_used_is_bad_input(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], spoil: Callable[[Path], object], word: str
+) -> None:
+    run(rounds=0)
+    store, _ = open_store(601)
+    path = roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz"
+    write_image(path, image_array(5))
+    spoil(path)
+    refused(call(cli.refine, *REFINE, "-rounds", 0), path.name, word)
+    assert "case_5" not in store.read_manifest().cases
+    assert len(fake.trained) == 1
