@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 
 from nnunet_oneshot.dataset import READ_ERRORS, Case, RawDataset
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, other_shape
 from nnunet_oneshot.parallel import over_cases
 from sam2_propagation.interface import Image, LabelVolume
 
@@ -86,6 +86,13 @@ def check_image(dataset: RawDataset, case: Case) -> Image:
     return image
 
 
+def check_shapes(dataset: RawDataset, labels: Mapping[str, Path], processes: int) -> None:
+    """OneShotError where the image of a case, by its name, no longer has the shape of the label that was made of it."""
+    tasks = [(dataset, dataset.case(name), path) for name, path in labels.items()]
+    for _ in over_cases(_check_shape, tasks, processes=processes if len(tasks) > 20 else 1, title="check images"):
+        pass
+
+
 def checked_label(dataset: RawDataset, path: Path, case: Case, *, drawn: bool) -> LabelVolume:
     """Read a label; OneShotError where it is broken, not on its image's grid or holds values that are not declared.
 
@@ -100,6 +107,13 @@ def checked_label(dataset: RawDataset, path: Path, case: Case, *, drawn: bool) -
 
 def _check_image(pair: tuple[RawDataset, Case]) -> None:
     check_image(*pair)
+
+
+def _check_shape(task: tuple[RawDataset, Case, Path]) -> None:
+    dataset, case, path = task
+    image, label = dataset.image_geometry(case)[0], dataset.label_geometry(path)[0]
+    if image != label:
+        raise other_shape(case.name, image, label)
 
 
 def _check_geometry(dataset: RawDataset, label: Path, case: Case) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_oneshot import nnunet
+from nnunet_oneshot.checks import check_shapes
 from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
@@ -415,6 +416,8 @@ class _Work:
                 self._go_to(number - 1)
             manifest = self.store.read_manifest()
             cases = cases_to_predict(self.raw, manifest)
+            # Before they are predicted: predictions that are there are kept, also when the image is put back.
+            check_shapes(self.raw, {case.name: self.store.fused_path(case.name) for case in cases}, self.processes)
             folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
             self.models.predict(cases, folds, predictions, probabilities=margins)
             trust = Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
@@ -524,6 +527,8 @@ class _Work:
         if not (self.record.is_done("preprocess") and there):
             if not nnunet.is_preprocessed(self.name, plan.plans, plan.configuration):
                 labels = raw_label_hashes(self.name)
+                cases = self.store.read_manifest().cases
+                check_shapes(self.raw, {name: self.store.label_path(name) for name in cases}, self.processes)
                 if self.plans_given:
                     nnunet.preprocess(self.name, plan.plans, *arguments, overwrite=True)
                 else:

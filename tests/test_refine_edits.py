@@ -341,3 +341,18 @@ def test_a_new_image_that_cannot_be_used_is_bad_input(
     refused(call(cli.refine, *REFINE, "-rounds", 0), path.name, word)
     assert "case_5" not in store.read_manifest().cases
     assert len(fake.trained) == 1
+
+
+@pytest.mark.parametrize("rounds", [None, 1], ids=["before the first training", "after a round"])
+def test_a_replaced_image_of_another_shape_is_said_before_anything_is_made_of_it(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], rounds: int | None
+) -> None:
+    if rounds is not None:
+        run(rounds=rounds)
+    path = roots.raw / "Dataset501_toy" / "imagesTr" / "case_3_0000.nii.gz"
+    kept, trained, predicted = path.read_bytes(), len(fake.trained), dict(fake.predicted)
+    write_image(path, image_array(3, shape=(4, 9, 8)))
+    refused(call(cli.refine, *REFINE, "-rounds", 2, "--all_rounds"), "case_3", "(4, 9, 8)", "(5, 9, 8)", "put back")
+    assert (len(fake.trained), fake.predicted) == (trained, predicted)
+    path.write_bytes(kept)
+    assert run(rounds=2).round == 2
