@@ -43,7 +43,7 @@ from nnunet_oneshot.rounds import (
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of, why_none
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store, read_manifest
-from nnunet_oneshot.training_data import splits, write_training_files
+from nnunet_oneshot.training_data import check_labels, splits, write_training_files
 
 __all__ = [
     "FOLDS",
@@ -250,11 +250,12 @@ def open_store(dataset: int | str, grown: bool = False) -> tuple[Store, RawDatas
         grown: accept images that were added since.
 
     Raises:
-        OneShotError: no such dataset, no manifest, or cases that the source dataset no longer has.
+        OneShotError: no such dataset, no manifest, or cases or label values that the source dataset no longer has.
     """
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
     raw = open_dataset(manifest.source_dataset)
+    check_labels(raw, folder)
     names = {c.name for c in raw.cases}
     if names != set(manifest.cases) and not (grown and names > set(manifest.cases)):
         raise OneShotError(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import Answer
 from fake_propagator import FakePropagator
-from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
+from raw_datasets import Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
 from test_bad_input import change_voxel, refused, truncate
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
 
@@ -26,6 +26,7 @@ from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import raw_label_hashes
 from nnunet_oneshot.relabel import Change
 from nnunet_oneshot.review.decisions import Action, decide
+from nnunet_oneshot.review.session import open_desk
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import Store
 
@@ -356,3 +357,29 @@ def test_a_replaced_image_of_another_shape_is_said_before_anything_is_made_of_it
     assert (len(fake.trained), fake.predicted) == (trained, predicted)
     path.write_bytes(kept)
     assert run(rounds=2).round == 2
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{"background": 0, "organ": 1, "spot": 2, "other": 3}, {"background": 0, "organ": 2, "spot": 1}],
+    ids=["one more", "other values"],
+)
+def test_other_classes_than_the_labels_were_made_of_are_refused(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], labels: dict[str, int]
+) -> None:
+    """Divergence of labels that are there would be read as a new class."""
+    run(rounds=1)
+    folder, trained = roots.raw / "Dataset501_toy", len(fake.trained)
+    edit_json(folder, labels=labels)
+    before = store_files(Store(roots.raw / "Dataset601_toy_oneshot", ".nii.gz"))
+    refused(call(cli.refine, *REFINE, "-rounds", 2), "Dataset501_toy", f"found {labels}", "--overwrite")
+    with pytest.raises(OneShotError, match="restore them in its dataset"):
+        open_desk(601)
+    assert len(fake.trained) == trained
+    assert store_files(Store(roots.raw / "Dataset601_toy_oneshot", ".nii.gz")) == before
+
+
+def test_a_class_may_get_another_name(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=0)
+    edit_json(roots.raw / "Dataset501_toy", labels={"background": 0, "liver": 1, "spot": 2, "ignore": IGNORE})
+    assert run(rounds=1).round == 1
