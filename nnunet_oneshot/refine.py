@@ -25,7 +25,16 @@ from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import check_no_edit_amid_switch, is_added, take_up
 from nnunet_oneshot.refine_models import Models
-from nnunet_oneshot.refine_record import Plan, Record, Splits, begun_plan, label_hashes, make_plan
+from nnunet_oneshot.refine_record import (
+    Plan,
+    Record,
+    Splits,
+    begun_plan,
+    changed_labels,
+    label_hashes,
+    make_plan,
+    voxel_hashes,
+)
 from nnunet_oneshot.refresh import note_preprocessed, raw_label_hashes, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
 from nnunet_oneshot.round_quality import compare_round, is_astray
@@ -319,9 +328,7 @@ class _Work:
         said = [str(change) for change in taken]
         self._label_added(number)
         bring_up_to_date(self.store)
-        before, now = self.record.labels(number), self._label_hashes()
-        if before is not None and before != now:
-            changed = sorted(name for name in now if before.get(name) != now[name])
+        if changed := self._changed_labels(number):
             why = f"labels of {len(changed)} cases changed since round {number} was trained on"
         elif not self.record.is_done(f"train-{number}") and self._folds_trained_on(number) != self._folds_now():
             why = f"cases were dealt over the folds anew amid training on round {number}"
@@ -358,9 +365,11 @@ class _Work:
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
         self._preprocess()
         # Before they are read: what a person edits meanwhile must not count as trained on.
-        labels = self._label_hashes()
+        cases = list(self.store.read_manifest().cases)
+        labels = label_hashes(self.store, cases)
+        voxels = voxel_hashes(self.raw, self.store, cases, self.processes)
         refresh(self.name, self.processes)
-        self.record.note_labels(number, labels, self._folds_now())
+        self.record.note_labels(number, labels, self._folds_now(), voxels)
         if self.record.is_done(f"further-{number}"):
             self.models.set_aside_first(number)
         self.models.train(self._start(number))
@@ -375,8 +384,7 @@ class _Work:
         if self.record.is_done(f"further-{number}"):
             return
         self._go_to(number)
-        changed = self.record.labels(number) not in (None, self._label_hashes())
-        if changed or self._folds_trained_on(number) != self._folds_now():
+        if self._changed_labels(number) or self._folds_trained_on(number) != self._folds_now():
             # Its models know other labels, or cases that are no longer theirs: `end` sees to the former.
             return
         self.record.begin_further(number)
@@ -403,7 +411,7 @@ class _Work:
         """Leave the labels of round `number` in force, and the models that were trained on them in place."""
         self.train(number)
         self._go_to(number)
-        if self.record.labels(number) not in (None, self._label_hashes()):
+        if self._changed_labels(number):
             # What a person decided while another round was in force holds in this one too.
             self._forget(number)
             self.train(number)
@@ -489,8 +497,8 @@ class _Work:
         self.models.bring_back(number)
         self.record.note_in_place(number)
 
-    def _label_hashes(self) -> dict[str, str]:
-        return label_hashes(self.store, self.store.read_manifest().cases)
+    def _changed_labels(self, number: int) -> list[str]:
+        return changed_labels(self.raw, self.store, number, self.processes)
 
     def _folds_now(self) -> Splits | None:
         """How folds split the cases by the manifest; None where one model trains on all."""

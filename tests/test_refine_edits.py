@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
@@ -383,3 +384,32 @@ def test_a_class_may_get_another_name(fake: FakeNnunet, roots: Roots) -> None:
     run(rounds=0)
     edit_json(roots.raw / "Dataset501_toy", labels={"background": 0, "liver": 1, "spot": 2, "ignore": IGNORE})
     assert run(rounds=1).round == 1
+
+
+def save_again(path: Path) -> None:
+    """As another program does: the same voxels in other bytes."""
+    before, image = path.read_bytes(), sitk.ReadImage(str(path))
+    sitk.WriteImage(sitk.Cast(image, sitk.sitkInt32), str(path))
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("case", ["case_0", "case_1", "case_2"], ids=["annotated", "pseudo", "rejected"])
+def test_a_label_saved_again_unchanged_is_not_trained_on_again(fake: FakeNnunet, case: str) -> None:
+    store, raw = open_store(601)
+    decide(raw, store, "case_2", "reject")
+    run(rounds=1)
+    save_again(store.label_path(case))
+    assert run(rounds=1).taken_up == []
+    assert len(fake.trained) == 2
+    write_image(store.label_path("case_3"), np.roll(label_array(3), 2, axis=1))
+    assert "labels of 1 cases changed" in run(rounds=1).taken_up[1], "an edit still is one"
+    assert len(fake.trained) == 3
+
+
+def test_a_label_saved_again_unchanged_amid_a_training_does_not_begin_it_again(fake: FakeNnunet) -> None:
+    store, _ = open_store(601)
+    fake.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=0)
+    save_again(store.label_path("case_1"))
+    assert run(rounds=0).taken_up == []
