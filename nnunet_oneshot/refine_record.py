@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +10,7 @@ from typing import Any
 
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.file_hash import hash_of
+from nnunet_oneshot.file_hash import hash_of, hash_of_voxels
 from nnunet_oneshot.nnunet import Fold
 from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.settings import PRESETS
@@ -252,8 +251,7 @@ def changed_labels(dataset: RawDataset, store: Store, number: int, processes: in
 
 def _voxel_hash(task: tuple[RawDataset, Store, str]) -> tuple[str, str]:
     dataset, store, name = task
-    label = dataset.read_label(store.label_path(name))
-    return name, hashlib.sha256(str(label.shape).encode() + label.tobytes()).hexdigest()[:_HASH]
+    return name, hash_of_voxels(dataset.read_label(store.label_path(name)))[:_HASH]
 
 
 def _path(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from raw_datasets import Roots, edit_json, image_array, label_array, make_sparse
 from test_bad_input import change_voxel, refused, truncate
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
 
-from nnunet_oneshot import cli, nnunet
+from nnunet_oneshot import cli, nnunet, refine_changes
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import rounds as rounds_module
 from nnunet_oneshot.errors import OneShotError
@@ -413,3 +413,35 @@ def test_a_label_saved_again_unchanged_amid_a_training_does_not_begin_it_again(f
         run(rounds=0)
     save_again(store.label_path("case_1"))
     assert run(rounds=0).taken_up == []
+
+
+@pytest.mark.parametrize("stop", range(5))
+@pytest.mark.parametrize("where", ["labelsTr", "pseudoTr/fused"])
+def test_a_second_edit_after_a_kill_amid_taking_up_the_first_is_kept(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, where: str, stop: int
+) -> None:
+    """Killed before each of the four labels of the first edit is published, and before the manifest is written."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    path, calls, copy = store.folder / where / "case_3.nii.gz", list[object](), refine_changes.copy_label
+
+    def killed(*arguments: Any) -> None:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        copy(*arguments)
+
+    write_image(path, np.roll(label_array(0), 2, axis=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_changes, "copy_label", killed)
+        if stop == 4:
+            patched.setattr(Store, "write_manifest", lambda *_: killed())
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    second = np.roll(label_array(0), 3, axis=1)
+    write_image(path, second)
+    assert run(rounds=1).taken_up[:1] == ["case_3: corrected by hand"]
+    for label in (path, store.label_path("case_3"), store.fused_path("case_3"), store.round_path(1, "case_3")):
+        np.testing.assert_array_equal(read(label), second)
+    assert store.read_manifest().cases["case_3"].status == "corrected"
+    settles(fake, rounds=1)
