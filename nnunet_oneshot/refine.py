@@ -51,7 +51,7 @@ from nnunet_oneshot.rounds import (
 )
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of, why_none
 from nnunet_oneshot.settings import PRESETS
-from nnunet_oneshot.store import Store, read_manifest
+from nnunet_oneshot.store import DRAWN, Store, read_manifest
 from nnunet_oneshot.training_data import check_labels, splits, write_training_files
 
 __all__ = [
@@ -155,7 +155,7 @@ def refine(
         rounds: how often labels are refreshed at most; 0 trains on the labels as they are.
         preset: default, small or tiny.
         num_folds: 1 trains one model on all cases; 2 to 5 deal the cases over as many models, and a case's new label
-            comes from the one that did not train on its old label.
+            comes from the one that did not train on its old label; partly drawn cases train in all of them.
         warm_start: start each round's training from the weights of the round before, by nnU-Net's
             `-pretrained_weights`: its last layers are new. Yes when None, but where it began otherwise.
         stop_dice: mean Dice between two rounds' labels from which on they have settled.
@@ -170,7 +170,7 @@ def refine(
 
     Raises:
         OneShotError: no manifest, unknown plans, earlier results in the way, a refinement of other settings begun, a
-            label changed to something that does not fit.
+            label changed to something that does not fit, folds that would all train on the same.
     """
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
     check_arguments(
@@ -199,6 +199,9 @@ def refine(
         store.remove_leftovers()
         work = _Work(store, raw, plan, device, num_processes, limits, plans is not None)
         work.said += [*work.begin(), *work.take_up()]
+        if (warning := work.folds_that_see_all()) is not None:
+            # At once: the summary comes after hours of training.
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         return work.result(work.rounds())
 
 
@@ -336,6 +339,29 @@ class _Work:
             return said
         self._forget(number)
         return [*said, f"{why}: training it again"]
+
+    def folds_that_see_all(self) -> str | None:
+        """In words, which new labels are not out of fold, as was asked for; None where all are, or nobody asked.
+
+        Raises:
+            OneShotError: none would be: every fold would train on all cases.
+        """
+        cases, folds = self.store.read_manifest().cases, self.plan.num_folds
+        partly = [name for name, record in cases.items() if record.status == "sparse"]
+        if folds == 1 or not partly:
+            return None
+        # What trained already goes on: people may have drawn on the last un-annotated case since.
+        if all(record.status in DRAWN for record in cases.values()) and not self.record.is_trained():
+            raise OneShotError(
+                f"expected -num_folds {folds} to hold un-annotated cases out of training, found slices drawn in every "
+                "case, and cases that a person drew on train in every fold, so that all models would see the same; "
+                "leave -num_folds out"
+            )
+        named = f"{', '.join(partly[:3])}{', ...' if len(partly) > 3 else ''}"
+        return (
+            f"{len(partly)} partly drawn cases ({named}) train in every fold, for what was drawn there: their new "
+            f"labels come from all {folds} models and are not out of fold"
+        )
 
     def rounds(self) -> str:
         """Train and relabel until it is enough; returns why it was."""
