@@ -119,8 +119,8 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="1: one model on all cases; 2 to 5: as many, each case relabelled by the one that did not train on it "
-        "(default: %(default)s)",
+        help="1: one model on all cases; 2 to 5: as many, each case relabelled by the one that did not train on it, "
+        "but for partly drawn cases, on which all train (default: %(default)s)",
     )
     parser.add_argument(
         "--from_scratch",

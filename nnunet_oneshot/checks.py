@@ -9,9 +9,9 @@ import nibabel
 import numpy as np
 
 from nnunet_oneshot.dataset import READ_ERRORS, Case, RawDataset
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, other_shape
 from nnunet_oneshot.parallel import over_cases
-from sam2_propagation.interface import LabelVolume
+from sam2_propagation.interface import Image, LabelVolume
 
 
 def check_for_propagation(dataset: RawDataset) -> list[str]:
@@ -72,8 +72,8 @@ def check_images(dataset: RawDataset, processes: int) -> None:
         pass
 
 
-def check_image(dataset: RawDataset, case: Case) -> None:
-    """Read a case's image whole; OneShotError where it cannot be used."""
+def check_image(dataset: RawDataset, case: Case) -> Image:
+    """Read a case's image whole, float32 (C, Z, Y, X); OneShotError where it cannot be used."""
     image = dataset.read_image(case)
     expected = len(dataset.json["channel_names"])
     if image.data.shape[0] != expected:
@@ -83,6 +83,14 @@ def check_image(dataset: RawDataset, case: Case) -> None:
         )
     for path in case.images:
         _check_stored(path)
+    return image
+
+
+def check_shapes(dataset: RawDataset, labels: Mapping[str, Path], processes: int) -> None:
+    """OneShotError where the image of a case, by its name, no longer has the shape of the label that was made of it."""
+    tasks = [(dataset, dataset.case(name), path) for name, path in labels.items()]
+    for _ in over_cases(_check_shape, tasks, processes=processes if len(tasks) > 20 else 1, title="check images"):
+        pass
 
 
 def checked_label(dataset: RawDataset, path: Path, case: Case, *, drawn: bool) -> LabelVolume:
@@ -99,6 +107,13 @@ def checked_label(dataset: RawDataset, path: Path, case: Case, *, drawn: bool) -
 
 def _check_image(pair: tuple[RawDataset, Case]) -> None:
     check_image(*pair)
+
+
+def _check_shape(task: tuple[RawDataset, Case, Path]) -> None:
+    dataset, case, path = task
+    image, label = dataset.image_geometry(case)[0], dataset.label_geometry(path)[0]
+    if image != label:
+        raise other_shape(case.name, image, label)
 
 
 def _check_geometry(dataset: RawDataset, label: Path, case: Case) -> None:

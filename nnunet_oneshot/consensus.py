@@ -20,7 +20,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import create_output
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.quality import Opinions, by_source, estimate
-from nnunet_oneshot.quality_opinions import view_scores
+from nnunet_oneshot.quality_opinions import independent, view_scores
 from nnunet_oneshot.store import CaseRecord, Manifest, Source, Status, Store, ViewRecord, WorkerRecord
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.consensus import enough_views, fuse
@@ -131,8 +131,9 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
     record = CaseRecord(status=_status(human, labels), views=views, divergence=round(float(1 - agreed.mean()), 6))
     record.reason = "; ".join(reasons) or None
     if labels:
-        known = Opinions(by_source(views, labels), scores=view_scores(task.store, views, case.name))
-        record.quality = estimate(guess, known)
+        by_name, telling = dict(zip(views, labels, strict=True)), independent(views)
+        said = by_source(telling, [by_name[view] for view in telling])
+        record.quality = estimate(guess, Opinions(said, scores=view_scores(task.store, views, case.name)))
     return case.name, record
 
 

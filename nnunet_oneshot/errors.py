@@ -29,3 +29,11 @@ def cut_short(path: Path, error: Exception | None = None) -> OneShotError:
         f"{path}: expected the file to be written whole, found it cut short{said}, as a full disk does; free some "
         "space and run the same command again: what is whole is kept"
     )
+
+
+def other_shape(case: str, image: tuple[int, ...], label: tuple[int, ...]) -> OneShotError:
+    """What is said where an image and its label have other shapes, (Z, Y, X), as after the image was replaced."""
+    return OneShotError(
+        f"case {case}: expected a label of its image's shape {image}, found {label}; put back the image or the label "
+        "that fits the other, or make the labels again (propagate --overwrite)"
+    )

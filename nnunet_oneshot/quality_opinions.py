@@ -8,14 +8,25 @@ from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.quality import Opinions, by_source
 from nnunet_oneshot.store import LEFT_OUT, CaseRecord, Store
 from sam2_propagation.interface import LabelVolume
+from sam2_propagation.physical_space import PhysicalSpacePropagator
 
 
 def opinions(dataset: RawDataset, store: Store, name: str, record: CaseRecord, before: LabelVolume | None) -> Opinions:
     """A case's views on disk, their scores, and the label `before` that its change is told from."""
-    there = {f"{source}/{view}": store.view_path(source, view, name) for source, view in _named(record.views)}
+    there = {f"{s}/{v}": store.view_path(s, v, name) for s, v in _named(independent(record.views))}
     views = {view: path for view, path in there.items() if path.is_file()}
     labels = [dataset.read_label(path) for path in views.values()]
     return Opinions(by_source(list(views), labels), before, view_scores(store, record.views, name))
+
+
+def independent(views: Sequence[str]) -> list[str]:
+    """The views `source/view` whose agreement says anything of a label.
+
+    Those by place in space are one label that is continued in two ways beyond the annotated image: where that image
+    reaches they agree even if the patient moved.
+    """
+    by_place = PhysicalSpacePropagator.name
+    return [view for view in views if not view.startswith(f"{by_place}/")]
 
 
 def round_compared(record: CaseRecord, number: int) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_oneshot import nnunet
+from nnunet_oneshot.checks import check_shapes
 from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
@@ -24,7 +25,16 @@ from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import check_no_edit_amid_switch, is_added, take_up
 from nnunet_oneshot.refine_models import Models
-from nnunet_oneshot.refine_record import Plan, Record, Splits, begun_plan, label_hashes, make_plan
+from nnunet_oneshot.refine_record import (
+    Plan,
+    Record,
+    Splits,
+    begun_plan,
+    changed_labels,
+    label_hashes,
+    make_plan,
+    voxel_hashes,
+)
 from nnunet_oneshot.refresh import note_preprocessed, raw_label_hashes, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
 from nnunet_oneshot.round_quality import compare_round, is_astray
@@ -41,8 +51,8 @@ from nnunet_oneshot.rounds import (
 )
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of, why_none
 from nnunet_oneshot.settings import PRESETS
-from nnunet_oneshot.store import Store, read_manifest
-from nnunet_oneshot.training_data import splits, write_training_files
+from nnunet_oneshot.store import DRAWN, Store, read_manifest
+from nnunet_oneshot.training_data import check_labels, splits, write_training_files
 
 __all__ = [
     "FOLDS",
@@ -145,7 +155,7 @@ def refine(
         rounds: how often labels are refreshed at most; 0 trains on the labels as they are.
         preset: default, small or tiny.
         num_folds: 1 trains one model on all cases; 2 to 5 deal the cases over as many models, and a case's new label
-            comes from the one that did not train on its old label.
+            comes from the one that did not train on its old label; partly drawn cases train in all of them.
         warm_start: start each round's training from the weights of the round before, by nnU-Net's
             `-pretrained_weights`: its last layers are new. Yes when None, but where it began otherwise.
         stop_dice: mean Dice between two rounds' labels from which on they have settled.
@@ -160,7 +170,7 @@ def refine(
 
     Raises:
         OneShotError: no manifest, unknown plans, earlier results in the way, a refinement of other settings begun, a
-            label changed to something that does not fit.
+            label changed to something that does not fit, folds that would all train on the same.
     """
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
     check_arguments(
@@ -189,6 +199,9 @@ def refine(
         store.remove_leftovers()
         work = _Work(store, raw, plan, device, num_processes, limits, plans is not None)
         work.said += [*work.begin(), *work.take_up()]
+        if (warning := work.folds_that_see_all()) is not None:
+            # At once: the summary comes after hours of training.
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         return work.result(work.rounds())
 
 
@@ -249,11 +262,12 @@ def open_store(dataset: int | str, grown: bool = False) -> tuple[Store, RawDatas
         grown: accept images that were added since.
 
     Raises:
-        OneShotError: no such dataset, no manifest, or cases that the source dataset no longer has.
+        OneShotError: no such dataset, no manifest, or cases or label values that the source dataset no longer has.
     """
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
     raw = open_dataset(manifest.source_dataset)
+    check_labels(raw, folder)
     names = {c.name for c in raw.cases}
     if names != set(manifest.cases) and not (grown and names > set(manifest.cases)):
         raise OneShotError(
@@ -317,9 +331,7 @@ class _Work:
         said = [str(change) for change in taken]
         self._label_added(number)
         bring_up_to_date(self.store)
-        before, now = self.record.labels(number), self._label_hashes()
-        if before is not None and before != now:
-            changed = sorted(name for name in now if before.get(name) != now[name])
+        if changed := self._changed_labels(number):
             why = f"labels of {len(changed)} cases changed since round {number} was trained on"
         elif not self.record.is_done(f"train-{number}") and self._folds_trained_on(number) != self._folds_now():
             why = f"cases were dealt over the folds anew amid training on round {number}"
@@ -327,6 +339,29 @@ class _Work:
             return said
         self._forget(number)
         return [*said, f"{why}: training it again"]
+
+    def folds_that_see_all(self) -> str | None:
+        """In words, which new labels are not out of fold, as was asked for; None where all are, or nobody asked.
+
+        Raises:
+            OneShotError: none would be: every fold would train on all cases.
+        """
+        cases, folds = self.store.read_manifest().cases, self.plan.num_folds
+        partly = [name for name, record in cases.items() if record.status == "sparse"]
+        if folds == 1 or not partly:
+            return None
+        # What trained already goes on: people may have drawn on the last un-annotated case since.
+        if all(record.status in DRAWN for record in cases.values()) and not self.record.is_trained():
+            raise OneShotError(
+                f"expected -num_folds {folds} to hold un-annotated cases out of training, found slices drawn in every "
+                "case, and cases that a person drew on train in every fold, so that all models would see the same; "
+                "leave -num_folds out"
+            )
+        named = f"{', '.join(partly[:3])}{', ...' if len(partly) > 3 else ''}"
+        return (
+            f"{len(partly)} partly drawn cases ({named}) train in every fold, for what was drawn there: their new "
+            f"labels come from all {folds} models and are not out of fold"
+        )
 
     def rounds(self) -> str:
         """Train and relabel until it is enough; returns why it was."""
@@ -356,9 +391,11 @@ class _Work:
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
         self._preprocess()
         # Before they are read: what a person edits meanwhile must not count as trained on.
-        labels = self._label_hashes()
+        cases = list(self.store.read_manifest().cases)
+        labels = label_hashes(self.store, cases)
+        voxels = voxel_hashes(self.raw, self.store, cases, self.processes)
         refresh(self.name, self.processes)
-        self.record.note_labels(number, labels, self._folds_now())
+        self.record.note_labels(number, labels, self._folds_now(), voxels)
         if self.record.is_done(f"further-{number}"):
             self.models.set_aside_first(number)
         self.models.train(self._start(number))
@@ -373,8 +410,7 @@ class _Work:
         if self.record.is_done(f"further-{number}"):
             return
         self._go_to(number)
-        changed = self.record.labels(number) not in (None, self._label_hashes())
-        if changed or self._folds_trained_on(number) != self._folds_now():
+        if self._changed_labels(number) or self._folds_trained_on(number) != self._folds_now():
             # Its models know other labels, or cases that are no longer theirs: `end` sees to the former.
             return
         self.record.begin_further(number)
@@ -401,7 +437,7 @@ class _Work:
         """Leave the labels of round `number` in force, and the models that were trained on them in place."""
         self.train(number)
         self._go_to(number)
-        if self.record.labels(number) not in (None, self._label_hashes()):
+        if self._changed_labels(number):
             # What a person decided while another round was in force holds in this one too.
             self._forget(number)
             self.train(number)
@@ -415,6 +451,8 @@ class _Work:
                 self._go_to(number - 1)
             manifest = self.store.read_manifest()
             cases = cases_to_predict(self.raw, manifest)
+            # Before they are predicted: predictions that are there are kept, also when the image is put back.
+            check_shapes(self.raw, {case.name: self.store.fused_path(case.name) for case in cases}, self.processes)
             folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
             self.models.predict(cases, folds, predictions, probabilities=margins)
             trust = Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
@@ -485,8 +523,8 @@ class _Work:
         self.models.bring_back(number)
         self.record.note_in_place(number)
 
-    def _label_hashes(self) -> dict[str, str]:
-        return label_hashes(self.store, self.store.read_manifest().cases)
+    def _changed_labels(self, number: int) -> list[str]:
+        return changed_labels(self.raw, self.store, number, self.processes)
 
     def _folds_now(self) -> Splits | None:
         """How folds split the cases by the manifest; None where one model trains on all."""
@@ -524,6 +562,8 @@ class _Work:
         if not (self.record.is_done("preprocess") and there):
             if not nnunet.is_preprocessed(self.name, plan.plans, plan.configuration):
                 labels = raw_label_hashes(self.name)
+                cases = self.store.read_manifest().cases
+                check_shapes(self.raw, {name: self.store.label_path(name) for name in cases}, self.processes)
                 if self.plans_given:
                     nnunet.preprocess(self.name, plan.plans, *arguments, overwrite=True)
                 else:

@@ -7,7 +7,7 @@ Looking changes nothing in force, but that a label of nothing is written again, 
 gone. New labels are staged below `.oneshot/taken` and, when every case was looked at, named
 in `.oneshot/taken.json`; from then on they are published and the manifest is written, again after a kill. Published at
 once, a correction would equal what the round wrote without the manifest knowing whose it is, and the next round would
-overwrite it.
+overwrite it. What a person edited once more since the labels were staged is not published over: it is the next change.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Literal
 
 import numpy as np
 
-from nnunet_oneshot.checks import checked_label
+from nnunet_oneshot.checks import check_image, checked_label
 from nnunet_oneshot.dataset import IGNORE, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.file_hash import hash_of_voxels
 from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.rounds import copy_label, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import DRAWN, HUMAN_WORD, LEFT_OUT, CaseRecord, Store
@@ -32,6 +33,7 @@ from sam2_propagation.interface import BoolVolume, LabelVolume
 
 ADDED = "the image was added after the labels were propagated"
 What = Literal["labelled", "corrected", "added"]
+Found = dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,17 @@ class Taken:
 
 @dataclass(frozen=True)
 class Change:
-    """One change that was found, its labels staged, and the case's record once it is taken up."""
+    """One change that was found, its labels staged.
+
+    Attributes:
+        record: the case's, once the change is taken up.
+        found: hashes of the labels in force when they were looked at, by kind; None for one that was not there.
+    """
 
     case: str
     what: What
     record: CaseRecord
+    found: Found
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,8 @@ def take_up(dataset: RawDataset, store: Store, processes: int) -> list[Taken]:
     """Take over what people changed into the labels in force; returns what that was.
 
     Raises:
-        OneShotError: a changed label is broken, not on its image's grid, or holds values that are not declared;
-            nothing is changed then.
+        OneShotError: a changed label is broken, not on its image's grid, or holds values that are not declared; or an
+            image that was added cannot be used. Nothing is changed then.
     """
     before = finish_taking(dataset, store)
     manifest = store.read_manifest()
@@ -102,9 +110,9 @@ def take_up(dataset: RawDataset, store: Store, processes: int) -> list[Taken]:
     found = [change for change in seen if change is not None]
     found += [_add(dataset, store, case, manifest.round) for case in dataset.cases if case.name not in manifest.cases]
     if found:
-        changes = {change.case: {"what": change.what, "record": change.record.model_dump()} for change in found}
+        changes = {c.case: {"what": c.what, "record": c.record.model_dump(), "found": c.found} for c in found}
         store.write_json(changes, _list_path(store))
-    return sorted([*before, *finish_taking(dataset, store)], key=lambda taken: taken.case)
+    return sorted({*before, *finish_taking(dataset, store)}, key=lambda taken: (taken.case, taken.what))
 
 
 def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
@@ -113,7 +121,7 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
     if path.is_file():
         manifest = store.read_manifest()
         for name, change in json.loads(path.read_text(encoding="utf-8")).items():
-            _publish(store, manifest.round, name)
+            _publish(dataset, store, manifest.round, name, change.get("found", {}))
             manifest.cases[name] = CaseRecord.model_validate(change["record"])
             taken.append(Taken(name, change["what"]))
         manifest.cases = dict(sorted(manifest.cases.items()))
@@ -188,9 +196,9 @@ def _drawn(look: Look, human: LabelVolume, target: LabelVolume, guess: LabelVolu
     status: Literal["annotated", "sparse"] = "annotated" if by_hand.all() else "sparse"
     if look.record.status in DRAWN and np.array_equal(target[by_hand], human[by_hand]):
         return None
-    _stage(look, np.where(by_hand, human, target), np.where(by_hand, human, guess))
+    found = _stage(look, np.where(by_hand, human, target), np.where(by_hand, human, guess))
     changes = {"status": status, "round": look.number, "quality": None, "reason": None}
-    return Change(look.case.name, "labelled", look.record.model_copy(update=changes))
+    return Change(look.case.name, "labelled", look.record.model_copy(update=changes), found)
 
 
 def _edited(look: Look, human: LabelVolume | None) -> LabelVolume | None:
@@ -269,24 +277,23 @@ def _correct(look: Look, label: LabelVolume) -> Change:
             f"case {look.case.name}: expected a corrected label, found the ignore label alone; correct it or restore it"
         )
     guess = look.dataset.read_label(look.store.round_path(look.written, look.case.name))
-    _stage(look, label, np.where(said, label, guess))
+    found = _stage(look, label, np.where(said, label, guess))
     changes = {"status": "corrected", "round": look.number, "quality": None, "reason": "corrected by hand"}
     if (review := look.record.review) is not None and review.get("decision") is not None:
         # A decision of before, for example to reject the case, no longer holds.
         changes["review"] = {**review, "decision": "corrected"}
-    return Change(look.case.name, "corrected", look.record.model_copy(update=changes))
+    return Change(look.case.name, "corrected", look.record.model_copy(update=changes), found)
 
 
 def _add(dataset: RawDataset, store: Store, case: Case, number: int) -> Change:
     """An image without a label is left out until a model labels it; one with a label is annotated."""
-    shape = dataset.read_image(case).shape
+    shape = check_image(dataset, case).shape
     guess, target = np.zeros(shape, np.int16), np.full(shape, ignore_value(dataset), np.int16)
     look = Look(dataset, store, case, CaseRecord(status="failed", round=number, reason=ADDED), number)
     human = _read_human(look)
     if human is not None and (change := _drawn(look, human, target, guess)) is not None:
         return change
-    _stage(look, target, guess)
-    return Change(case.name, "added", look.record)
+    return Change(case.name, "added", look.record, _stage(look, target, guess))
 
 
 def _list_path(store: Store) -> Path:
@@ -297,15 +304,29 @@ def _staged(store: Store, kind: str, name: str) -> Path:
     return store.state_folder / "taken" / kind / f"{name}{store.file_ending}"
 
 
-def _stage(look: Look, target: LabelVolume, guess: LabelVolume) -> None:
+def _stage(look: Look, target: LabelVolume, guess: LabelVolume) -> Found:
+    """Stage a case's new labels; hashes of those that are in force."""
     for kind, label in (("target", target), ("guess", guess)):
         path = _staged(look.store, kind, look.case.name)
         look.store.write_label(look.dataset, label.astype(np.int16), path, look.case)
+    return {kind: _hash(look.dataset, path) for kind, path in _in_force(look.store, look.case.name).items()}
 
 
-def _publish(store: Store, number: int, name: str) -> None:
-    """Copy a case's staged labels to where they are in force."""
-    for path in (store.round_path(number, name), store.fused_path(name)):
-        copy_label(store, _staged(store, "guess", name), path)
-    for path in (target_path(store, number, name), store.label_path(name)):
-        copy_label(store, _staged(store, "target", name), path)
+def _in_force(store: Store, name: str) -> dict[str, Path]:
+    return {"guess": store.fused_path(name), "target": store.label_path(name)}
+
+
+def _hash(dataset: RawDataset, path: Path) -> str | None:
+    return hash_of_voxels(dataset.read_label(path)) if path.is_file() else None
+
+
+def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: Found) -> None:
+    """Copy a case's staged labels to its round and to where they are in force, but over no edit made since."""
+    rounds = {"guess": store.round_path(number, name), "target": target_path(store, number, name)}
+    for kind, path in _in_force(store, name).items():
+        staged = _staged(store, kind, name)
+        copy_label(store, staged, rounds[kind])
+        now = _hash(dataset, path)
+        # What was found is not noted by older versions; of what was published before a kill, nothing is to be done.
+        if now is None or now in (found.get(kind, now), _hash(dataset, staged)):
+            copy_label(store, staged, path)

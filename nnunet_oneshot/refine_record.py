@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.file_hash import hash_of
+from nnunet_oneshot.file_hash import hash_of, hash_of_voxels
 from nnunet_oneshot.nnunet import Fold
+from nnunet_oneshot.parallel import over_cases
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store
 
@@ -169,14 +171,19 @@ class Record:
         content["in_place"] = number
         self._store.write_json(content, self.path)
 
-    def note_labels(self, number: int, labels: Mapping[str, str], splits: Splits | None) -> None:
+    def note_labels(
+        self, number: int, labels: Mapping[str, str], splits: Splits | None, voxels: Mapping[str, str] = {}
+    ) -> None:
         """The labels that the training of a round begins with, as hashes by case, and how folds split the cases.
+
+        `labels` are hashes of the files, `voxels` of what they hold: files that differ may hold the same.
 
         A decision can move cases between folds and leave every label as it is: what the models there are trained on
         is then no longer what splits_final.json says. `splits` is None where one model trains on all cases.
         """
         content = self._content()
         content.setdefault("labels", {})[str(number)] = dict(labels)
+        content.setdefault("voxels", {})[str(number)] = dict(voxels)
         if splits is not None:
             content.setdefault("splits", {})[str(number)] = splits
         self._store.write_json(content, self.path)
@@ -184,6 +191,10 @@ class Record:
     def labels(self, number: int) -> dict[str, str] | None:
         """The labels that the training of a round began with, None where it has not begun."""
         return self._content().get("labels", {}).get(str(number))
+
+    def voxels(self, number: int) -> dict[str, str]:
+        """Hashes of what those labels hold, by case; older records do not tell."""
+        return self._content().get("voxels", {}).get(str(number), {})
 
     def splits(self, number: int) -> Splits | None:
         """How folds split the cases when the training of a round began; None where that is not noted."""
@@ -206,7 +217,7 @@ class Record:
             for step, value in content["done"].items()
             if "-" not in step or int(step.split("-")[1]) < first[step.split("-")[0]]
         }
-        for key in ("labels", "splits"):
+        for key in ("labels", "voxels", "splits"):
             content[key] = {n: noted for n, noted in content.get(key, {}).items() if int(n) < number}
         self._store.write_json(content, self.path)
 
@@ -214,9 +225,33 @@ class Record:
         return json.loads(self.path.read_text(encoding="utf-8"))
 
 
-def label_hashes(store: Store, cases: Mapping[str, object]) -> dict[str, str]:
-    """Hash of each case's label that is trained on."""
+def label_hashes(store: Store, cases: Iterable[str]) -> dict[str, str]:
+    """Hash of each case's label file that is trained on."""
     return {name: hash_of(store.label_path(name))[:_HASH] for name in cases}
+
+
+def voxel_hashes(dataset: RawDataset, store: Store, cases: Sequence[str], processes: int) -> dict[str, str]:
+    """Hash of the voxels of each case's label that is trained on, which programs that save it again leave as it is."""
+    tasks = [(dataset, store, name) for name in cases]
+    return dict(over_cases(_voxel_hash, tasks, processes=processes if len(tasks) > 20 else 1, title="note labels"))
+
+
+def changed_labels(dataset: RawDataset, store: Store, number: int, processes: int) -> list[str]:
+    """Cases whose label is another one than the training on a round began with; none where it has not begun."""
+    record = Record(store)
+    before, voxels = record.labels(number), record.voxels(number)
+    if before is None:
+        return []
+    now = label_hashes(store, store.read_manifest().cases)
+    # Only files that differ are read.
+    other = sorted(name for name in now if before.get(name) != now[name])
+    held = voxel_hashes(dataset, store, [name for name in other if name in voxels], processes) if voxels else {}
+    return [name for name in other if name not in held or held[name] != voxels[name]]
+
+
+def _voxel_hash(task: tuple[RawDataset, Store, str]) -> tuple[str, str]:
+    dataset, store, name = task
+    return name, hash_of_voxels(dataset.read_label(store.label_path(name)))[:_HASH]
 
 
 def _path(folder: Path) -> Path:

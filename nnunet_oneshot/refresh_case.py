@@ -29,7 +29,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_oneshot.errors import OneShotError, cut_short
+from nnunet_oneshot.errors import cut_short, other_shape
 
 OUTSIDE = -1
 """nnU-Net's label of background where the image is zero."""
@@ -167,9 +167,7 @@ def rewrite_label(
     """
     properties = load_pickle(str(target.files(case)[2]))
     if label.shape[1:] != mask.shape:
-        raise OneShotError(
-            f"case {case}: expected a label of its image's shape {mask.shape}, found {label.shape[1:]}; correct it"
-        )
+        raise other_shape(case, mask.shape, label.shape[1:])
     forward = target.tools.plans.transpose_forward
     if [list(pair) for pair in properties["bbox_used_for_cropping"]] != [list(mask.box[i]) for i in forward]:
         return False
@@ -199,9 +197,18 @@ def segmentation_part(
 
 
 def make_whole(target: Target, case: str, images: Sequence[Path], label: Path, dataset_json: dict[str, Any]) -> None:
-    """Preprocess one case, image and label, by nnU-Net's own preprocessor."""
+    """Preprocess one case, image and label, by nnU-Net's own preprocessor.
+
+    Raises:
+        OneShotError: the label has another shape than the image.
+    """
+    tools = target.tools
+    reader = tools.plans.image_reader_writer_class()
+    # nnU-Net asserts it, without naming the case.
+    shapes = [reader.read_images([str(i) for i in images])[0].shape[1:], reader.read_seg(str(label))[0].shape[1:]]
+    if shapes[0] != shapes[1]:
+        raise other_shape(case, *shapes)
     with replacing(target.folder.parent) as folder:
-        tools = target.tools
         tools.preprocessor.run_case_save(
             str(folder / case), [str(i) for i in images], str(label), tools.plans, tools.configuration, dataset_json
         )

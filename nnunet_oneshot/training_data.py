@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,33 @@ FOLDS = 5
 def ignore_value(dataset: RawDataset) -> int:
     """The ignore label's value in BBB: the dataset's own, else one above the highest label."""
     return dataset.ignore if dataset.ignore is not None else len(dataset.label_values)
+
+
+def check_labels(dataset: RawDataset, folder: Path) -> None:
+    """OneShotError where a value means something else in the source dataset than in BBB's labels; names may change.
+
+    A class more moves the ignore label, and divergence of labels that are there would read as that class.
+
+    Args:
+        dataset: the source dataset.
+        folder: BBB's.
+    """
+    path = folder / "dataset.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["labels"]
+    now = {**dataset.json["labels"], IGNORE: ignore_value(dataset)}
+    moved = any(before[name] != now[name] for name in before.keys() & now.keys())
+    if moved or sorted(map(str, before.values())) != sorted(map(str, now.values())):
+        raise OneShotError(
+            f"{folder.name}: expected {dataset.name} to have the labels that it had when the labels were made, "
+            f"{_without_ignore(before)}, found {_without_ignore(now)}; restore them in its dataset.json, or make the "
+            "labels again (propagate --overwrite, or -o another dataset)"
+        )
+
+
+def _without_ignore(labels: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in labels.items() if name != IGNORE}
 
 
 def write_training_files(dataset: RawDataset, store: Store, manifest: Manifest) -> None:

@@ -210,13 +210,39 @@ def test_out_of_fold_labels_come_from_models_that_did_not_see_them(fake: FakeNnu
 
 
 def test_a_sparse_case_that_every_fold_trains_on_is_predicted_by_all(
-    roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.MonkeyPatch
+    roots: Roots,
+    fakes: dict[str, FakePropagator],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    make_sparse(write_raw(roots.raw, cases=CASES))
+    make_sparse(folder := write_raw(roots.raw, cases=CASES))
     propagate(501, 601, propagators=("sam2",), views=("still",), num_processes=1)
     fake = replace_nnunet(roots, monkeypatch)
     run(rounds=1, num_folds=2)
     assert fake.predicted[(1, 0, 1)] == ["case_0"]
+    assert "warning: 1 partly drawn cases (case_0) train in every fold" in capsys.readouterr().err
+    for case in CASES[1:]:
+        write_image(folder / "labelsTr" / f"{case}.nii.gz", label_array(int(case[-1])))
+        make_sparse(folder, case)
+    run(rounds=1, num_folds=2)
+    assert "warning: 5 partly drawn cases" in capsys.readouterr().err, "what was begun so goes on"
+
+
+def test_folds_that_would_all_train_on_the_same_are_refused(
+    roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.MonkeyPatch, call: Callable[..., Answer]
+) -> None:
+    folder = write_raw(roots.raw, cases=CASES, annotated=CASES)
+    for case in CASES:
+        make_sparse(folder, case)
+    propagate(501, 601, propagators=("sam2",), views=("still",), num_processes=1)
+    fake = replace_nnunet(roots, monkeypatch)
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1, "-num_folds", 2)
+    assert answer.code == 2
+    assert "expected -num_folds 2 to hold un-annotated cases out" in answer.error
+    assert "leave -num_folds out" in answer.error
+    assert not fake.trained
+    run(rounds=1)
+    assert [fold for fold, _ in fake.trained] == ["all"] * 2
 
 
 def test_warm_start_takes_the_weights_of_the_round_before(fake: FakeNnunet) -> None:

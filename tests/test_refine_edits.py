@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from conftest import Answer
 from fake_propagator import FakePropagator
-from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
+from raw_datasets import Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
+from test_bad_input import change_voxel, refused, truncate
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
 
-from nnunet_oneshot import nnunet
+from nnunet_oneshot import cli, nnunet, refine_changes
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import rounds as rounds_module
 from nnunet_oneshot.errors import OneShotError
@@ -22,6 +27,7 @@ from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import raw_label_hashes
 from nnunet_oneshot.relabel import Change
 from nnunet_oneshot.review.decisions import Action, decide
+from nnunet_oneshot.review.session import open_desk
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import Store
 
@@ -312,3 +318,130 @@ def test_drawn_slices_that_are_gone_are_said_before_anything_is_trained(
     with pytest.raises(OneShotError, match="case_0: expected its label in Dataset501_toy/labelsTr, which a person"):
         run(rounds=1)
     assert not fake.trained
+
+
+REFINE = ("-d", 601, "-c", "2d", "-device", "cpu", "-np", 1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda path: change_voxel(path, np.nan), "NaN"),
+        (truncate, "expected a whole file"),
+        (lambda path: write_image(path.with_name("case_5_0001.nii.gz"), image_array(5)), "expected 1 channels"),
+    ],
+    ids=["NaN", "cut short", "another number of channels"],
+)
+def test_a_new_image_that_cannot_be_used_is_bad_input(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], spoil: Callable[[Path], object], word: str
+) -> None:
+    run(rounds=0)
+    store, _ = open_store(601)
+    path = roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz"
+    write_image(path, image_array(5))
+    spoil(path)
+    refused(call(cli.refine, *REFINE, "-rounds", 0), path.name, word)
+    assert "case_5" not in store.read_manifest().cases
+    assert len(fake.trained) == 1
+
+
+@pytest.mark.parametrize("rounds", [None, 1], ids=["before the first training", "after a round"])
+def test_a_replaced_image_of_another_shape_is_said_before_anything_is_made_of_it(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], rounds: int | None
+) -> None:
+    if rounds is not None:
+        run(rounds=rounds)
+    path = roots.raw / "Dataset501_toy" / "imagesTr" / "case_3_0000.nii.gz"
+    kept, trained, predicted = path.read_bytes(), len(fake.trained), dict(fake.predicted)
+    write_image(path, image_array(3, shape=(4, 9, 8)))
+    refused(call(cli.refine, *REFINE, "-rounds", 2, "--all_rounds"), "case_3", "(4, 9, 8)", "(5, 9, 8)", "put back")
+    assert (len(fake.trained), fake.predicted) == (trained, predicted)
+    path.write_bytes(kept)
+    assert run(rounds=2).round == 2
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{"background": 0, "organ": 1, "spot": 2, "other": 3}, {"background": 0, "organ": 2, "spot": 1}],
+    ids=["one more", "other values"],
+)
+def test_other_classes_than_the_labels_were_made_of_are_refused(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], labels: dict[str, int]
+) -> None:
+    """Divergence of labels that are there would be read as a new class."""
+    run(rounds=1)
+    folder, trained = roots.raw / "Dataset501_toy", len(fake.trained)
+    edit_json(folder, labels=labels)
+    before = store_files(Store(roots.raw / "Dataset601_toy_oneshot", ".nii.gz"))
+    refused(call(cli.refine, *REFINE, "-rounds", 2), "Dataset501_toy", f"found {labels}", "--overwrite")
+    with pytest.raises(OneShotError, match="restore them in its dataset"):
+        open_desk(601)
+    assert len(fake.trained) == trained
+    assert store_files(Store(roots.raw / "Dataset601_toy_oneshot", ".nii.gz")) == before
+
+
+def test_a_class_may_get_another_name(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=0)
+    edit_json(roots.raw / "Dataset501_toy", labels={"background": 0, "liver": 1, "spot": 2, "ignore": IGNORE})
+    assert run(rounds=1).round == 1
+
+
+def save_again(path: Path) -> None:
+    """As another program does: the same voxels in other bytes."""
+    before, image = path.read_bytes(), sitk.ReadImage(str(path))
+    sitk.WriteImage(sitk.Cast(image, sitk.sitkInt32), str(path))
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("case", ["case_0", "case_1", "case_2"], ids=["annotated", "pseudo", "rejected"])
+def test_a_label_saved_again_unchanged_is_not_trained_on_again(fake: FakeNnunet, case: str) -> None:
+    store, raw = open_store(601)
+    decide(raw, store, "case_2", "reject")
+    run(rounds=1)
+    save_again(store.label_path(case))
+    assert run(rounds=1).taken_up == []
+    assert len(fake.trained) == 2
+    write_image(store.label_path("case_3"), np.roll(label_array(3), 2, axis=1))
+    assert "labels of 1 cases changed" in run(rounds=1).taken_up[1], "an edit still is one"
+    assert len(fake.trained) == 3
+
+
+def test_a_label_saved_again_unchanged_amid_a_training_does_not_begin_it_again(fake: FakeNnunet) -> None:
+    store, _ = open_store(601)
+    fake.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=0)
+    save_again(store.label_path("case_1"))
+    assert run(rounds=0).taken_up == []
+
+
+@pytest.mark.parametrize("stop", range(5))
+@pytest.mark.parametrize("where", ["labelsTr", "pseudoTr/fused"])
+def test_a_second_edit_after_a_kill_amid_taking_up_the_first_is_kept(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, where: str, stop: int
+) -> None:
+    """Killed before each of the four labels of the first edit is published, and before the manifest is written."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    path, calls, copy = store.folder / where / "case_3.nii.gz", list[object](), refine_changes.copy_label
+
+    def killed(*arguments: Any) -> None:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        copy(*arguments)
+
+    write_image(path, np.roll(label_array(0), 2, axis=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_changes, "copy_label", killed)
+        if stop == 4:
+            patched.setattr(Store, "write_manifest", lambda *_: killed())
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    second = np.roll(label_array(0), 3, axis=1)
+    write_image(path, second)
+    assert run(rounds=1).taken_up[:1] == ["case_3: corrected by hand"]
+    for label in (path, store.label_path("case_3"), store.fused_path("case_3"), store.round_path(1, "case_3")):
+        np.testing.assert_array_equal(read(label), second)
+    assert store.read_manifest().cases["case_3"].status == "corrected"
+    settles(fake, rounds=1)

@@ -308,6 +308,17 @@ def test_a_label_of_another_shape_is_bad_input(ready: tuple[Path, Path]) -> None
         refresh(NAME, 1)
 
 
+def test_a_replaced_image_of_another_shape_is_bad_input(ready: tuple[Path, Path]) -> None:
+    folder, base = ready
+    before = whole_files(base)
+    write_image(folder, "case_b", image_of(1, (11, 26, 22)), SPACINGS[1])
+    with pytest.raises(
+        OneShotError, match=r"case_b: .* shape \(11, 26, 22\), found \(12, 26, 22\); put back the image"
+    ):
+        refresh(NAME, 1)
+    assert whole_files(base) == before
+
+
 def test_nothing_preprocessed_is_nothing_to_do(roots: Roots) -> None:
     write(roots)
     (roots.preprocessed / NAME).mkdir()

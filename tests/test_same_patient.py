@@ -11,12 +11,15 @@ import pytest
 import SimpleITK as sitk
 from conftest import Answer
 from fake_propagator import FakePropagator
-from raw_datasets import FLIPPED_OBLIQUE, LABELS, SPACING, Roots, edit_json, make_sparse, read, write_raw
+from raw_datasets import FLIPPED_OBLIQUE, LABELS, SPACING, Roots, edit_json, label_array, make_sparse, read, write_raw
+from test_refine import replace_nnunet, run
 
 from nnunet_oneshot import cli
 from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.quality_gate import mean_quality
+from nnunet_oneshot.rounds import kept_manifest
 from nnunet_oneshot.same_patient import read_same_patient
 from nnunet_oneshot.store import Store
 
@@ -86,6 +89,25 @@ def test_what_the_annotated_image_does_not_show_is_ignored(toy: Path, fakes: Fak
     for outside in (0, 1, 7, 8):
         np.testing.assert_array_equal(label[outside] == IGNORE, expected[2] > 0)
     assert store.read_worker("same_patient", "case_1").views["inside"].scores["covered"] == pytest.approx(5 / 9)  # type: ignore[union-attr]
+
+
+def test_views_by_place_tell_nothing_of_a_label(
+    toy: Path, roots: Roots, fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They agree by construction, so that even a patient who moved would be estimated to be right.
+
+    And the guard would take every round that moves such labels to be astray.
+    """
+    store = carried(tmp_path, case_1="case_0", case_2="case_0")
+    assert [store.read_manifest().cases[case].quality for case in ("case_1", "case_2")] == [None, None]
+    replace_nnunet(roots, monkeypatch).say = lambda case, _: np.roll(label_array(int(case[-1])), 2, axis=2)
+    result = run(rounds=1, all_rounds=False)
+    assert mean_quality(kept_manifest(store, 0)) is None
+    assert result.round == 1, "nothing says that the labels before were better"
+    quality = store.read_manifest().cases["case_1"].quality
+    assert quality is not None, "a model that learnt of all cases is another opinion"
+    assert quality["mean"] < 0.9
+    assert [doubt.case for doubt in result.doubts] == ["case_1", "case_2"]
 
 
 def test_an_image_of_another_place_fails_with_a_reason(toy: Path, fakes: Fakes, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nnunet_oneshot.review.desk import Desk
 from nnunet_oneshot.review.server import Door, make_app
 from nnunet_oneshot.review.viewer import niivue_module
 from nnunet_oneshot.store import Store, read_manifest
+from nnunet_oneshot.training_data import check_labels
 
 try:
     import uvicorn
@@ -82,11 +83,12 @@ def open_desk(dataset: int | str, checkpoint: str = "builtin", device: str = "cp
     """A dataset ready for review.
 
     Raises:
-        OneShotError: no manifest, or cases that the source dataset no longer has.
+        OneShotError: no manifest, or cases or label values that the source dataset no longer has.
     """
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
     raw = open_dataset(manifest.source_dataset)
+    check_labels(raw, folder)
     if gone := sorted(set(manifest.cases) - {case.name for case in raw.cases}):
         raise OneShotError(f"{folder.name}: expected the images of {gone[0]} in {raw.name}, found none; restore them")
     return Desk(raw, Store(folder, raw.file_ending), Carrier(checkpoint, device))
