@@ -373,9 +373,8 @@ class _Work:
         if self.record.is_done(f"further-{number}"):
             return
         self._go_to(number)
-        changed = self.record.labels(number) not in (None, self._label_hashes())
-        if changed or self._folds_trained_on(number) != self._folds_now():
-            # Its models know other labels, or cases that are no longer theirs: `end` sees to the former.
+        if self._knows_other_labels(number):
+            # `end` sees to labels that changed.
             return
         self.record.begin_further(number)
 
@@ -405,19 +404,34 @@ class _Work:
             # What a person decided while another round was in force holds in this one too.
             self._forget(number)
             self.train(number)
+        self._train_lost(number)
+
+    def _train_lost(self, number: int) -> None:
+        """Train round `number` again where models of it, which are to be in place, were removed or moved since."""
+        if self.models.are_in(self.models.folder):
+            return
+        self.said.append(f"models of round {number} are gone: they were trained again")
+        if not self.record.is_done(f"relabel-{number + 1}"):
+            # Other models say something else; labels that were made of what these said stand.
+            shutil.rmtree(self._predictions(number + 1), ignore_errors=True)
+            forget_opinions(self.store, number)
+        if self._knows_other_labels(number):
+            self._forget(number)
+        self.record.forget_training(number)
+        self.train(number)
+
+    def _knows_other_labels(self, number: int) -> bool:
+        """Whether models of round `number` know other labels than are in force, or cases that are no longer theirs."""
+        changed = self.record.labels(number) not in (None, self._label_hashes())
+        return changed or self._folds_trained_on(number) != self._folds_now()
 
     def relabel(self, number: int) -> Change:
         """Predict the un-annotated cases by the last model and make round `number`'s labels."""
         predictions = self._predictions(number)
         if (agreement := self.record.value(f"relabel-{number}")) is None:
             check_room(self.store, number - 1)
-            if not is_kept(self.store, number):
-                self._go_to(number - 1)
-            manifest = self.store.read_manifest()
-            cases = cases_to_predict(self.raw, manifest)
-            folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
-            self.models.predict(cases, folds, predictions, probabilities=margins)
-            trust = Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
+            # Labels that are made are but put in force, and nothing is asked of models, which may be gone since.
+            trust = Trust() if is_kept(self.store, number) else self._predict(number, predictions)
             quality = self.limits.min_quality
             change = relabel(self.raw, self.store, predictions, number, self.processes, quality, trust)
             self.said += [str(taken) for taken in change.taken_up]
@@ -426,6 +440,15 @@ class _Work:
         for path in (*predictions.glob("*.npz"), *predictions.glob("*.pkl")):
             path.unlink()
         return Change(number, agreement)
+
+    def _predict(self, number: int, predictions: Path) -> Trust:
+        """Predict the cases whose labels round `number` makes; returns what a voxel of these needs to be trained on."""
+        self._go_to(number - 1)
+        self._train_lost(number - 1)
+        cases = cases_to_predict(self.raw, self.store.read_manifest())
+        folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
+        self.models.predict(cases, folds, predictions, probabilities=margins)
+        return Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
 
     def result(self, ended: str) -> Refinement:
         """What was done, from the records."""
@@ -546,6 +569,7 @@ class _Work:
         if not added or not self.record.is_done(f"train-{number}"):
             return
         self._go_to(number)
+        self._train_lost(number)
         predictions = self.store.state_folder / "predictions" / "added"
         shutil.rmtree(predictions, ignore_errors=True)
         self.models.predict(added, self._folds_trained_on(number), predictions)

@@ -89,11 +89,12 @@ class Models:
     def set_aside_first(self, number: int) -> None:
         """Move the models trained on round `number` to where its second training finds them.
 
-        Those of folds that are there stay: what lies in place of them is the second training's.
+        Those of folds that are there stay: what lies in place of them is the second training's. So is a training that
+        did not end: the first one's models may be gone.
         """
         for fold in self.plan.folds:
             source, target = self.folder / f"fold_{fold}", self.first(number) / f"fold_{fold}"
-            if source.is_dir() and not target.exists():
+            if _weights(self.folder, fold).is_file() and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(source, target)
 

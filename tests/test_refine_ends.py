@@ -499,6 +499,115 @@ def test_folds_that_are_dealt_anew_amid_a_training_are_all_trained_again(fake: F
     assert fake.trained[5:] == [(0, None), (1, None)]
 
 
+# --- models that are gone -----------------------------------------------------------------------------------------
+
+
+def test_a_final_model_that_was_moved_away_is_trained_again(fake: FakeNnunet, call: Callable[..., Answer]) -> None:
+    run(rounds=1)
+    store, _ = open_store(601)
+    labels, folder = labels_in_force(store), fake.folder(store.folder.name)
+    shutil.rmtree(folder.parent)
+    more = ("-c", "2d", "-device", "cpu", "-np", 1, "-rounds", 1, "--all_rounds", "-min_quality", 0)
+    answer = call(cli.refine, "-d", 601, *more)
+    assert answer.code == 0, answer.err
+    assert "models of round 1 are gone: they were trained again" in answer.out
+    assert training_in_place(fake) == "3"
+    assert fake.labels[2] == fake.labels[1]
+    assert labels_in_force(store) == labels
+    assert run(rounds=1).taken_up == []
+    assert len(fake.trained) == 3, "that of round 0 is not needed"
+
+
+def test_more_rounds_train_the_model_that_they_need_again(fake: FakeNnunet) -> None:
+    """What its folder holds of another one's predictions does not count."""
+    fake.stop_at = 10
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=2)
+    store, _ = open_store(601)
+    half_done = store.state_folder / "predictions" / "02"
+    assert list(half_done.glob("*.nii.gz"))
+    shutil.rmtree(fake.folder(store.folder.name).parent)
+    result = run(rounds=2)
+    assert result.round == 2
+    assert result.taken_up == [
+        "models of round 1 are gone: they were trained again",
+        "models of round 0 are gone: round 1 was trained from new weights",
+    ]
+    assert fake.predicted[(3, "all")] == list(CASES[1:])
+    assert fake.trained[2] == ("all", None)
+    assert fake.trained[3][1] is not None
+
+
+def test_labels_that_were_made_need_no_model_any_longer(fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the new labels and the note of it."""
+    mark = Record.mark
+
+    def killed(record: Record, step: str, *value: dict[str, float]) -> None:
+        if step == "relabel-1":
+            raise KeyboardInterrupt
+        mark(record, step, *value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "mark", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    shutil.rmtree(fake.folder(open_store(601)[0].folder.name).parent)
+    assert run(rounds=1).round == 1
+    assert len(fake.trained) == 2
+
+
+def test_a_fold_that_is_gone_is_trained_again_alone(fake: FakeNnunet) -> None:
+    run(rounds=0, num_folds=2)
+    shutil.rmtree(fake.folder(open_store(601)[0].folder.name) / "fold_1")
+    run(rounds=1, num_folds=2)
+    assert [fold for fold, _ in fake.trained] == [0, 1, 1, 0, 1]
+
+
+def test_a_fold_that_is_gone_since_cases_were_dealt_anew_takes_the_others_along(fake: FakeNnunet) -> None:
+    """Else there were models of two deals, and nobody knew which did not see a case."""
+    fake.say = lambda case, _: label_array(int(case[-1]))
+    run(rounds=2, num_folds=2)
+    store, _ = open_store(601)
+    correct_to_what_it_is("case_1")
+    shutil.rmtree(fake.folder(store.folder.name) / "fold_1")
+    run(rounds=2, num_folds=2)
+    assert [fold for fold, _ in fake.trained] == [0, 1] * 4
+    assert Record(store).splits(2) == splits(store.read_manifest(), 2)
+
+
+def test_an_added_image_is_labelled_where_the_model_is_gone(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=1)
+    shutil.rmtree(fake.folder(open_store(601)[0].folder.name).parent)
+    write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
+    said = run(rounds=1).taken_up
+    assert {"case_5: a new image", "models of round 1 are gone: they were trained again"} <= set(said)
+    store, _ = open_store(601)
+    assert store.read_manifest().cases["case_5"].status == "pseudo"
+    assert fake.labels[-1] == labels_in_force(store), "the model was trained on it too"
+
+
+@pytest.mark.usefixtures("worse")
+def test_a_second_training_whose_first_is_gone_goes_on_after_a_kill(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(rounds=1, all_rounds=False)
+    folder = fake.folder(open_store(601)[0].folder.name)
+    shutil.rmtree(folder.parent)
+
+    def killed(*_: object, **__: object) -> None:
+        (folder / "fold_all").mkdir(parents=True)
+        (folder / "fold_all" / "checkpoint_latest.pth").write_text("amid it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nnunet, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1, all_rounds=False)
+    assert run(rounds=1, all_rounds=False).round == 0
+    assert (folder / "fold_all" / "checkpoint_latest.pth").is_file()
+    assert training_in_place(fake) == "3"
+
+
 # --- one rule for two rounds --------------------------------------------------------------------------------------
 
 
