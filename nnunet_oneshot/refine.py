@@ -206,8 +206,10 @@ def model_folder(dataset: str, plan: Plan) -> Path:
 
 
 def check_no_results(dataset: str, plan: Plan) -> None:
-    """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
-    Models(dataset, plan, "cpu").check_none()
+    """OneShotError where nnU-Net's results folder holds a model that new labels of this dataset will not have made."""
+    begun, models = begun_plan(nnunet.root("nnUNet_raw") / dataset), Models(dataset, plan, "cpu")
+    is_ours = begun is not None and Models(dataset, begun, "cpu").folder == models.folder
+    models.check_none(", or run without --overwrite to go on with that training" if is_ours else "")
 
 
 def check_arguments(

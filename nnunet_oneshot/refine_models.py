@@ -29,8 +29,12 @@ class Models:
         """nnU-Net's results folder of what is trained."""
         return nnunet.results_folder(self.dataset, self.plan.trainer, self.plan.plans, self.plan.configuration)
 
-    def check_none(self) -> None:
-        """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
+    def check_none(self, or_else: str = "") -> None:
+        """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make.
+
+        Args:
+            or_else: another way out than to move these away, in words.
+        """
         # Folds of another number too: export and nnU-Net's own commands could take them for this model.
         aside = (f"oneshot_rounds/[0-9][0-9]{ending}/fold_*" for ending in ("", _FIRST))
         there = [path for pattern in ("fold_*", *aside) for path in self.folder.glob(pattern)]
@@ -38,7 +42,7 @@ class Models:
             names = ", ".join(sorted(path.relative_to(self.folder).as_posix() for path in there))
             raise OneShotError(
                 f"expected no earlier results in {self.folder}, found {names}, which were not trained on the labels "
-                "that are, or by --overwrite will be, there; move them out of nnUNet_results or remove them"
+                f"that are, or by --overwrite will be, there; move them out of nnUNet_results or remove them{or_else}"
             )
 
     def are_in(self, folder: Path) -> bool:

@@ -105,6 +105,29 @@ def test_folds_of_any_number_are_in_the_way(fake: FakeNnunet, stale: str) -> Non
         run(rounds=0, num_folds=5)
 
 
+def test_a_run_with_overwrite_that_was_stopped_goes_on_as_its_sentence_says(
+    fake: FakeNnunet, fakes: dict[str, FakePropagator], call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (cli.run, "-d", 501, "-o", 601, "-c", "2d", "-propagator", "fake", "-np", 1, "-device", "cpu")
+    folder = fake.folder(open_store(601)[0].folder.name)
+
+    def killed(*_: object, **__: object) -> None:
+        (folder / "fold_all").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nnunet, "train", killed)
+        assert "run the same command again without --overwrite to go on" in call(*command, "--overwrite").err
+    labelled = len(fakes["fake"].asked)
+    refused = call(*command, "--overwrite")
+    assert refused.code == 2
+    assert "found fold_all," in refused.error
+    assert "or run without --overwrite to go on with that training" in refused.error
+    assert call(*command).code == 0
+    assert len(fakes["fake"].asked) == labelled
+    assert fake.trained[0] == ("all", None)
+
+
 # --- what people changed ------------------------------------------------------------------------------------------
 
 
