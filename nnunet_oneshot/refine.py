@@ -407,6 +407,7 @@ class _Work:
             self._forget(number)
             self.train(number)
         self._train_lost(number)
+        self.models.check_trained()
 
     def _train_lost(self, number: int) -> None:
         """Train round `number` again where models of it, which are to be in place, were removed or moved since."""

@@ -67,6 +67,11 @@ class Models:
                 pretrained_weights=None if start is None else _weights(start, fold),
             )
 
+    def check_trained(self) -> None:
+        """OneShotError where the model of a fold, which is there, is another trainer's."""
+        for fold in self.plan.folds:
+            nnunet.check_trained(self.dataset, self.plan.configuration, fold, self.plan.trainer, self.plan.plans)
+
     def predict(self, cases: Sequence[Case], splits: Splits | None, output: Path, probabilities: bool = False) -> None:
         """Predict each case by the model that did not train on its label, where there is one; else by all folds.
 

@@ -68,6 +68,9 @@ class FakeNnunet:
         (folder / nnunet.FINAL).write_text(str(len(self.trained)))
         return folder
 
+    def check_trained(self, *_: object) -> None:
+        pass
+
     def predict(
         self,
         dataset: str,
@@ -110,7 +113,7 @@ def fake(roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.Mon
 
 def replace_nnunet(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> FakeNnunet:
     made = FakeNnunet(roots)
-    for name in ("plan_and_preprocess", "train", "predict"):
+    for name in ("plan_and_preprocess", "train", "check_trained", "predict"):
         monkeypatch.setattr(nnunet, name, getattr(made, name))
     monkeypatch.setattr(refine_module, "refresh", lambda *_: None)
     monkeypatch.setattr(refine_module, "note_preprocessed", lambda *_: None)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
@@ -26,6 +27,8 @@ from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import splits
 
 IGNORE = 3
+CHECK_TRAINED = nnunet.check_trained
+"""Replaced with all else of nnU-Net, whose checkpoints hold no more than a number here."""
 
 
 @pytest.fixture
@@ -539,6 +542,18 @@ def test_a_final_model_that_was_moved_away_is_trained_again(fake: FakeNnunet, ca
     assert labels_in_force(store) == labels
     assert run(rounds=1).taken_up == []
     assert len(fake.trained) == 3, "that of round 0 is not needed"
+
+
+def test_a_final_model_of_another_trainer_is_bad_input(
+    fake: FakeNnunet, call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(rounds=0)
+    folder = fake.folder(open_store(601)[0].folder.name) / "fold_all"
+    torch.save({"trainer_name": "nnUNetTrainer_5epochs"}, folder / nnunet.FINAL)
+    monkeypatch.setattr(nnunet, "check_trained", CHECK_TRAINED)
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1, "-rounds", 0)
+    assert answer.code == 2
+    assert "expected a checkpoint of OneShotTrainer, found one of nnUNetTrainer_5epochs; move it away" in answer.error
 
 
 def test_more_rounds_train_the_model_that_they_need_again(fake: FakeNnunet) -> None:
