@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from fake_propagator import FakePropagator
 from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
 
-from nnunet_oneshot import cli, nnunet
+from nnunet_oneshot import cli, first_round, nnunet
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import run as run_module
 from nnunet_oneshot.errors import OneShotError
@@ -129,6 +131,42 @@ def test_a_run_with_overwrite_that_was_stopped_goes_on_as_its_sentence_says(
     assert call(*command).code == 0
     assert len(fakes["fake"].asked) == labelled
     assert fake.trained[0] == ("all", None)
+
+
+# --- a kill before the first training -----------------------------------------------------------------------------
+
+
+def files_of(store: Store) -> dict[str, bytes]:
+    there = {p.relative_to(store.folder): p for p in store.folder.rglob("*") if p.is_file()}
+    return {str(name): path.read_bytes() for name, path in there.items() if "locks" not in name.parts}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_around_keeping_the_first_round_changes_no_byte(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: bool
+) -> None:
+    """Kept and not in force yet, its estimates would be known to no training, and what it leaves out would be in it."""
+    store, _ = open_store(601)
+    shutil.copytree(store.folder, tmp_path / "propagated")
+    run(rounds=0, min_quality=0.99)
+    assert "gated" in {record.status for record in store.read_manifest().cases.values()}
+    undisturbed = files_of(store)
+    for folder in (store.folder, fake.folder(store.folder.name).parent):
+        shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "propagated", store.folder)
+    keep = first_round.keep
+
+    def killed(*arguments: Any) -> None:
+        if after:
+            keep(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(first_round, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=0, min_quality=0.99)
+    run(rounds=0, min_quality=0.99)
+    assert files_of(store) == undisturbed
 
 
 # --- what people changed ------------------------------------------------------------------------------------------
