@@ -23,7 +23,7 @@ from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import check_no_edit_amid_switch, is_added, take_up
-from nnunet_oneshot.refine_models import Models
+from nnunet_oneshot.refine_models import Models, knows_held_out
 from nnunet_oneshot.refine_record import Plan, Record, Splits, begun_plan, label_hashes, make_plan
 from nnunet_oneshot.refresh import note_preprocessed, raw_label_hashes, refresh
 from nnunet_oneshot.relabel import Change, Trust, cases_to_predict, label_by_model, relabel
@@ -356,6 +356,8 @@ class _Work:
         self._go_to(number)
         # It is written anew when the final model is there.
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
+        # What nnU-Net derived may have been removed, and with it how cases are dealt over the folds.
+        write_training_files(self.raw, self.store, self.store.read_manifest())
         self._preprocess()
         # Before they are read: what a person edits meanwhile must not count as trained on.
         labels = self._label_hashes()
@@ -389,7 +391,8 @@ class _Work:
             return None
         if not self.plan.warm_start or number == 0:
             return None
-        if self.record.splits(number - 1) != self._folds_now():
+        known, now = self._splits_known(number - 1), self._folds_now()
+        if now is not None and (not known or any(knows_held_out(before, now) for before in known)):
             # A fold's weights have seen cases that are its own to relabel now, and would say what they were taught.
             self.said.append(f"cases were dealt over the folds anew: round {number} was trained from new weights")
             return None
@@ -450,7 +453,8 @@ class _Work:
         self._train_lost(number - 1)
         cases = cases_to_predict(self.raw, self.store.read_manifest())
         folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
-        self.models.predict(cases, folds, predictions, probabilities=margins)
+        earlier = self._splits_known(number - 1)
+        self.models.predict(cases, folds, predictions, probabilities=margins, earlier=earlier)
         return Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
 
     def result(self, ended: str) -> Refinement:
@@ -522,6 +526,17 @@ class _Work:
         """How folds split the cases when round `number` was trained on; older records do not tell."""
         noted = self.record.splits(number)
         return self._folds_now() if noted is None else noted
+
+    def _splits_known(self, number: int) -> list[Splits]:
+        """How cases were split in the trainings that made the weights of round `number`, latest first.
+
+        Empty where one model trains on all, or where an older record does not tell.
+        """
+        own = self.record.splits(number)
+        if own is None:
+            return []
+        before = self._splits_known(number - 1) if self.plan.warm_start and number > 0 else []
+        return [own] if any(knows_held_out(earlier, own) for earlier in before) else [own, *before]
 
     def _predictions(self, number: int) -> Path:
         return self.store.state_folder / "predictions" / f"{number:02d}"

@@ -72,7 +72,14 @@ class Models:
         for fold in self.plan.folds:
             nnunet.check_trained(self.dataset, self.plan.configuration, fold, self.plan.trainer, self.plan.plans)
 
-    def predict(self, cases: Sequence[Case], splits: Splits | None, output: Path, probabilities: bool = False) -> None:
+    def predict(
+        self,
+        cases: Sequence[Case],
+        splits: Splits | None,
+        output: Path,
+        probabilities: bool = False,
+        earlier: Sequence[Splits] = (),
+    ) -> None:
         """Predict each case by the model that did not train on its label, where there is one; else by all folds.
 
         Args:
@@ -80,10 +87,11 @@ class Models:
             splits: how the folds split the cases when they were trained; None where one model trains on all.
             output: folder for `<case><file ending>`.
             probabilities: write each case's too, `CASE.npz`.
+            earlier: how the folds split the cases when the weights that they started from were trained.
         """
         groups: dict[tuple[nnunet.Fold, ...], list[Case]] = {}
         for case in cases:
-            groups.setdefault(self._folds_for(case.name, splits), []).append(case)
+            groups.setdefault(self._folds_for(case.name, splits, earlier), []).append(case)
         for folds, members in sorted(groups.items(), key=lambda group: str(group[0])):
             self._predict(folds, members, output, probabilities)
 
@@ -138,10 +146,16 @@ class Models:
             save_probabilities=probabilities,
         )
 
-    def _folds_for(self, case: str, splits: Splits | None) -> tuple[nnunet.Fold, ...]:
-        numbered = enumerate(splits or [])
-        unseen = [fold for fold, split in numbered if case in split["val"] and case not in split["train"]]
-        return tuple(unseen[:1]) or self.plan.folds
+    def _folds_for(self, case: str, splits: Splits | None, earlier: Sequence[Splits]) -> tuple[nnunet.Fold, ...]:
+        if splits is None:
+            return self.plan.folds
+        own = [fold for fold, split in enumerate(splits) if case in split["val"] and case not in split["train"]]
+        if own:
+            return tuple(own[:1])
+        # Of a case that is left out now, weights of before may know the label.
+        known = (splits, *earlier)
+        unseen = [fold for fold in range(len(splits)) if not any(case in deal[fold]["train"] for deal in known)]
+        return tuple(unseen) or self.plan.folds
 
     def kept(self, number: int) -> Path:
         """Where the models of a round lie while others are in place."""
@@ -168,6 +182,14 @@ class Models:
                 )
             target.mkdir(parents=True, exist_ok=True)
             os.rename(source, target / source.name)
+
+
+def knows_held_out(before: Splits, now: Splits) -> bool:
+    """Whether a fold that trained as cases were split `before` saw one that is its own to predict `now`.
+
+    A case that is left out of one of the two, or comes back, stays in its fold.
+    """
+    return any(set(old["train"]) & set(new["val"]) - set(new["train"]) for old, new in zip(before, now, strict=True))
 
 
 def _weights(folder: Path, fold: nnunet.Fold) -> Path:

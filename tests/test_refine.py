@@ -51,7 +51,7 @@ class FakeNnunet:
         self._count()
         self.preprocessed += 1
         folder = self.roots.preprocessed / dataset
-        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data").mkdir(parents=True, exist_ok=True)
         plans = {"configurations": {"2d": {"data_identifier": "data"}}}
         (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
 

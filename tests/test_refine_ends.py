@@ -24,6 +24,7 @@ from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refine_record import Record
 from nnunet_oneshot.review.decisions import correct, decide
+from nnunet_oneshot.rounds import kept_manifest
 from nnunet_oneshot.settings import Preset
 from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import splits
@@ -561,6 +562,37 @@ def test_folds_that_are_dealt_anew_amid_a_training_are_all_trained_again(fake: F
         "cases were dealt over the folds anew: round 2 was trained from new weights",
     ]
     assert fake.trained[5:] == [(0, None), (1, None)]
+
+
+def test_a_case_that_a_round_leaves_out_or_takes_back_costs_no_weights(fake: FakeNnunet) -> None:
+    """Its new label comes from the fold that never saw it, also of those that start from weights of before."""
+    fake.say = lambda case, trainings: (
+        np.roll(label_array(3), 4, axis=1) if case == "case_3" and trainings <= 2 else label_array(int(case[-1]))
+    )
+    said = run(rounds=3, num_folds=2, min_quality=0.5).taken_up
+    store, _ = open_store(601)
+    status = [kept_manifest(store, number).cases["case_3"].status for number in range(4)]
+    assert status[:2] == ["pseudo", "gated"]
+    assert "pseudo" in status[2:], "taken back"
+    assert said == []
+    assert [start is not None for _, start in fake.trained] == [False] * 2 + [True] * 6
+    before = Record(store).splits(0)
+    assert before is not None
+    own = next(fold for fold, split in enumerate(before) if "case_3" in split["val"])
+    assert {key[1:] for key, cases in fake.predicted.items() if "case_3" in cases} == {(own,)}
+
+
+def test_folds_stay_where_preprocessed_data_are_gone_amid_a_training(fake: FakeNnunet) -> None:
+    """nnU-Net would deal the cases out by itself, over five."""
+    fake.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=0, num_folds=2)
+    store, _ = open_store(601)
+    preprocessed = fake.roots.preprocessed / store.folder.name
+    shutil.rmtree(preprocessed)
+    run(rounds=0, num_folds=2)
+    assert fake.preprocessed == 2
+    assert json.loads((preprocessed / "splits_final.json").read_text()) == splits(store.read_manifest(), 2)
 
 
 # --- models that are gone -----------------------------------------------------------------------------------------
