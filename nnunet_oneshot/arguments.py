@@ -170,13 +170,17 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 def add_work(parser: argparse.ArgumentParser, more: str = "") -> None:
     add_processes(parser, more)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace the output dataset if it exists; where it was trained on, move its models out of nnUNet_results "
-        "first",
+    add_starting_anew(
+        parser,
+        "replace the output dataset if it exists; where it was trained on, move its models out of nnUNet_results first",
     )
     add_json(parser)
+
+
+def add_starting_anew(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """--overwrite of a command that begins again with it, so that what was interrupted goes on without."""
+    parser.add_argument("--overwrite", action="store_true", help=meaning)
+    parser.set_defaults(goes_on_without_overwrite=True)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

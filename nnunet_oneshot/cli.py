@@ -20,6 +20,7 @@ from nnunet_oneshot.arguments import (
     add_processes,
     add_propagation,
     add_source,
+    add_starting_anew,
     add_training,
     add_work,
     new_parser,
@@ -256,7 +257,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
         "-o", type=Path, default=Path("demo_output"), metavar="DIR", help="folder (default: %(default)s)"
     )
     parser.add_argument("-preset", choices=("default", "small", "tiny"), default="tiny", help="default: %(default)s")
-    parser.add_argument("--overwrite", action="store_true", help="start again in a folder that holds a demo")
+    add_starting_anew(parser, "start again in a folder that holds a demo")
     add_device(parser)
     add_processes(parser, TRAINING_PROCESSES)
     add_json(parser)

@@ -22,7 +22,8 @@ Command = Callable[[argparse.Namespace], Summary]
 
 _KEPT = "what is whole is kept"
 _BOLD, _RED, _PLAIN = "\033[1m", "\033[31m", "\033[0m"
-_INTERRUPTED = "interrupted; run the same command again to go on from where it stopped"
+_AGAIN = "run the same command again"
+_INTERRUPTED = f"interrupted; {_AGAIN} to go on from where it stopped"
 
 
 def execute(parser: argparse.ArgumentParser, command: Command, argv: Sequence[str] | None) -> None:
@@ -33,15 +34,17 @@ def execute(parser: argparse.ArgumentParser, command: Command, argv: Sequence[st
         with _only_errors_printed() if arguments.json else contextlib.nullcontext():
             summary = command(arguments)
     except USER_ERRORS as error:
-        _refuse(parser, " ".join(str(error).split()))
+        _refuse(parser, _how_to_go_on(arguments, " ".join(str(error).split())))
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        _refuse(parser, _no_space(error))
+        _refuse(parser, _how_to_go_on(arguments, _no_space(error)))
     except NnunetFailureError as error:
-        parser.exit(1, f"{parser.prog}: {_on_terminal(sys.stderr, _RED, 'failed:')} {error}\n")
+        parser.exit(
+            1, f"{parser.prog}: {_on_terminal(sys.stderr, _RED, 'failed:')} {_how_to_go_on(arguments, str(error))}\n"
+        )
     except KeyboardInterrupt:
-        parser.exit(1, f"\n{parser.prog}: {_INTERRUPTED}\n")
+        parser.exit(1, f"\n{parser.prog}: {_how_to_go_on(arguments, _INTERRUPTED)}\n")
     if arguments.json:
         print(json.dumps({key: value for key, value in summary.items() if key != "lines"}, indent=2))
     else:
@@ -50,6 +53,13 @@ def execute(parser: argparse.ArgumentParser, command: Command, argv: Sequence[st
 
 def _refuse(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: {_on_terminal(sys.stderr, _RED, 'error:')} {sentence}\n")
+
+
+def _how_to_go_on(arguments: argparse.Namespace, sentence: str) -> str:
+    """The sentence, whose advice to run the same command again is amended where --overwrite would begin anew."""
+    if not ("goes_on_without_overwrite" in arguments and arguments.overwrite):
+        return sentence
+    return sentence.replace(_AGAIN, f"{_AGAIN} without --overwrite")
 
 
 def _shown(lines: Sequence[str]) -> list[str]:
@@ -67,7 +77,7 @@ def _on_terminal(stream: TextIO, style: str, text: str) -> str:
 
 def _no_space(error: OSError) -> str:
     where = f" for {error.filename}" if error.filename else ""
-    return f"expected free disk space{where}, found none left; free some and run the same command again: {_KEPT}"
+    return f"expected free disk space{where}, found none left; free some and {_AGAIN}: {_KEPT}"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from nnunet_oneshot.quality import estimate
 from nnunet_oneshot.quality_gate import gate
 from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.refine_changes import Taken, take_up
-from nnunet_oneshot.rounds import is_kept, keep, put_in_force, target_path
+from nnunet_oneshot.rounds import announce_switch, is_kept, keep, put_in_force, target_path
 from nnunet_oneshot.store import LEFT_OUT, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value
 
@@ -46,6 +46,7 @@ def take_over(dataset: RawDataset, store: Store, processes: int, min_quality: fl
     changed = {change.case for change in taken}
     judged = {name: record for name, record in judged.items() if name not in changed}
     manifest.cases = gate(dict(sorted({**manifest.cases, **judged}.items())), min_quality)
+    announce_switch(store, manifest.round)
     keep(store, manifest, manifest.round)
     put_in_force(dataset, store, manifest.round, processes)
     return taken

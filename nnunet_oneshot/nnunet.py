@@ -22,12 +22,15 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import _nnunet_oneshot_path
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.model_checkpoints import check_trainer
 from nnunet_oneshot.nnunet_process import STAGING, Epochs, Progress, run_job, training_environment
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.settings import Preset, mirrors, schedule_of
 
 ROOTS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FINAL = "checkpoint_final.pth"
+RESUMED = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
+"""What nnU-Net goes on from, the first of these that is there."""
 DATA_OF = {"3d_cascade_fullres": ("3d_lowres", "3d_fullres")}
 """Configurations that train on the preprocessed data of others."""
 PREPROCESSING_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
@@ -206,6 +209,17 @@ def is_trained(dataset: int | str, configuration: str, fold: Fold, trainer: str,
     return (results_folder(dataset, trainer, plans, configuration) / f"fold_{fold}" / FINAL).is_file()
 
 
+def check_trained(dataset: int | str, configuration: str, fold: Fold, trainer: str, plans: str) -> None:
+    """OneShotError where a fold has a checkpoint of another trainer, to be taken for its model or to go on from."""
+    folder = results_folder(dataset, trainer, plans, configuration) / f"fold_{fold}"
+    if (there := _resumed(folder)) is not None:
+        check_trainer(there, trainer, "move it away, and run again to train the fold")
+
+
+def _resumed(folder: Path) -> Path | None:
+    return next((folder / name for name in RESUMED if (folder / name).is_file()), None)
+
+
 def train(
     dataset: int | str,
     configuration: str,
@@ -234,7 +248,7 @@ def train(
         The fold's folder.
 
     Raises:
-        OneShotError: plans or configuration do not exist.
+        OneShotError: plans or configuration do not exist, or the checkpoint there is another trainer's.
         NnunetFailureError: nnU-Net failed; the message ends with its log.
     """
     check_configuration(dataset, plans, configuration)
@@ -242,9 +256,11 @@ def train(
     # A kill amid writing a checkpoint leaves one; the best one is not written again where no later epoch is better.
     for unfinished in folder.glob("checkpoint_*.pth.part"):
         unfinished.unlink()
-    if continue_training and (folder / FINAL).is_file():
-        return folder
-    resume = continue_training and any((folder / f"checkpoint_{k}.pth").is_file() for k in ("latest", "best"))
+    if continue_training:
+        check_trained(dataset, configuration, fold, trainer, plans)
+        if (folder / FINAL).is_file():
+            return folder
+    resume = continue_training and _resumed(folder) is not None
     job = {
         "job": "train",
         "dataset": dataset_name(dataset),

@@ -36,12 +36,15 @@ def write_postprocessing(raw: RawDataset, folder: Path) -> list[str]:
     labels = [raw.read_label(case.label) for case in raw.annotated if case.label is not None]
     values = [] if raw.has_regions else one_piece(labels, raw.ignore)
     path = folder / FILE
+    # A kill amid writing it leaves one, earlier releases under a name of its own each time.
+    for unfinished in folder.glob(f"{FILE}*.new"):
+        unfinished.unlink()
     if not values:
         path.unlink(missing_ok=True)
         return []
     steps = [remove_all_but_largest_component_from_segmentation] * len(values)
     folder.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{FILE}.{os.getpid()}.new")
+    new = path.with_name(f"{FILE}.new")
     new.write_bytes(pickle.dumps((steps, [{"labels_or_regions": value} for value in values])))
     os.replace(new, path)
     return [raw.class_names[value] for value in values]

@@ -24,7 +24,7 @@ from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.postprocessing import write_postprocessing
 from nnunet_oneshot.quality_gate import MIN_QUALITY, Doubt, mean_quality, needs_review
 from nnunet_oneshot.refine_changes import check_no_edit_amid_switch, is_added, take_up
-from nnunet_oneshot.refine_models import Models
+from nnunet_oneshot.refine_models import Models, knows_held_out
 from nnunet_oneshot.refine_record import (
     Plan,
     Record,
@@ -219,8 +219,10 @@ def model_folder(dataset: str, plan: Plan) -> Path:
 
 
 def check_no_results(dataset: str, plan: Plan) -> None:
-    """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
-    Models(dataset, plan, "cpu").check_none()
+    """OneShotError where nnU-Net's results folder holds a model that new labels of this dataset will not have made."""
+    begun, models = begun_plan(nnunet.root("nnUNet_raw") / dataset), Models(dataset, plan, "cpu")
+    is_ours = begun is not None and Models(dataset, begun, "cpu").folder == models.folder
+    models.check_none(", or run without --overwrite to go on with that training" if is_ours else "")
 
 
 def check_arguments(
@@ -389,6 +391,8 @@ class _Work:
         self._go_to(number)
         # It is written anew when the final model is there.
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
+        # What nnU-Net derived may have been removed, and with it how cases are dealt over the folds.
+        write_training_files(self.raw, self.store, self.store.read_manifest())
         self._preprocess()
         # Before they are read: what a person edits meanwhile must not count as trained on.
         cases = list(self.store.read_manifest().cases)
@@ -410,8 +414,8 @@ class _Work:
         if self.record.is_done(f"further-{number}"):
             return
         self._go_to(number)
-        if self._changed_labels(number) or self._folds_trained_on(number) != self._folds_now():
-            # Its models know other labels, or cases that are no longer theirs: `end` sees to the former.
+        if self._knows_other_labels(number):
+            # `end` sees to labels that changed.
             return
         self.record.begin_further(number)
 
@@ -424,7 +428,8 @@ class _Work:
             return None
         if not self.plan.warm_start or number == 0:
             return None
-        if self.record.splits(number - 1) != self._folds_now():
+        known, now = self._splits_known(number - 1), self._folds_now()
+        if now is not None and (not known or any(knows_held_out(before, now) for before in known)):
             # A fold's weights have seen cases that are its own to relabel now, and would say what they were taught.
             self.said.append(f"cases were dealt over the folds anew: round {number} was trained from new weights")
             return None
@@ -441,21 +446,34 @@ class _Work:
             # What a person decided while another round was in force holds in this one too.
             self._forget(number)
             self.train(number)
+        self._train_lost(number)
+        self.models.check_trained()
+
+    def _train_lost(self, number: int) -> None:
+        """Train round `number` again where models of it, which are to be in place, were removed or moved since."""
+        if self.models.are_in(self.models.folder):
+            return
+        self.said.append(f"models of round {number} are gone: they were trained again")
+        if not self.record.is_done(f"relabel-{number + 1}"):
+            # Other models say something else; labels that were made of what these said stand.
+            shutil.rmtree(self._predictions(number + 1), ignore_errors=True)
+            forget_opinions(self.store, number)
+        if self._knows_other_labels(number):
+            self._forget(number)
+        self.record.forget_training(number)
+        self.train(number)
+
+    def _knows_other_labels(self, number: int) -> bool:
+        """Whether models of round `number` know other labels than are in force, or cases that are no longer theirs."""
+        return bool(self._changed_labels(number)) or self._folds_trained_on(number) != self._folds_now()
 
     def relabel(self, number: int) -> Change:
         """Predict the un-annotated cases by the last model and make round `number`'s labels."""
         predictions = self._predictions(number)
         if (agreement := self.record.value(f"relabel-{number}")) is None:
             check_room(self.store, number - 1)
-            if not is_kept(self.store, number):
-                self._go_to(number - 1)
-            manifest = self.store.read_manifest()
-            cases = cases_to_predict(self.raw, manifest)
-            # Before they are predicted: predictions that are there are kept, also when the image is put back.
-            check_shapes(self.raw, {case.name: self.store.fused_path(case.name) for case in cases}, self.processes)
-            folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
-            self.models.predict(cases, folds, predictions, probabilities=margins)
-            trust = Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
+            # Labels that are made are but put in force, and nothing is asked of models, which may be gone since.
+            trust = Trust() if is_kept(self.store, number) else self._predict(number, predictions)
             quality = self.limits.min_quality
             change = relabel(self.raw, self.store, predictions, number, self.processes, quality, trust)
             self.said += [str(taken) for taken in change.taken_up]
@@ -464,6 +482,18 @@ class _Work:
         for path in (*predictions.glob("*.npz"), *predictions.glob("*.pkl")):
             path.unlink()
         return Change(number, agreement)
+
+    def _predict(self, number: int, predictions: Path) -> Trust:
+        """Predict the cases whose labels round `number` makes; returns what a voxel of these needs to be trained on."""
+        self._go_to(number - 1)
+        self._train_lost(number - 1)
+        cases = cases_to_predict(self.raw, self.store.read_manifest())
+        # Before they are predicted: predictions that are there are kept, also when the image is put back.
+        check_shapes(self.raw, {case.name: self.store.fused_path(case.name) for case in cases}, self.processes)
+        folds, margins = self._folds_trained_on(number - 1), self.plan.min_margin > 0
+        earlier = self._splits_known(number - 1)
+        self.models.predict(cases, folds, predictions, probabilities=margins, earlier=earlier)
+        return Trust(self._second_opinion(cases, predictions, number), self.plan.min_margin)
 
     def result(self, ended: str) -> Refinement:
         """What was done, from the records."""
@@ -535,6 +565,17 @@ class _Work:
         noted = self.record.splits(number)
         return self._folds_now() if noted is None else noted
 
+    def _splits_known(self, number: int) -> list[Splits]:
+        """How cases were split in the trainings that made the weights of round `number`, latest first.
+
+        Empty where one model trains on all, or where an older record does not tell.
+        """
+        own = self.record.splits(number)
+        if own is None:
+            return []
+        before = self._splits_known(number - 1) if self.plan.warm_start and number > 0 else []
+        return [own] if any(knows_held_out(earlier, own) for earlier in before) else [own, *before]
+
     def _predictions(self, number: int) -> Path:
         return self.store.state_folder / "predictions" / f"{number:02d}"
 
@@ -586,6 +627,7 @@ class _Work:
         if not added or not self.record.is_done(f"train-{number}"):
             return
         self._go_to(number)
+        self._train_lost(number)
         predictions = self.store.state_folder / "predictions" / "added"
         shutil.rmtree(predictions, ignore_errors=True)
         self.models.predict(added, self._folds_trained_on(number), predictions)

@@ -29,8 +29,12 @@ class Models:
         """nnU-Net's results folder of what is trained."""
         return nnunet.results_folder(self.dataset, self.plan.trainer, self.plan.plans, self.plan.configuration)
 
-    def check_none(self) -> None:
-        """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make."""
+    def check_none(self, or_else: str = "") -> None:
+        """OneShotError where nnU-Net's results folder holds a model that this dataset's labels did not make.
+
+        Args:
+            or_else: another way out than to move these away, in words.
+        """
         # Folds of another number too: export and nnU-Net's own commands could take them for this model.
         aside = (f"oneshot_rounds/[0-9][0-9]{ending}/fold_*" for ending in ("", _FIRST))
         there = [path for pattern in ("fold_*", *aside) for path in self.folder.glob(pattern)]
@@ -38,7 +42,7 @@ class Models:
             names = ", ".join(sorted(path.relative_to(self.folder).as_posix() for path in there))
             raise OneShotError(
                 f"expected no earlier results in {self.folder}, found {names}, which were not trained on the labels "
-                "that are, or by --overwrite will be, there; move them out of nnUNet_results or remove them"
+                f"that are, or by --overwrite will be, there; move them out of nnUNet_results or remove them{or_else}"
             )
 
     def are_in(self, folder: Path) -> bool:
@@ -63,7 +67,19 @@ class Models:
                 pretrained_weights=None if start is None else _weights(start, fold),
             )
 
-    def predict(self, cases: Sequence[Case], splits: Splits | None, output: Path, probabilities: bool = False) -> None:
+    def check_trained(self) -> None:
+        """OneShotError where the model of a fold, which is there, is another trainer's."""
+        for fold in self.plan.folds:
+            nnunet.check_trained(self.dataset, self.plan.configuration, fold, self.plan.trainer, self.plan.plans)
+
+    def predict(
+        self,
+        cases: Sequence[Case],
+        splits: Splits | None,
+        output: Path,
+        probabilities: bool = False,
+        earlier: Sequence[Splits] = (),
+    ) -> None:
         """Predict each case by the model that did not train on its label, where there is one; else by all folds.
 
         Args:
@@ -71,10 +87,11 @@ class Models:
             splits: how the folds split the cases when they were trained; None where one model trains on all.
             output: folder for `<case><file ending>`.
             probabilities: write each case's too, `CASE.npz`.
+            earlier: how the folds split the cases when the weights that they started from were trained.
         """
         groups: dict[tuple[nnunet.Fold, ...], list[Case]] = {}
         for case in cases:
-            groups.setdefault(self._folds_for(case.name, splits), []).append(case)
+            groups.setdefault(self._folds_for(case.name, splits, earlier), []).append(case)
         for folds, members in sorted(groups.items(), key=lambda group: str(group[0])):
             self._predict(folds, members, output, probabilities)
 
@@ -89,11 +106,12 @@ class Models:
     def set_aside_first(self, number: int) -> None:
         """Move the models trained on round `number` to where its second training finds them.
 
-        Those of folds that are there stay: what lies in place of them is the second training's.
+        Those of folds that are there stay: what lies in place of them is the second training's. So is a training that
+        did not end: the first one's models may be gone.
         """
         for fold in self.plan.folds:
             source, target = self.folder / f"fold_{fold}", self.first(number) / f"fold_{fold}"
-            if source.is_dir() and not target.exists():
+            if _weights(self.folder, fold).is_file() and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(source, target)
 
@@ -128,10 +146,16 @@ class Models:
             save_probabilities=probabilities,
         )
 
-    def _folds_for(self, case: str, splits: Splits | None) -> tuple[nnunet.Fold, ...]:
-        numbered = enumerate(splits or [])
-        unseen = [fold for fold, split in numbered if case in split["val"] and case not in split["train"]]
-        return tuple(unseen[:1]) or self.plan.folds
+    def _folds_for(self, case: str, splits: Splits | None, earlier: Sequence[Splits]) -> tuple[nnunet.Fold, ...]:
+        if splits is None:
+            return self.plan.folds
+        own = [fold for fold, split in enumerate(splits) if case in split["val"] and case not in split["train"]]
+        if own:
+            return tuple(own[:1])
+        # Of a case that is left out now, weights of before may know the label.
+        known = (splits, *earlier)
+        unseen = [fold for fold in range(len(splits)) if not any(case in deal[fold]["train"] for deal in known)]
+        return tuple(unseen) or self.plan.folds
 
     def kept(self, number: int) -> Path:
         """Where the models of a round lie while others are in place."""
@@ -158,6 +182,14 @@ class Models:
                 )
             target.mkdir(parents=True, exist_ok=True)
             os.rename(source, target / source.name)
+
+
+def knows_held_out(before: Splits, now: Splits) -> bool:
+    """Whether a fold that trained as cases were split `before` saw one that is its own to predict `now`.
+
+    A case that is left out of one of the two, or comes back, stays in its fold.
+    """
+    return any(set(old["train"]) & set(new["val"]) - set(new["train"]) for old, new in zip(before, now, strict=True))
 
 
 def _weights(folder: Path, fold: nnunet.Fold) -> Path:

@@ -207,6 +207,12 @@ class Record:
         content["done"][f"further-{number}"] = {}
         self._store.write_json(content, self.path)
 
+    def forget_training(self, number: int) -> None:
+        """Models of round `number` are to be trained again; what came of them stands."""
+        content = self._content()
+        content["done"].pop(f"train-{number}", None)
+        self._store.write_json(content, self.path)
+
     def forget_from(self, number: int) -> None:
         """Training on round `number`'s labels, and all that came of it, is to be done again."""
         content = self._content()

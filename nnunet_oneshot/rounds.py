@@ -107,7 +107,7 @@ def put_in_force(dataset: RawDataset, store: Store, number: int, processes: int)
     Returns:
         The manifest, as it now stands in `oneshot.json`.
     """
-    store.write_json({"to": number}, store.state_folder / _SWITCH)
+    announce_switch(store, number)
     manifest = kept_manifest(store, number)
     then, now = manifest.cases, store.read_manifest().cases
     manifest.cases = _persons_word_kept(now, then)
@@ -140,6 +140,14 @@ def bring_up_to_date(store: Store) -> None:
         keep(store, kept, manifest.round)
 
 
+def announce_switch(store: Store, number: int) -> None:
+    """Have a round that is put in force next, once it is kept, put in force after a kill too.
+
+    Before it is kept, where its number is that of the round in force already: nothing else tells that it is not yet.
+    """
+    store.write_json({"to": number}, store.state_folder / _SWITCH)
+
+
 def finish_switch(dataset: RawDataset, store: Store, processes: int) -> None:
     """Finish putting a round in force where a run was killed amid it."""
     if (number := switching_to(store)) is not None:
@@ -147,9 +155,12 @@ def finish_switch(dataset: RawDataset, store: Store, processes: int) -> None:
 
 
 def switching_to(store: Store) -> int | None:
-    """The round that a run was putting in force when it was killed; None where none was."""
+    """The round that a run was putting in force when it was killed; None where none was, or where it is not kept."""
     path = store.state_folder / _SWITCH
-    return json.loads(path.read_text(encoding="utf-8"))["to"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    number: int = json.loads(path.read_text(encoding="utf-8"))["to"]
+    return number if is_kept(store, number) else None
 
 
 def place(placement: Placement) -> None:

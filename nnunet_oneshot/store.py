@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ from nnunet_oneshot.errors import OneShotError
 from sam2_propagation.interface import LabelVolume
 
 SCHEMA = 1
+ABANDONED = 30 * 24 * 3600.0
+"""Seconds after which nobody uses a temporary folder any longer in which nothing changes: most are there for a moment,
+and one that processes share, for as long as a propagator is at work on a set."""
 MANIFEST = "oneshot.json"
 
 Status = Literal["annotated", "sparse", "pseudo", "failed", "gated", "accepted", "rejected", "corrected"]
@@ -232,10 +236,19 @@ class Store:
             yield Path(folder)
 
     def remove_leftovers(self) -> None:
-        """Remove temporary files of this machine's processes that are gone; shards may run on others."""
-        for folder in (self.state_folder / "tmp").glob(f"{socket.gethostname()}-*-*"):
-            if not _alive(int(folder.name.split("-")[-2])):
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove temporary files of this machine's processes that are gone, and of others' that nobody can be using.
+
+        Shards may run on other machines, whose processes cannot be asked after. A container's name is another each
+        time, so that what was left in one would stay for ever.
+        """
+        with self.temporary_folder() as own:
+            # By the clock of the disk, which may not be this machine's.
+            now = own.stat().st_mtime
+            for folder in own.parent.glob("*-*-*"):
+                here = folder.name.startswith(f"{socket.gethostname()}-")
+                dead = here and not _alive(int(folder.name.split("-")[-2]))
+                if dead or now - _last_change(folder) > ABANDONED:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -261,6 +274,14 @@ def read_manifest(path: Path) -> Manifest:
 def _first_mistake(error: ValidationError) -> str:
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _last_change(folder: Path) -> float:
+    """When a folder or what is in it changed last; now where it went meanwhile."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def _alive(process: int) -> bool:

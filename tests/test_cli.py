@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -232,6 +233,31 @@ def test_exit_codes(
     assert (answer.code, answer.out) == (code, "")
     assert said in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), NnunetFailureError("no memory: run the same command again")],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("command", [cli.propagate, cli.run, cli.consensus, cli.demo])
+def test_what_overwrite_began_goes_on_without_it(
+    call: Call, monkeypatch: pytest.MonkeyPatch, command: Callable[..., None], overwrite: bool, error: BaseException
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, f"_do_{command.__name__}", fail)
+    given = {
+        cli.propagate: PROPAGATE,
+        cli.run: (*PROPAGATE, "-c", "2d"),
+        cli.consensus: ("-d", 1, "-o", 2, "-i", "x"),
+        cli.demo: (),
+    }
+    answer = call(command, *given[command], *(["--overwrite"] if overwrite else []))
+    assert answer.code != 0
+    assert "run the same command again" in answer.err
+    assert ("run the same command again without --overwrite" in answer.err) == overwrite
 
 
 def test_ctrl_c_while_a_device_is_looked_for_is_told_too(

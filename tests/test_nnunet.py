@@ -116,7 +116,7 @@ def make_trained(roots: Path) -> Path:
     (folder / "nnUNetPlans.json").write_text(json.dumps({"configurations": {"2d": {"data_identifier": "x"}}}))
     model = nnunet.results_folder(901, "OneShotTrainer", "nnUNetPlans", "2d")
     (model / "fold_0").mkdir(parents=True)
-    (model / "fold_0" / nnunet.FINAL).write_bytes(b"")
+    torch.save({"trainer_name": "OneShotTrainer"}, model / "fold_0" / nnunet.FINAL)
     (model / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
     return model
 
@@ -129,11 +129,36 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_removed(
     fold = make_trained(roots) / "fold_0"
     if not trained:
         (fold / nnunet.FINAL).unlink()
-    (fold / "checkpoint_best.pth").write_bytes(b"whole")
+    torch.save({"trainer_name": "OneShotTrainer"}, fold / "checkpoint_best.pth")
     (fold / "checkpoint_best.pth.part").write_bytes(b"ha")
     nnunet.train(901, "2d", 0, "OneShotTrainer", "nnUNetPlans", "cpu")
     assert not list(fold.glob("*.part"))
     assert (fold / "checkpoint_best.pth").is_file()
+
+
+@pytest.mark.parametrize("name", nnunet.RESUMED)
+@pytest.mark.parametrize("trainer", ["OneShotTrainer", "nnUNetTrainer"])
+def test_a_checkpoint_of_another_trainer_is_neither_a_model_nor_gone_on_from(
+    roots: Path, no_jobs: Callable[[], None], name: str, trainer: str
+) -> None:
+    fold = make_trained(roots) / "fold_0"
+    torch.save({"trainer_name": "nnUNetTrainer_5epochs"}, fold / nnunet.FINAL)
+    (fold / nnunet.FINAL).rename(fold / name)
+    fold.parent.rename(nnunet.results_folder(901, trainer, "nnUNetPlans", "2d"))
+    no_jobs()
+    with pytest.raises(OneShotError, match=f"{name}: expected a checkpoint of {trainer}, found one of .*_5epochs; mov"):
+        nnunet.train(901, "2d", 0, trainer, "nnUNetPlans", "cpu")
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_checkpoint_that_was_cut_short_is_named(roots: Path, no_jobs: Callable[[], None], kept: int) -> None:
+    """As nnU-Net's own trainers leave it where they are killed amid writing it."""
+    fold = make_trained(roots) / "fold_0"
+    (fold / "checkpoint_latest.pth").write_bytes((fold / nnunet.FINAL).read_bytes()[:kept])
+    (fold / nnunet.FINAL).unlink()
+    no_jobs()
+    with pytest.raises(OneShotError, match=r"checkpoint_latest.pth: expected .* found a file that cannot be read; mov"):
+        nnunet.train(901, "2d", 0, "OneShotTrainer", "nnUNetPlans", "cpu")
 
 
 def test_half_written_predictions_are_removed_where_all_are_whole(roots: Path, no_jobs: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -65,6 +66,26 @@ def test_nnunet_applies_what_is_written(roots: Roots, tmp_path: Path) -> None:
     assert not (found[:, 8, 7] == 1).any(), "a far piece of what is one is gone"
     assert found[0, 8, 0] == 2, "of what is two pieces nothing goes"
     np.testing.assert_array_equal(found == 1, label_array(1) == 1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_kill_left_half_written_goes(
+    roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    folder, model = write_raw(roots.raw), tmp_path / "model"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_postprocessing(open_dataset(501), model)
+    (model / f"{FILE}.123.new").write_bytes(b"of an earlier release")
+    if not known:
+        make_sparse(folder)
+    write_postprocessing(open_dataset(501), model)
+    assert [path.name for path in model.iterdir()] == ([FILE] if known else [])
 
 
 @pytest.mark.parametrize("how", ["regions", "sparse"])

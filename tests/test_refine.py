@@ -51,7 +51,7 @@ class FakeNnunet:
         self._count()
         self.preprocessed += 1
         folder = self.roots.preprocessed / dataset
-        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data").mkdir(parents=True, exist_ok=True)
         plans = {"configurations": {"2d": {"data_identifier": "data"}}}
         (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
 
@@ -67,6 +67,9 @@ class FakeNnunet:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / nnunet.FINAL).write_text(str(len(self.trained)))
         return folder
+
+    def check_trained(self, *_: object) -> None:
+        pass
 
     def predict(
         self,
@@ -110,7 +113,7 @@ def fake(roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.Mon
 
 def replace_nnunet(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> FakeNnunet:
     made = FakeNnunet(roots)
-    for name in ("plan_and_preprocess", "train", "predict"):
+    for name in ("plan_and_preprocess", "train", "check_trained", "predict"):
         monkeypatch.setattr(nnunet, name, getattr(made, name))
     monkeypatch.setattr(refine_module, "refresh", lambda *_: None)
     monkeypatch.setattr(refine_module, "note_preprocessed", lambda *_: None)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
 
-from nnunet_oneshot import cli, nnunet
+from nnunet_oneshot import cli, first_round, nnunet
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import run as run_module
 from nnunet_oneshot.errors import OneShotError
@@ -21,11 +24,14 @@ from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refine_record import Record
 from nnunet_oneshot.review.decisions import correct, decide
+from nnunet_oneshot.rounds import kept_manifest
 from nnunet_oneshot.settings import Preset
 from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import splits
 
 IGNORE = 3
+CHECK_TRAINED = nnunet.check_trained
+"""Replaced with all else of nnU-Net, whose checkpoints hold no more than a number here."""
 
 
 @pytest.fixture
@@ -103,6 +109,65 @@ def test_folds_of_any_number_are_in_the_way(fake: FakeNnunet, stale: str) -> Non
     (fake.folder(open_store(601)[0].folder.name) / stale).mkdir(parents=True)
     with pytest.raises(OneShotError, match=f"expected no earlier results in .*, found {stale},"):
         run(rounds=0, num_folds=5)
+
+
+def test_a_run_with_overwrite_that_was_stopped_goes_on_as_its_sentence_says(
+    fake: FakeNnunet, fakes: dict[str, FakePropagator], call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (cli.run, "-d", 501, "-o", 601, "-c", "2d", "-propagator", "fake", "-np", 1, "-device", "cpu")
+    folder = fake.folder(open_store(601)[0].folder.name)
+
+    def killed(*_: object, **__: object) -> None:
+        (folder / "fold_all").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nnunet, "train", killed)
+        assert "run the same command again without --overwrite to go on" in call(*command, "--overwrite").err
+    labelled = len(fakes["fake"].asked)
+    refused = call(*command, "--overwrite")
+    assert refused.code == 2
+    assert "found fold_all," in refused.error
+    assert "or run without --overwrite to go on with that training" in refused.error
+    assert call(*command).code == 0
+    assert len(fakes["fake"].asked) == labelled
+    assert fake.trained[0] == ("all", None)
+
+
+# --- a kill before the first training -----------------------------------------------------------------------------
+
+
+def files_of(store: Store) -> dict[str, bytes]:
+    there = {p.relative_to(store.folder): p for p in store.folder.rglob("*") if p.is_file()}
+    return {str(name): path.read_bytes() for name, path in there.items() if "locks" not in name.parts}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_around_keeping_the_first_round_changes_no_byte(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: bool
+) -> None:
+    """Kept and not in force yet, its estimates would be known to no training, and what it leaves out would be in it."""
+    store, _ = open_store(601)
+    shutil.copytree(store.folder, tmp_path / "propagated")
+    run(rounds=0, min_quality=0.99)
+    assert "gated" in {record.status for record in store.read_manifest().cases.values()}
+    undisturbed = files_of(store)
+    for folder in (store.folder, fake.folder(store.folder.name).parent):
+        shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "propagated", store.folder)
+    keep = first_round.keep
+
+    def killed(*arguments: Any) -> None:
+        if after:
+            keep(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(first_round, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=0, min_quality=0.99)
+    run(rounds=0, min_quality=0.99)
+    assert files_of(store) == undisturbed
 
 
 # --- what people changed ------------------------------------------------------------------------------------------
@@ -497,6 +562,158 @@ def test_folds_that_are_dealt_anew_amid_a_training_are_all_trained_again(fake: F
         "cases were dealt over the folds anew: round 2 was trained from new weights",
     ]
     assert fake.trained[5:] == [(0, None), (1, None)]
+
+
+def test_a_case_that_a_round_leaves_out_or_takes_back_costs_no_weights(fake: FakeNnunet) -> None:
+    """Its new label comes from the fold that never saw it, also of those that start from weights of before."""
+    fake.say = lambda case, trainings: (
+        np.roll(label_array(3), 4, axis=1) if case == "case_3" and trainings <= 2 else label_array(int(case[-1]))
+    )
+    said = run(rounds=3, num_folds=2, min_quality=0.5).taken_up
+    store, _ = open_store(601)
+    status = [kept_manifest(store, number).cases["case_3"].status for number in range(4)]
+    assert status[:2] == ["pseudo", "gated"]
+    assert "pseudo" in status[2:], "taken back"
+    assert said == []
+    assert [start is not None for _, start in fake.trained] == [False] * 2 + [True] * 6
+    before = Record(store).splits(0)
+    assert before is not None
+    own = next(fold for fold, split in enumerate(before) if "case_3" in split["val"])
+    assert {key[1:] for key, cases in fake.predicted.items() if "case_3" in cases} == {(own,)}
+
+
+def test_folds_stay_where_preprocessed_data_are_gone_amid_a_training(fake: FakeNnunet) -> None:
+    """nnU-Net would deal the cases out by itself, over five."""
+    fake.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=0, num_folds=2)
+    store, _ = open_store(601)
+    preprocessed = fake.roots.preprocessed / store.folder.name
+    shutil.rmtree(preprocessed)
+    run(rounds=0, num_folds=2)
+    assert fake.preprocessed == 2
+    assert json.loads((preprocessed / "splits_final.json").read_text()) == splits(store.read_manifest(), 2)
+
+
+# --- models that are gone -----------------------------------------------------------------------------------------
+
+
+def test_a_final_model_that_was_moved_away_is_trained_again(fake: FakeNnunet, call: Callable[..., Answer]) -> None:
+    run(rounds=1)
+    store, _ = open_store(601)
+    labels, folder = labels_in_force(store), fake.folder(store.folder.name)
+    shutil.rmtree(folder.parent)
+    more = ("-c", "2d", "-device", "cpu", "-np", 1, "-rounds", 1, "--all_rounds", "-min_quality", 0)
+    answer = call(cli.refine, "-d", 601, *more)
+    assert answer.code == 0, answer.err
+    assert "models of round 1 are gone: they were trained again" in answer.out
+    assert training_in_place(fake) == "3"
+    assert fake.labels[2] == fake.labels[1]
+    assert labels_in_force(store) == labels
+    assert run(rounds=1).taken_up == []
+    assert len(fake.trained) == 3, "that of round 0 is not needed"
+
+
+def test_a_final_model_of_another_trainer_is_bad_input(
+    fake: FakeNnunet, call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(rounds=0)
+    folder = fake.folder(open_store(601)[0].folder.name) / "fold_all"
+    torch.save({"trainer_name": "nnUNetTrainer_5epochs"}, folder / nnunet.FINAL)
+    monkeypatch.setattr(nnunet, "check_trained", CHECK_TRAINED)
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1, "-rounds", 0)
+    assert answer.code == 2
+    assert "expected a checkpoint of OneShotTrainer, found one of nnUNetTrainer_5epochs; move it away" in answer.error
+
+
+def test_more_rounds_train_the_model_that_they_need_again(fake: FakeNnunet) -> None:
+    """What its folder holds of another one's predictions does not count."""
+    fake.stop_at = 10
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=2)
+    store, _ = open_store(601)
+    half_done = store.state_folder / "predictions" / "02"
+    assert list(half_done.glob("*.nii.gz"))
+    shutil.rmtree(fake.folder(store.folder.name).parent)
+    result = run(rounds=2)
+    assert result.round == 2
+    assert result.taken_up == [
+        "models of round 1 are gone: they were trained again",
+        "models of round 0 are gone: round 1 was trained from new weights",
+    ]
+    assert fake.predicted[(3, "all")] == list(CASES[1:])
+    assert fake.trained[2] == ("all", None)
+    assert fake.trained[3][1] is not None
+
+
+def test_labels_that_were_made_need_no_model_any_longer(fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the new labels and the note of it."""
+    mark = Record.mark
+
+    def killed(record: Record, step: str, *value: dict[str, float]) -> None:
+        if step == "relabel-1":
+            raise KeyboardInterrupt
+        mark(record, step, *value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "mark", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    shutil.rmtree(fake.folder(open_store(601)[0].folder.name).parent)
+    assert run(rounds=1).round == 1
+    assert len(fake.trained) == 2
+
+
+def test_a_fold_that_is_gone_is_trained_again_alone(fake: FakeNnunet) -> None:
+    run(rounds=0, num_folds=2)
+    shutil.rmtree(fake.folder(open_store(601)[0].folder.name) / "fold_1")
+    run(rounds=1, num_folds=2)
+    assert [fold for fold, _ in fake.trained] == [0, 1, 1, 0, 1]
+
+
+def test_a_fold_that_is_gone_since_cases_were_dealt_anew_takes_the_others_along(fake: FakeNnunet) -> None:
+    """Else there were models of two deals, and nobody knew which did not see a case."""
+    fake.say = lambda case, _: label_array(int(case[-1]))
+    run(rounds=2, num_folds=2)
+    store, _ = open_store(601)
+    correct_to_what_it_is("case_1")
+    shutil.rmtree(fake.folder(store.folder.name) / "fold_1")
+    run(rounds=2, num_folds=2)
+    assert [fold for fold, _ in fake.trained] == [0, 1] * 4
+    assert Record(store).splits(2) == splits(store.read_manifest(), 2)
+
+
+def test_an_added_image_is_labelled_where_the_model_is_gone(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=1)
+    shutil.rmtree(fake.folder(open_store(601)[0].folder.name).parent)
+    write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
+    said = run(rounds=1).taken_up
+    assert {"case_5: a new image", "models of round 1 are gone: they were trained again"} <= set(said)
+    store, _ = open_store(601)
+    assert store.read_manifest().cases["case_5"].status == "pseudo"
+    assert fake.labels[-1] == labels_in_force(store), "the model was trained on it too"
+
+
+@pytest.mark.usefixtures("worse")
+def test_a_second_training_whose_first_is_gone_goes_on_after_a_kill(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(rounds=1, all_rounds=False)
+    folder = fake.folder(open_store(601)[0].folder.name)
+    shutil.rmtree(folder.parent)
+
+    def killed(*_: object, **__: object) -> None:
+        (folder / "fold_all").mkdir(parents=True)
+        (folder / "fold_all" / "checkpoint_latest.pth").write_text("amid it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nnunet, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1, all_rounds=False)
+    assert run(rounds=1, all_rounds=False).round == 0
+    assert (folder / "fold_all" / "checkpoint_latest.pth").is_file()
+    assert training_in_place(fake) == "3"
 
 
 # --- one rule for two rounds --------------------------------------------------------------------------------------

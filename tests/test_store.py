@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,19 @@ def test_leftovers_of_dead_processes_go_those_of_living_ones_and_other_machines_
     with store.temporary_folder() as living:
         store.remove_leftovers()
         assert (living.exists(), other.exists(), dead.exists()) == (True, True, False)
+
+
+def test_leftovers_of_another_machine_go_when_nothing_changed_in_them_for_long(store: Store) -> None:
+    """A container has another name each time."""
+    now, folders = time.time(), {}
+    for name, ages in {"old": (40, 40), "folder of a living one": (40, 20), "new file": (20, 40)}.items():
+        folder = folders[name] = store.state_folder / "tmp" / f"c0ffee-7-{name.replace(' ', '')}"
+        folder.mkdir(parents=True)
+        (folder / "half.nii.gz").write_text("half")
+        for path, age in zip((folder / "half.nii.gz", folder), ages, strict=True):
+            os.utime(path, (now - age * 86400,) * 2)
+    store.remove_leftovers()
+    assert [name for name, folder in folders.items() if folder.exists()] == ["folder of a living one", "new file"]
 
 
 def test_on_windows_nobody_is_asked_by_a_signal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
