@@ -1,6 +1,6 @@
 """What labelling costs as work grows: seconds and peak memory of `propagate` and of relabelling.
 
-    python benchmarks/cost.py -o WORK [--axes cases slices classes supports] [--most 150]
+    python benchmarks/cost.py -o WORK [--axes cases slices classes supports] [--most 150] [--memory]
     python benchmarks/cost.py --table
 
 From a base of 4 un-annotated phantoms of 30 x 64 x 64 voxels with 4 classes and one annotated case, one number grows at
@@ -8,8 +8,9 @@ a time: un-annotated cases, slices of every volume, classes, annotated cases. Ea
 benchmarks/results/ and is not computed again. `propagate` is the command with its default propagators and one worker,
 relabelling one round of `relabel` on predictions that are round 0's labels moved by a voxel. Seconds are those of the
 processor, children included, so other work on the machine does not count; memory is the largest process's resident
-peak. A slope is that of a straight line through logarithms: 1 is proportional. Where a point has no memory, the process
-that measured it held more itself. Seed 0; nothing is scored.
+peak. A slope is that of a straight line through logarithms: 1 is proportional. Where a point has no memory of its own,
+the process that measured it held more itself; `--memory` measures such points again, as rows of their own, of which
+nothing but memory counts: seconds of a crowded machine are longer. Seed 0; nothing is scored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import SimpleITK as sitk
-from common import REPOSITORY, RESULTS, markdown, use_folders, write_row
+from common import REPOSITORY, markdown, read_row, use_folders, write_row
 
 from nnunet_oneshot.phantom import write_phantom_dataset
 
@@ -128,11 +129,11 @@ def moved_labels(work: Path) -> Path:
     return folder
 
 
-def point(work: Path, axis: str, value: int) -> dict[str, Any]:
+def point(work: Path, axis: str, value: int, memory: bool = False) -> dict[str, Any]:
     """One row, from its file if it is there."""
-    path = RESULTS / f"{_key(axis, value)}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    key = _key(axis, value, memory)
+    if (done := read_row(key)) is not None:
+        return done
     size = replace(Size(), **{axis: value})
     shutil.rmtree(work, ignore_errors=True)
     use_folders(work)
@@ -142,20 +143,26 @@ def point(work: Path, axis: str, value: int) -> dict[str, Any]:
     propagated = measured([str(command), "-d", str(SOURCE), "-o", str(OUTPUT), "-np", "1", "-device", "cpu"], log)
     relabelled = measured([sys.executable, "-c", RELABEL, str(OUTPUT), str(apart(moved_labels, work))], log)
     row = {"axis": axis, **vars(size), "propagate": propagated, "relabel": relabelled, "seed": 0}
-    return write_row(_key(axis, value), row)
+    return write_row(key, row)
 
 
-def _key(axis: str, value: int) -> str:
-    return f"cost_{axis}_{value:03d}"
+def _key(axis: str, value: int, memory: bool = False) -> str:
+    return f"cost_{'memory_' if memory else ''}{axis}_{value:03d}"
 
 
 def found() -> dict[str, list[dict[str, Any]]]:
     """All finished points, by axis."""
-    rows = [[RESULTS / f"{_key(axis, value)}.json" for value in values] for axis, values in AXES.items()]
-    return {
-        axis: [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-        for axis, paths in zip(AXES, rows, strict=True)
-    }
+    rows = {axis: [_known(axis, value) for value in values] for axis, values in AXES.items()}
+    return {axis: [row for row in of_axis if row is not None] for axis, of_axis in rows.items()}
+
+
+def _known(axis: str, value: int) -> dict[str, Any] | None:
+    """A point, with memory from where it was measured again."""
+    row, again = read_row(_key(axis, value)), read_row(_key(axis, value, memory=True))
+    if row is not None and again is not None:
+        for stage in ("propagate", "relabel"):
+            row[stage]["peak_gib"] = row[stage]["peak_gib"] or again[stage]["peak_gib"]
+    return row
 
 
 def slope(rows: list[dict[str, Any]], axis: str, stage: str, figure: str) -> str:
@@ -202,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=sorted(AXES))
     parser.add_argument("--most", type=int, default=600, help="leave out points beyond this")
+    parser.add_argument("--memory", action="store_true", help="again, for memory alone")
     parser.add_argument("-o", type=Path, help="working folder; it is emptied")
     parser.add_argument("--table", action="store_true", help="only print and draw what is there")
     arguments = parser.parse_args()
@@ -211,7 +219,7 @@ def main() -> None:
         for axis in arguments.axes:
             for value in AXES[axis]:
                 if value <= arguments.most:
-                    point(arguments.o.resolve() / "cost", axis, value)
+                    point(arguments.o.resolve() / "cost", axis, value, arguments.memory)
     points = found()
     print(table(points))
     if all(points.values()):
