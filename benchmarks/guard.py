@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, markdown, read_row, use_folders, write_row
-from refinement_ablation import Rounds
+from refinement_ablation import GATED, Rounds
 from trainer_ablation import add_data_arguments
 
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.quality import VIEWS, Opinions, gather
-from nnunet_oneshot.quality_gate import MIN_QUALITY, mean_quality
+from nnunet_oneshot.quality_gate import mean_quality
 from nnunet_oneshot.quality_opinions import opinions
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.relabel import Change, relabel
@@ -53,11 +53,11 @@ class Guard(Rounds):
             return self.checked("round_1", done, {**self.settings, "epochs": epochs, "n": len(self.pool)})
         self._copy(number)
         store, raw = open_store(number)
-        take_over(raw, store, 1, MIN_QUALITY)
+        take_over(raw, store, 1, GATED)
         predictions = self._said_by(f"round_0_{epochs}")
         self._relabelled(number, predictions, 1)
         # The round is kept: this tells how far its labels moved.
-        change = relabel(raw, store, predictions, 1, 1)
+        change = relabel(raw, store, predictions, 1, 1, GATED)
         return write_row(self.key("round_1"), self._content(number, change, predictions))
 
     def _content(self, number: int, change: Change, predictions: Path) -> dict[str, Any]:

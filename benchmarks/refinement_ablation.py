@@ -14,8 +14,8 @@ Rows of labels are scored on the un-annotated pool cases, rows of models on the 
             ensemble         what both of these models say together
             two, three       rounds 2 and 3 of `refine`, each by a model of the labels before, from new weights
     models: round_0          trained on round 0's labels
-            ungated          the same, with the cases that quality leaves out
-            gated_more       the same, without cases of a higher estimated quality too
+            ungated          the same, with the cases of an estimated Dice below 0.3, which all rows but this leave out
+            gated_more       the same, without those below 0.6
             scratch, warm    trained on the labels `one`: from new weights, or from all of those of round_0
             warm_new_head    the same, as nnU-Net's -pretrained_weights has it: its last layers are new
             from_folds       trained on the labels `folds`, from new weights
@@ -54,7 +54,6 @@ from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.nnunet import Fold
 from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.propagate import propagate
-from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import note_preprocessed, raw_label_hashes, refresh
 from nnunet_oneshot.relabel import Trust, relabel
@@ -67,8 +66,9 @@ from sam2_propagation.interface import LabelVolume
 
 FOLDED, UNGATED, GATED_MORE = 611, 612, 613
 """Copies of the labelled dataset: whose round is made by two folds, of which no case is left out, and more are."""
-LEAST = {UNGATED: 0.0, GATED_MORE: 0.6}
-"""Estimated Dice below which a case is left out, where it is not the default of `refine`."""
+GATED, LEAST = 0.3, {UNGATED: 0.0, GATED_MORE: 0.6}
+"""Estimated Dice below which a case is left out, as `refine` did until this was measured, and in copies that tell what
+it does."""
 FOLDS = 2
 LABELS = ("before", "model", "model_labels", "model_views", "model_opinion", "one", "folds", "ensemble")
 MODELS = ("round_0", "ungated", "gated_more", "scratch", "warm", "warm_new_head", "from_folds")
@@ -105,7 +105,7 @@ class Rounds(Ablation):
             self._copy(number)
         for number in (LABELLED, *copies):
             store, raw = open_store(number)
-            take_over(raw, store, 1, LEAST.get(number, MIN_QUALITY))
+            take_over(raw, store, 1, LEAST.get(number, GATED))
             if number == FOLDED:
                 _deal(store, raw)
             # Noted once: labels of a later round may have been put in force since.
@@ -355,7 +355,7 @@ class Rounds(Ablation):
             chosen = opinion_of(store, AS_BEFORE)
             cases = [raw.case(name) for name in self.pool]
             asked = ask_sam2(raw, store, cases, predictions, made, chosen, "cpu", 1) if chosen else None
-            relabel(raw, store, predictions, made, 1, trust=Trust(asked))
+            relabel(raw, store, predictions, made, 1, GATED, Trust(asked))
         return store.round_path(made, "x").parent
 
     def _copy(self, number: int) -> None:

@@ -142,10 +142,10 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-min_quality",
         type=float,
-        default=0.3,
+        default=0.0,
         metavar="D",
-        help="estimated Dice below which a case is left out, in labels made from then on, until a round lifts it "
-        "(default: %(default)s)",
+        help="estimated Dice below which a case is left out, in labels made from then on, until a round lifts it; "
+        "never more than half of the cases (default: %(default)s, none)",
     )
     parser.add_argument(
         "--weight_by_quality", action="store_true", help="draw cases in training as often as their estimated Dice says"
