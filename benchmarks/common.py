@@ -25,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 NOT_MIRRORED = {base: f"{base}NoMirroring" for base in ("nnUNetTrainer", "OneShotTrainer")}
 """The trainers that neither train nor predict with mirrored images."""
+GATED = 0.3
+"""Estimated Dice below which `refine` left cases out until gating was measured: rows of before are of that."""
 PACKAGES = ("nnunet-oneshot", "nnunetv2", "sam2", "torch", "SimpleITK", "numpy")
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from common import NOT_MIRRORED, DataSet, data_set, lay_out, read_row, use_folders, write_row
+from common import GATED, NOT_MIRRORED, DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import FLAT, LABELS, METHODS, Labels, Method
 from evidence_pictures import draw_cases, write_index
 from evidence_table import write_results
@@ -52,7 +52,6 @@ from nnunet_oneshot.make_sparse import make_sparse
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
-from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import Plan, open_store, refine
 from nnunet_oneshot.refine_record import Record
 from nnunet_oneshot.rounds import target_path
@@ -263,7 +262,7 @@ class Evidence:
             return number
         if recipe.gated:
             store, raw = open_store(number)
-            take_over(raw, store, default_processes(), MIN_QUALITY)
+            take_over(raw, store, default_processes(), GATED)
         if recipe.ignore:
             trained = self._train_stock(number, plan, stages)
         else:

@@ -69,7 +69,7 @@ class Method:
             SSL-MedSAM2 does (without its end at convergence).
         again: how often it is trained once more on the same labels, from the weights of before, as a round of ours is.
         configuration: nnU-Net's, where it is not the set's own.
-        gated: cases of low estimated quality are left out, as refinement leaves them.
+        gated: cases of an estimated Dice below `common.GATED` are left out.
         rival: what a user would pick in place of ours; other rows are parts and variants of it.
     """
 

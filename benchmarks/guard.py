@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, markdown, read_row, use_folders, write_row
-from refinement_ablation import GATED, Rounds
+from common import GATED, RESULTS, markdown, read_row, use_folders, write_row
+from refinement_ablation import Rounds
 from trainer_ablation import add_data_arguments
 
 from nnunet_oneshot.evaluate import FOREGROUND, evaluate

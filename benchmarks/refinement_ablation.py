@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import lay_out, markdown, read_row, use_folders, write_row
+from common import GATED, lay_out, markdown, read_row, use_folders, write_row
 from evidence_pictures import draw_cases
 from in_process import Weights, make, predict
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
@@ -66,9 +66,8 @@ from sam2_propagation.interface import LabelVolume
 
 FOLDED, UNGATED, GATED_MORE = 611, 612, 613
 """Copies of the labelled dataset: whose round is made by two folds, of which no case is left out, and more are."""
-GATED, LEAST = 0.3, {UNGATED: 0.0, GATED_MORE: 0.6}
-"""Estimated Dice below which a case is left out, as `refine` did until this was measured, and in copies that tell what
-it does."""
+LEAST = {UNGATED: 0.0, GATED_MORE: 0.6}
+"""Estimated Dice below which a case is left out, where it is not GATED."""
 FOLDS = 2
 LABELS = ("before", "model", "model_labels", "model_views", "model_opinion", "one", "folds", "ensemble")
 MODELS = ("round_0", "ungated", "gated_more", "scratch", "warm", "warm_new_head", "from_folds")
@@ -128,7 +127,7 @@ class Rounds(Ablation):
             # Labels of round 0 do not depend on it, and no others are made.
             del wanted["seed"]
         if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
-            other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+            other = ", ".join(sorted(k for k in wanted.keys() | found.keys() if found.get(k) != wanted.get(k)))
             raise SystemExit(f"{self.work} is of other {other}: use another -o")
         path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
 

@@ -56,10 +56,14 @@ def _refuse(parser: argparse.ArgumentParser, sentence: str) -> NoReturn:
 
 
 def _how_to_go_on(arguments: argparse.Namespace, sentence: str) -> str:
-    """The sentence, whose advice to run the same command again is amended where --overwrite would begin anew."""
+    """The sentence, whose advice to run the same command again is amended where --overwrite would begin anew.
+
+    Whether it has begun to replace what was there is not known here.
+    """
     if not ("goes_on_without_overwrite" in arguments and arguments.overwrite):
         return sentence
-    return sentence.replace(_AGAIN, f"{_AGAIN} without --overwrite")
+    amended = sentence.replace(_AGAIN, f"{_AGAIN} without --overwrite")
+    return amended if amended == sentence else f"{amended} (with it, where the earlier labels are still there)"
 
 
 def _shown(lines: Sequence[str]) -> list[str]:

@@ -545,6 +545,8 @@ class _Work:
             self.said += [str(taken) for taken in take_up(self.raw, self.store, self.processes)]
             put_in_force(self.raw, self.store, number, self.processes)
         if (before := self.record.in_place()) == number:
+            # A kill amid setting them aside for another round leaves some there.
+            self.models.bring_back(number)
             return
         if before is not None:
             self.models.keep_aside(before)

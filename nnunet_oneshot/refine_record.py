@@ -172,7 +172,7 @@ class Record:
         self._store.write_json(content, self.path)
 
     def note_labels(
-        self, number: int, labels: Mapping[str, str], splits: Splits | None, voxels: Mapping[str, str] = {}
+        self, number: int, labels: Mapping[str, str], splits: Splits | None, voxels: Mapping[str, str]
     ) -> None:
         """The labels that the training of a round begins with, as hashes by case, and how folds split the cases.
 

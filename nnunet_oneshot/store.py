@@ -245,7 +245,7 @@ class Store:
             # By the clock of the disk, which may not be this machine's.
             now = own.stat().st_mtime
             for folder in own.parent.glob("*-*-*"):
-                here = folder.name.startswith(f"{socket.gethostname()}-")
+                here = folder.name.rsplit("-", 2)[0] == socket.gethostname()
                 dead = here and not _alive(int(folder.name.split("-")[-2]))
                 if dead or now - _last_change(folder) > ABANDONED:
                     shutil.rmtree(folder, ignore_errors=True)

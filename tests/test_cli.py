@@ -258,6 +258,7 @@ def test_what_overwrite_began_goes_on_without_it(
     assert answer.code != 0
     assert "run the same command again" in answer.err
     assert ("run the same command again without --overwrite" in answer.err) == overwrite
+    assert ("(with it, where the earlier labels are still there)" in answer.err) == overwrite
 
 
 def test_ctrl_c_while_a_device_is_looked_for_is_told_too(

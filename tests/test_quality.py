@@ -26,7 +26,7 @@ from nnunet_oneshot.quality import (
     reverse_scores,
     rule_for,
 )
-from nnunet_oneshot.quality_gate import gate, mean_quality, needs_review
+from nnunet_oneshot.quality_gate import MIN_QUALITY, gate, mean_quality, needs_review
 from nnunet_oneshot.store import CaseRecord, Manifest, Status
 from sam2_propagation.interface import Image, LabelVolume, Support
 
@@ -157,6 +157,10 @@ def test_low_cases_are_gated_and_come_back() -> None:
     gated["a"].quality = {"mean": 0.7}
     again = gate(gated, 0.5)
     assert (again["a"].status, again["a"].reason) == ("pseudo", None)
+
+
+def test_unless_told_no_label_is_left_out_for_its_quality() -> None:
+    assert {record.status for record in gate(records(a=0.0, b=0.05, c=0.9), MIN_QUALITY).values()} == {"pseudo"}
 
 
 def test_never_more_than_half_are_gated() -> None:

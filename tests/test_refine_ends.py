@@ -523,6 +523,28 @@ def test_models_of_labels_that_no_longer_count_are_never_brought_back(fake: Fake
     assert names == {"00", "01", "01_superseded_1", "02_superseded_1"}
 
 
+def test_models_that_a_kill_left_aside_come_back_and_are_not_trained_again(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 2's model was moved for round 1's to come, and nothing more, when the run was killed."""
+    run(rounds=2)
+    note = Record.note_in_place
+
+    def killed(self: Record, number: int | None) -> None:
+        if number is None:
+            raise SystemExit("killed")
+        note(self, number)
+
+    monkeypatch.setattr(Record, "note_in_place", killed)
+    with pytest.raises(SystemExit):
+        run(rounds=1)
+    monkeypatch.setattr(Record, "note_in_place", note)
+    result = run(rounds=2)
+    assert result.taken_up == []
+    assert training_in_place(fake) == "3"
+    assert len(fake.trained) == 3
+
+
 # --- folds --------------------------------------------------------------------------------------------------------
 
 
