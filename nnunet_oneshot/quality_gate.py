@@ -9,7 +9,7 @@ from nnunet_oneshot.store import MACHINE_MADE, CaseRecord, Manifest, is_by_model
 
 MIN_QUALITY = 0.0
 """Estimated mean Dice below which a label is left out: none by default, since on neither of two real sets leaving out
-what is estimated below 0.3 made the model better (docs/method.md, "A round, part by part")."""
+what is estimated below 0.3 made the model better (docs/method.md, "Leaving labels out")."""
 REVIEW_QUALITY = 0.7
 """Estimated mean Dice below which a label is listed for a person."""
 MOST_GATED = 0.5
