@@ -90,7 +90,7 @@ def epochs(results: Path) -> int:
     """How many epochs had begun by the log of the last start."""
     logs = sorted(results.rglob("training_log_*.txt"))
     said = [line for log in logs[-1:] for line in log.read_text(encoding="utf-8").splitlines() if ": Epoch " in line]
-    return int(said[-1].rsplit(" ", 1)[1]) if said else 0
+    return int(said[-1].split()[-1]) if said else 0
 
 
 def run(work: Path, name: str, moments: list[float], dataset_json: Path, test: list[str]) -> dict[str, Any]:
