@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -89,8 +90,8 @@ def train(results: Path, moments: list[float]) -> dict[str, Any]:
 def epochs(results: Path) -> int:
     """How many epochs had begun by the log of the last start."""
     logs = sorted(results.rglob("training_log_*.txt"))
-    said = [line for log in logs[-1:] for line in log.read_text(encoding="utf-8").splitlines() if ": Epoch " in line]
-    return int(said[-1].split()[-1]) if said else 0
+    said = [number for log in logs[-1:] for number in re.findall(r": Epoch (\d+)", log.read_text(encoding="utf-8"))]
+    return int(said[-1]) if said else 0
 
 
 def run(work: Path, name: str, moments: list[float], dataset_json: Path, test: list[str]) -> dict[str, Any]:
