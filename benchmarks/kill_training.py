@@ -100,7 +100,9 @@ def run(work: Path, name: str, moments: list[float], dataset_json: Path, test: l
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     results, output = work / f"results_{name}", work / f"predictions_{name}"
-    shutil.rmtree(results, ignore_errors=True)
+    # Predictions too: those that are there are kept, and would be another model's.
+    for folder in (results, output):
+        shutil.rmtree(folder, ignore_errors=True)
     results.mkdir()
     found = train(results, moments)
     os.environ["nnUNet_results"] = str(results)

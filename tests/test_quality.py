@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+
 import numpy as np
 import pytest
 from fake_propagator import FakePropagator
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from raw_datasets import label_array
 
+from nnunet_oneshot.arguments import add_training
 from nnunet_oneshot.quality import (
     CHANGE,
     CONFIDENCE,
@@ -161,6 +164,9 @@ def test_low_cases_are_gated_and_come_back() -> None:
 
 def test_unless_told_no_label_is_left_out_for_its_quality() -> None:
     assert {record.status for record in gate(records(a=0.0, b=0.05, c=0.9), MIN_QUALITY).values()} == {"pseudo"}
+    parser = ArgumentParser()
+    add_training(parser)
+    assert parser.get_default("min_quality") == MIN_QUALITY
 
 
 def test_never_more_than_half_are_gated() -> None:
