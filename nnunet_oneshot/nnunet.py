@@ -329,7 +329,8 @@ def predict(
         "job": "predict",
         "model": str(model),
         "folds": [str(fold) for fold in folds],
-        "images": {case: [str(Path(file).resolve()) for file in files] for case, files in missing.items()},
+        # Links are not followed: readers go by a file's ending and look for a TIFF's spacing beside it.
+        "images": {case: [str(Path(file).absolute()) for file in files] for case, files in missing.items()},
         "output": str(output.resolve()),
         "device": device,
         "batch": PREDICTION_BATCH,

@@ -198,9 +198,10 @@ def _lay_out(raw: RawDataset, chosen: Sequence[str], to_label: Sequence[Case]) -
     folder.mkdir()
     entries: dict[str, dict[str, Any]] = {}
     for case in (c for c in raw.cases if c.name not in left_out):
-        entries[case.name] = {"images": [str(path.resolve()) for path in case.images]}
+        # Links are not followed: readers go by a file's ending and look for a TIFF's spacing beside it.
+        entries[case.name] = {"images": [str(path.absolute()) for path in case.images]}
         if case.label is not None:
-            entries[case.name]["label"] = str(case.label.resolve())
+            entries[case.name]["label"] = str(case.label.absolute())
     (folder / "dataset.json").write_text(json.dumps({**raw.json, "dataset": entries}), encoding="utf-8")
 
 

@@ -173,6 +173,23 @@ def test_half_written_predictions_are_removed_where_all_are_whole(roots: Path, n
     assert [path.name for path in out.iterdir()] == ["case_000.nii.gz"]
 
 
+def test_images_that_are_links_are_predicted_by_the_names_of_the_links(
+    roots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its readers go by a file's ending, and find a TIFF's spacing beside it; a store's files have neither."""
+    make_trained(roots)
+    (roots / "store").mkdir()
+    (roots / "store" / "5f1a").write_bytes(b"content")
+    link = roots / "case_000_0000.nii.gz"
+    link.symlink_to(roots / "store" / "5f1a")
+    jobs: list[dict[str, Any]] = []
+    monkeypatch.setattr(nnunet, "run_job", lambda job, *_: jobs.append(job))
+    monkeypatch.chdir(roots)
+    images = {"case_000": [Path(link.name)]}
+    nnunet.predict(901, "2d", [0], "OneShotTrainer", "nnUNetPlans", images, roots / "out", "cpu")
+    assert jobs[0]["images"] == {"case_000": [str(link)]}
+
+
 @pytest.mark.slow
 def test_a_whole_run_is_not_repeated(roots: Path, no_jobs: Callable[[], None]) -> None:
     write_dataset(roots / "nnUNet_raw", NAME, cases=2)

@@ -122,6 +122,15 @@ def test_a_trial_at_work_is_not_replaced_by_a_second_one(
     assert first.picture.is_file()
 
 
+def test_files_that_are_links_into_a_store_are_tried(ready: Roots, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    files = sorted((ready.raw / "Dataset501_toy").rglob("*.nii.gz"))
+    for number, path in enumerate(files):
+        kept = path.rename(tmp_path / "store" / f"{number:04x}")
+        path.symlink_to(kept)
+    assert attempt(2).quality is not None
+
+
 def test_more_cases_than_there_are_means_all(ready: Roots) -> None:
     assert {case.case for case in attempt(50).cases} == set(CASES[1:])
 
