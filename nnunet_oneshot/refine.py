@@ -53,6 +53,7 @@ from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forge
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import DRAWN, Store, read_manifest
 from nnunet_oneshot.training_data import check_labels, splits, write_training_files
+from sam2_propagation.checkpoints import check_device
 
 __all__ = [
     "FOLDS",
@@ -171,6 +172,7 @@ def refine(
     Raises:
         OneShotError: no manifest, unknown plans, earlier results in the way, a refinement of other settings begun, a
             label changed to something that does not fit, folds that would all train on the same.
+        PropagationError: a device or SAM2 weights that cannot be had.
     """
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
     check_arguments(
@@ -182,6 +184,7 @@ def refine(
         min_margin=min_margin,
         stop_dice=stop_dice,
     )
+    check_device(device)
     store, raw = open_store(dataset, grown=True)
     more = {
         "num_folds": num_folds,

@@ -7,6 +7,7 @@ from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.second_opinion import AS_BEFORE, check_sam2
 from nnunet_oneshot.store import Store
+from sam2_propagation.checkpoints import check_device
 
 PLANNED = ("2d", "3d_fullres", "3d_lowres")
 """Configurations of one stage that nnU-Net plans by itself."""
@@ -39,6 +40,8 @@ def check_training(
         OneShotError: plans that cannot be there when labels are, or a configuration that they lack.
         PropagationError: SAM2 weights or a device that cannot be had.
     """
+    # Registration and relays label without it, so that training alone would find that it is not there.
+    check_device(device)
     name = store.folder.name
     there = nnunet.plans_file(name, plans).is_file() and not (overwrite and store.folder.exists())
     if there:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
@@ -430,6 +431,19 @@ def test_unknown_weights_are_refused_before_anything_is_trained(fake: FakeNnunet
     with pytest.raises(PropagationError, match="nowhere"):
         run(rounds=1, self_opinion="nowhere")
     assert not fake.trained
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_said_before_anything_is_done(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    before = roots.snapshot()
+    answer = call(cli.refine, "-d", 601, "-c", "2d", "-self_opinion", "none", "-device", device)
+    assert answer.code == 2
+    assert f"for '{device}', found none; use -device cpu" in answer.error
+    assert roots.snapshot() == before
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, write_image, write_raw
@@ -184,6 +185,13 @@ def test_what_cannot_train_is_said_before_labelling(
     toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call, more: tuple[str, str], words: tuple[str, ...]
 ) -> None:
     refused_unlabelled(roots, call(cli.run, *FAKE, *more), *words)
+
+
+def test_a_device_that_is_not_there_is_said_before_labelling(
+    toy: Path, roots: Roots, fakes: dict[str, FakePropagator], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused_unlabelled(roots, call(cli.run, *FAKE, "-device", "cuda"), "for 'cuda', found none; use -device cpu")
 
 
 def test_pictures_have_no_third_dimension_to_train_in(
