@@ -191,8 +191,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_processes(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
-        "-np", type=int, metavar="N", help=f"cases at once (default: the processor count{more and f'; {more}'})"
+        "-np",
+        type=_at_least_one,
+        metavar="N",
+        help=f"cases at once (default: the processor count{more and f'; {more}'})",
     )
+
+
+def _at_least_one(text: str) -> int:
+    """A whole number of 1 or more, as argparse wants its types."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of 1 or more, found {text}; leave it out for the default"
+        )
+    return number
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

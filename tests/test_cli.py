@@ -328,6 +328,25 @@ def test_styles_on_a_terminal_alone(
     assert ("\033[31merror:" in call(cli.suggest, "-d", 999).err) is styled
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (cli.suggest, ("-d", 501)),
+        (cli.propagate, ("-d", 501, "-o", 601)),
+        (cli.consensus, ("-d", 501, "-o", 601, "-i", "labels")),
+        (cli.refine, ("-d", 601, "-c", "2d")),
+        (cli.run, ("-d", 501, "-o", 601, "-c", "2d")),
+    ],
+)
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_fewer_processes_than_one_are_refused(call: Call, command: Callable, arguments: tuple, number: str) -> None:
+    answer = call(command, *arguments, "-np", number)
+    assert answer.code == 2
+    assert answer.error == (
+        f"argument -np: expected a whole number of 1 or more, found {number}; leave it out for the default"
+    )
+
+
 # --- the device ---------------------------------------------------------------------------------------------------
 
 TRAIN = {cli.refine: ("-d", 601, "-c", "2d"), cli.run: ("-d", 501, "-o", 601, "-c", "2d")}
