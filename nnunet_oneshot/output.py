@@ -49,8 +49,7 @@ def create_output(dataset: RawDataset, output: int | str, settings: Mapping[str,
         OneShotError: output id equal to the input's or taken, a run of other settings begun there, no permission.
     """
     store = _store(dataset, output)
-    for folder in (store.folder, preprocessed_folder(store)):
-        _check_writable(folder)
+    check_writable(store.folder, preprocessed_folder(store))
     if store.folder.exists():
         _enter(store, settings, overwrite)
     _make(store, settings)
@@ -129,14 +128,15 @@ def _make(store: Store, settings: Mapping[str, Any]) -> None:
     preprocessed_folder(store).mkdir(parents=True, exist_ok=True)
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(*folders: Path) -> None:
     """OneShotError where nothing can be written to a folder, or to the nearest one above that exists."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise OneShotError(
-            f"expected permission to write to {there}, found none ({error.strerror}); choose another folder or change "
-            "its permissions"
-        ) from error
+    for folder in folders:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise OneShotError(
+                f"expected permission to write to {there}, found none ({error.strerror}); choose another folder or "
+                "change its permissions"
+            ) from error

@@ -19,6 +19,7 @@ from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_datas
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.nnunet import Fold
+from nnunet_oneshot.output import check_writable
 from nnunet_oneshot.parallel import default_processes, processes_on
 from nnunet_oneshot.postprocessing import FILE as POSTPROCESSING
 from nnunet_oneshot.postprocessing import write_postprocessing
@@ -52,7 +53,7 @@ from nnunet_oneshot.rounds import (
 from nnunet_oneshot.second_opinion import AS_BEFORE, ask_sam2, check_sam2, forget_opinions, opinion_of, why_none
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import DRAWN, Store, read_manifest
-from nnunet_oneshot.training_data import check_labels, splits, write_training_files
+from nnunet_oneshot.training_data import check_labels, preprocessed_folder, splits, write_training_files
 from sam2_propagation.checkpoints import check_device
 
 __all__ = [
@@ -171,7 +172,8 @@ def refine(
 
     Raises:
         OneShotError: no manifest, unknown plans, earlier results in the way, a refinement of other settings begun, a
-            label changed to something that does not fit, folds that would all train on the same.
+            label changed to something that does not fit, folds that would all train on the same, no permission to
+            write.
         PropagationError: a device or SAM2 weights that cannot be had.
     """
     limits = Limits(rounds, stop_dice, min_quality, all_rounds)
@@ -186,6 +188,7 @@ def refine(
     )
     check_device(device)
     store, raw = open_store(dataset, grown=True)
+    check_writable(store.folder, preprocessed_folder(store), nnunet.root("nnUNet_results") / store.folder.name)
     more = {
         "num_folds": num_folds,
         "warm_start": _starts_warm(store, warm_start),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.output import check_writable
 from nnunet_oneshot.second_opinion import AS_BEFORE, check_sam2
 from nnunet_oneshot.store import Store
 from sam2_propagation.checkpoints import check_device
@@ -37,12 +38,14 @@ def check_training(
         overwrite: the output dataset is replaced, with all that nnU-Net derived from it.
 
     Raises:
-        OneShotError: plans that cannot be there when labels are, or a configuration that they lack.
+        OneShotError: plans that cannot be there when labels are, a configuration that they lack, or no permission to
+            write models.
         PropagationError: SAM2 weights or a device that cannot be had.
     """
     # Registration and relays label without it, so that training alone would find that it is not there.
     check_device(device)
     name = store.folder.name
+    check_writable(nnunet.root("nnUNet_results") / name)
     there = nnunet.plans_file(name, plans).is_file() and not (overwrite and store.folder.exists())
     if there:
         nnunet.check_configuration(name, plans, configuration)

@@ -21,7 +21,7 @@ import numpy as np
 from nnunet_oneshot.checks import check_for_propagation
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.output import find_output, nnunet_folders
+from nnunet_oneshot.output import check_writable, find_output, nnunet_folders
 from nnunet_oneshot.parallel import default_processes, over_cases
 from nnunet_oneshot.propagate import Outcome, PropagatorOptions, propagate
 from nnunet_oneshot.propagators import DEFAULT, REVERSIBLE, fitting_names
@@ -117,7 +117,8 @@ def trial(
             is replaced.
 
     Raises:
-        OneShotError: whatever `propagate` refuses, or a folder that holds something else or another trial at work.
+        OneShotError: whatever `propagate` refuses, or a folder that holds something else or another trial at work, or
+            that cannot be written to.
     """
     if cases < 1:
         raise OneShotError(f"expected -n of 1 or more cases to try, found {cases}; give a number such as 5")
@@ -125,6 +126,7 @@ def trial(
     warnings = check_for_propagation(raw)
     find_output(dataset, output)
     place = (folder or Path(f"oneshot_trial_{raw.id:03d}")).resolve()
+    check_writable(place)
     processes = num_processes or default_processes()
     names, left = fitting_names(propagators, [raw.support(case) for case in raw.annotated])
     checked = replace(options or PropagatorOptions(), reverse_check=bool({*names} & {*REVERSIBLE}))

@@ -15,6 +15,7 @@ from conftest import Answer
 from raw_datasets import LABELS, SHAPE, SPACING, Roots, edit_json, image_array, label_array, write_image, write_raw
 
 from nnunet_oneshot import cli
+from nnunet_oneshot.propagate import propagate
 
 pytestmark = pytest.mark.usefixtures("fakes")
 Call = Callable[..., Answer]
@@ -338,27 +339,75 @@ def open_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of POSIX")
-@pytest.mark.parametrize("closed", ["raw", "preprocessed"])
-def test_no_write_permission_is_refused(
-    open_folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch, closed: str
-) -> None:
+@pytest.fixture
+def open_roots(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
+    """nnU-Net's three folders, which other users may write to."""
     roots = Roots(*(open_folder / name for name in ("raw", "preprocessed", "results")))
     for name in ("raw", "preprocessed", "results"):
         getattr(roots, name).mkdir()
-        getattr(roots, name).chmod(0o555 if name == closed else 0o777)
+        getattr(roots, name).chmod(0o777)
         monkeypatch.setenv(f"nnUNet_{name}", str(getattr(roots, name)))
-    roots.raw.chmod(0o755)
-    write_raw(roots.raw)
-    roots.raw.chmod(0o555 if closed == "raw" else 0o777)
-    before = roots.snapshot()
+    return roots
+
+
+needs_posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of POSIX")
+
+
+@needs_posix
+@pytest.mark.parametrize("closed", ["raw", "preprocessed"])
+def test_no_write_permission_is_refused(open_roots: Roots, call: Call, closed: str) -> None:
+    write_raw(open_roots.raw)
+    getattr(open_roots, closed).chmod(0o555)
+    before = open_roots.snapshot()
     # Nobody may not enter the folder of the modules that a command imports when it is called.
     refused(call(cli.propagate, "-d", 999, *PROPAGATE[2:]), "999")
     with _without_privileges():
         answer = call(cli.propagate, *PROPAGATE)
-    roots.raw.chmod(0o755)
-    refused(answer, "permission", getattr(roots, closed))
-    assert roots.snapshot() == before
+    open_roots.raw.chmod(0o755)
+    refused(answer, "permission", getattr(open_roots, closed))
+    assert open_roots.snapshot() == before
+
+
+REFINE = ("-d", 601, "-c", "2d", "-np", 1, "-device", "cpu")
+REVIEW = ("-d", 601, "--port", 0, "--no_browser", "-device", "cpu")
+MADE = "Dataset601_toy_oneshot"
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    ("command", "arguments", "closed"),
+    [
+        (cli.refine, REFINE, f"raw/{MADE}"),
+        (cli.refine, REFINE, f"preprocessed/{MADE}"),
+        (cli.refine, REFINE, "results"),
+        (cli.run, ("-d", 501, "-o", 602, *REFINE[2:]), "results"),
+        (cli.review, REVIEW, f"raw/{MADE}"),
+        (cli.review, REVIEW, f"preprocessed/{MADE}"),
+        (cli.propagate, (*PROPAGATE, "--trial"), "here"),
+    ],
+)
+def test_what_other_users_made_is_not_begun_on_without_permission(
+    open_roots: Roots, call: Call, monkeypatch: pytest.MonkeyPatch, command: Callable, arguments: tuple, closed: str
+) -> None:
+    if command is cli.review:
+        for package in ("starlette", "uvicorn", "ipyniivue"):
+            pytest.importorskip(package, reason=f"the review page needs {package}: pip install -e '.[dev,review]'")
+        monkeypatch.setattr("nnunet_oneshot.review.session._serve", lambda *_: None)
+    write_raw(open_roots.raw)
+    propagate(501, 601, propagators=("fake",), num_processes=1)
+    above = open_roots.raw.parent
+    (above / "here").mkdir()
+    monkeypatch.chdir(above / "here")
+    for folder in (open_roots.raw / MADE, open_roots.preprocessed / MADE, above / "here"):
+        folder.chmod(0o777)
+    (above / closed).chmod(0o555)
+    before = open_roots.snapshot()
+    # As above: what the command imports.
+    refused(call(command, "-d", 999, *arguments[2:]), "999")
+    with _without_privileges():
+        answer = call(command, *arguments)
+    refused(answer, "expected permission to write", above / closed)
+    assert open_roots.snapshot() == before
 
 
 class _without_privileges:

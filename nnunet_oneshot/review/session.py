@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from nnunet_oneshot.dataset import find_raw_folder, open_dataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.output import check_writable
 from nnunet_oneshot.review.carry import Carrier
 from nnunet_oneshot.review.desk import Desk
 from nnunet_oneshot.review.server import Door, make_app
 from nnunet_oneshot.review.viewer import niivue_module
 from nnunet_oneshot.store import Store, read_manifest
-from nnunet_oneshot.training_data import check_labels
+from nnunet_oneshot.training_data import check_labels, preprocessed_folder
 
 try:
     import uvicorn
@@ -64,7 +65,8 @@ def review(
         say: is told the page's address.
 
     Raises:
-        OneShotError: no manifest, images that are gone, a port that is taken, or the extra `review` is not installed.
+        OneShotError: no manifest, images that are gone, no permission to write decisions, a port that is taken, or the
+            extra `review` is not installed.
     """
     desk = open_desk(dataset, checkpoint, device)
     niivue_module()
@@ -83,7 +85,8 @@ def open_desk(dataset: int | str, checkpoint: str = "builtin", device: str = "cp
     """A dataset ready for review.
 
     Raises:
-        OneShotError: no manifest, or cases or label values that the source dataset no longer has.
+        OneShotError: no manifest, cases or label values that the source dataset no longer has, or no permission to
+            write decisions.
     """
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
@@ -91,7 +94,10 @@ def open_desk(dataset: int | str, checkpoint: str = "builtin", device: str = "cp
     check_labels(raw, folder)
     if gone := sorted(set(manifest.cases) - {case.name for case in raw.cases}):
         raise OneShotError(f"{folder.name}: expected the images of {gone[0]} in {raw.name}, found none; restore them")
-    return Desk(raw, Store(folder, raw.file_ending), Carrier(checkpoint, device))
+    store = Store(folder, raw.file_ending)
+    # Decisions are written to both; nobody is to find at the first one that none can be kept.
+    check_writable(store.folder, preprocessed_folder(store))
+    return Desk(raw, store, Carrier(checkpoint, device))
 
 
 def _listening(port: int) -> socket.socket:
