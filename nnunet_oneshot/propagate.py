@@ -61,6 +61,7 @@ class Outcome:
         warnings: what a user should know.
         seconds: wall-clock of labelling, checks and fusion included.
         preparation: that part of it in which propagators learnt (`fit` and `adapt`) before any case was labelled.
+        workers: cases that each source labels at once, of as many as there may be.
     """
 
     store: Store
@@ -68,6 +69,7 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     preparation: float = 0.0
+    workers: dict[str, int] = field(default_factory=dict)
 
 
 def propagate(
@@ -82,6 +84,7 @@ def propagate(
     part_id: int = 0,
     overwrite: bool = False,
     same_patient: Path | None = None,
+    only: Collection[str] | None = None,
 ) -> Outcome:
     """Make dataset BBB: a pseudo label for every un-annotated image, divergence as ignore.
 
@@ -99,6 +102,7 @@ def propagate(
         overwrite: replace an output dataset that exists.
         same_patient: file that pairs un-annotated cases with an annotated one of the same patient (see
             `read_same_patient`); these get its label by their place in space, and no propagator labels them.
+        only: the cases to label, for a trial in which others, that a person drew in part, teach alone; all when None.
 
     Raises:
         OneShotError: bad input, one sentence (see the contract's list).
@@ -125,22 +129,20 @@ def propagate(
         known = PhysicalSpacePropagator(patients)
         made[known.name], chosen[known.name], settings[known.name] = known, known.views, patients
     store = create_output(raw, output, settings, overwrite)
-    preparation = 0.0
+    preparation, workers = 0.0, {name: _workers(made[name], options, num_processes) for name in made}
     with store.lock(f"propagate-{part_id}-of-{num_parts}"):
         _connect(made, raw, store, patients)
         for name in sorted(made, key=_turn):
             # Relays carry their labels back by themselves, and registration's are in these.
             reverse = options.reverse_check and name in REVERSIBLE and "relay" not in made
             job = Job(raw, store, made[name], chosen[name], reverse)
-            # The others work on the CPU.
-            by_device = name in ("sam2", "correspondence")
-            workers = processes_on(options.device, num_processes) if by_device else processes
-            preparation += carry(job, _share(job, made, patients, (num_parts, part_id)), workers)
-        whole = all(_is_done(store, name, _queries(raw, name, patients)) for name in made)
+            queries = _queries(raw, name, patients, only)
+            preparation += carry(job, _share(job, queries, made, patients, (num_parts, part_id)), workers[name])
+        whole = all(_is_done(store, name, _queries(raw, name, patients, only)) for name in made)
         # Where two are as deep in what they say, the first is believed, which redraws what the others carried.
         sources = {name: describe(made[name], options) for name in sorted(made, key=_turn, reverse=True)}
         manifest = _fused(raw, store, sources, settings, processes) if whole else None
-    return Outcome(store, manifest, warnings, time.monotonic() - begin, preparation)
+    return Outcome(store, manifest, warnings, time.monotonic() - begin, preparation, workers)
 
 
 def check_repeated(
@@ -369,21 +371,34 @@ def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
     return {key: round(float(value), 6) for key, value in scores.items()}
 
 
-def _queries(dataset: RawDataset, propagator: str, patients: Collection[str]) -> list[Case]:
-    """What a propagator labels: un-annotated cases, and annotated ones whose label is sparse.
+def _workers(propagator: Propagator, options: PropagatorOptions, num_processes: int | None) -> int:
+    """Cases that a propagator labels at once."""
+    if propagator.whole_set:
+        return 1
+    # The others work on the CPU.
+    by_device = propagator.name in ("sam2", "correspondence")
+    return processes_on(options.device if by_device else "cpu", num_processes)
+
+
+def _queries(
+    dataset: RawDataset, propagator: str, patients: Collection[str], only: Collection[str] | None = None
+) -> list[Case]:
+    """What a propagator labels: un-annotated cases, and annotated ones whose label is sparse; of these `only` some.
 
     Those of an annotated case's patient are labelled by their place in space, and by nothing else.
     """
     sparse = [c for c in dataset.annotated if _is_sparse(dataset, c)]
     by_space = propagator == PhysicalSpacePropagator.name
     chosen = [c for c in (*dataset.unannotated, *sparse) if (c.name in patients) == by_space]
-    return sorted(chosen, key=lambda case: case.name)
+    return sorted((c for c in chosen if only is None or c.name in only), key=lambda case: case.name)
 
 
-def _share(job: Job, made: Mapping[str, Propagator], patients: Collection[str], part: tuple[int, int]) -> list[Case]:
-    """One shard's queries; with the ones that may pass labels on, which relays of every shard wait for."""
-    cases, (num_parts, part_id) = _queries(job.dataset, job.propagator.name, patients), part
-    own = cases[part_id::num_parts]
+def _share(
+    job: Job, cases: Sequence[Case], made: Mapping[str, Propagator], patients: Collection[str], part: tuple[int, int]
+) -> list[Case]:
+    """One shard's part of the queries; with those that may pass labels on, which relays of every shard wait for."""
+    num_parts, part_id = part
+    own = list(cases[part_id::num_parts])
     if job.propagator.name != "registration" or "relay" not in made:
         return own
     wanted = {*(case.name for case in own), *candidates(_passing(job.dataset, patients))}

@@ -23,6 +23,11 @@ if TYPE_CHECKING:  # what is summed up is there already; loading torch to print 
     from nnunet_oneshot.run import RunResult
     from nnunet_oneshot.trial import Trial
 
+DIVERGENCE_COST = (
+    "with OneShotTrainer, which learns the best guess there, no Dice on either of two real sets; with nnU-Net's own "
+    "trainer, which ignores it, 0.04 and 0.27 (docs/method.md)"
+)
+"""The screen of "Divergence: ignore it or not" there: one training of each kind, against labels without divergence."""
 REVIEW_LINES = 10
 """Labels that a summary lists for a person; -json has all."""
 
@@ -109,6 +114,7 @@ def trial_summary(result: Trial) -> dict[str, Any]:
         f"  divergence, where views disagree: {100 * result.divergence:.2f} % of voxels, "
         f"{result.divergence_of_foreground:.0%} of those in and around the structures",
         f"  time: about {result.minutes:.0f} minutes; disk: about {result.megabytes:.0f} MB",
+        f"  what divergence costs: {DIVERGENCE_COST}",
         f"if one label is not enough, annotate next: {result.annotate_next}",
         f"picture: {result.picture}",
         "",

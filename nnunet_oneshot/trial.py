@@ -71,8 +71,8 @@ class Trial:
         preparation: seconds in which propagators learn before any case (correspondence's network, -adapt); next to
             none where an earlier run of the same images kept a network.
         minutes: expected wall-clock of the whole run's labelling with as many processes, with the reverse check and
-            the preparation.
-        megabytes: expected disk of the whole run's labels.
+            the preparation; of cases that a person drew in part too, which the run completes.
+        megabytes: expected disk of the whole run's labels, of the same cases.
         annotate_next: the case whose annotation would help most if one label is not enough.
         warnings: what a user should know.
     """
@@ -130,29 +130,32 @@ def trial(
     processes = num_processes or default_processes()
     names, left = fitting_names(propagators, [raw.support(case) for case in raw.annotated])
     checked = replace(options or PropagatorOptions(), reverse_check=bool({*names} & {*REVERSIBLE}))
-    to_label = _to_label(raw)
+    partly = _partly_drawn(raw)
+    to_label = raw.unannotated or partly
     # Before the place is emptied: an image that cannot be read must not cost the trial of before.
     chosen = _choose(raw, to_label, cases, processes)
     with _place_of_its_own(place):
         with nnunet_folders(place):
-            _lay_out(raw, [c.case for c in chosen], to_label)
+            tried = [c.case for c in chosen]
+            _lay_out(raw, tried, to_label)
             outcome = propagate(
-                raw.id, output, propagators=names, views=views, options=checked, num_processes=num_processes
+                raw.id, output, propagators=names, views=views, options=checked, num_processes=num_processes, only=tried
             )
             small = open_dataset(raw.id)
             found = [_found(small, outcome.store, entry) for entry in chosen]
             _draw(small, outcome.store, found, place / "trial.png")
-        result = _expect(len(to_label), outcome, found, processes, place)
+        labelled = len(raw.unannotated) + len(partly)
+        result = _expect(len(to_label), labelled, outcome, found, place)
         result.warnings = [*warnings, *left]
         content = {**asdict(result), "folder": str(place)}
         (place / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def _to_label(raw: RawDataset) -> Sequence[Case]:
-    """The un-annotated cases; where there are none, those that a person drew in part."""
+def _partly_drawn(raw: RawDataset) -> list[Case]:
+    """The annotated cases that a person drew in part; where no image is un-annotated, they are what is tried."""
     drawn = ((case, case.label) for case in raw.annotated)
-    return raw.unannotated or [c for c, path in drawn if path is not None and raw.is_sparse(raw.read_label(path))]
+    return [c for c, path in drawn if path is not None and raw.is_sparse(raw.read_label(path))]
 
 
 def _choose(raw: RawDataset, to_label: Sequence[Case], count: int, processes: int) -> list[Chosen]:
@@ -219,23 +222,28 @@ def _found(raw: RawDataset, store: Store, entry: Chosen) -> TrialCase:
         record.quality,
         round(float(ignored.mean()), 5),
         round(float(ignored.sum() / max(1, around.sum())), 4),
-        _seconds(store, entry.case),
+        round(sum(_seconds(store, entry.case).values()), 2),
         reason,
     )
 
 
-def _seconds(store: Store, case: str) -> float:
-    records = [store.read_worker(folder.name, case) for folder in (store.state_folder / "cases").iterdir()]
-    return round(sum(record.seconds for record in records if record is not None), 2)
+def _seconds(store: Store, case: str) -> dict[str, float]:
+    """Wall-clock of a case by source."""
+    names = [folder.name for folder in (store.state_folder / "cases").iterdir()]
+    records = {name: store.read_worker(name, case) for name in names}
+    return {name: record.seconds for name, record in records.items() if record is not None}
 
 
-def _expect(size: int, outcome: Outcome, found: list[TrialCase], processes: int, place: Path) -> Trial:
-    """What to expect of `size` images to label, by what was found of a few."""
+def _expect(size: int, labelled: int, outcome: Outcome, found: list[TrialCase], place: Path) -> Trial:
+    """What to expect by what was found of a few of `size` images, of a run that labels so many cases."""
     shares = np.array([case.share for case in found])
     rated = [(case.share, case.quality["mean"]) for case in found if case.quality is not None]
     known = sum(share for share, _ in rated)
-    seconds = float((shares * [case.seconds for case in found]).sum())
-    written = sum(path.stat().st_size for path in outcome.store.folder.rglob("*") if path.is_file())
+    seconds = outcome.preparation + sum(
+        case.share * seconds * labelled / min(outcome.workers[source], labelled)
+        for case in found
+        for source, seconds in _seconds(outcome.store, case.case).items()
+    )
     return Trial(
         folder=place,
         cases=found,
@@ -244,10 +252,16 @@ def _expect(size: int, outcome: Outcome, found: list[TrialCase], processes: int,
         divergence=round(float((shares * [case.divergence for case in found]).sum()), 5),
         divergence_of_foreground=round(float((shares * [case.divergence_of_foreground for case in found]).sum()), 4),
         preparation=round(outcome.preparation, 2),
-        minutes=round((outcome.preparation + seconds * size / min(processes, size)) / 60, 1),
-        megabytes=round(written / len(found) * size / 1e6, 3),
+        minutes=round(seconds / 60, 1),
+        megabytes=round(_written(outcome.store, found) / len(found) * labelled / 1e6, 3),
         annotate_next=max(found, key=_worth).case if found else None,
     )
+
+
+def _written(store: Store, found: Sequence[TrialCase]) -> int:
+    """Bytes of what was written of the cases that were tried; what there is of others does not grow with the set."""
+    names = {f"{case.case}{ending}" for case in found for ending in (store.file_ending, ".json")}
+    return sum(path.stat().st_size for path in store.folder.rglob("*") if path.name in names)
 
 
 def _worth(case: TrialCase) -> float:

@@ -22,6 +22,7 @@ from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import find_output
 from nnunet_oneshot.propagate import Outcome, propagate
+from nnunet_oneshot.propagators import PropagatorOptions
 from nnunet_oneshot.store import Manifest, Store
 from sam2_propagation.interface import Image, Propagation, Propagator, Support
 
@@ -224,6 +225,17 @@ class Interrupted(FakePropagator):
             yield result
             if len(self.asked) == 2:
                 raise KeyboardInterrupt
+
+
+def test_how_many_cases_each_labels_at_once_is_told(
+    roots: Roots, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_raw(roots.raw, cases=("case_0", "case_1"))
+    monkeypatch.setattr("nnunet_oneshot.parallel.default_processes", lambda: 16)
+    monkeypatch.setattr("nnunet_oneshot.propagate.default_processes", lambda: 1)
+    names, options = ("registration", "sam2", "fake_set"), PropagatorOptions(device="cuda")
+    outcome = run(propagators=names, views=("still",), options=options, num_processes=None)
+    assert outcome.workers == {"registration": 16, "sam2": 2, "fake_set": 1}
 
 
 def test_an_interrupted_run_goes_on_from_whole_cases(toy: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,46 @@ def test_of_a_set_of_slices_a_few_cases_are_tried(roots: Roots, fakes: dict[str,
     assert set(laid_out) == tried | {"case_0"}
 
 
+def test_partly_drawn_cases_beside_others_teach_and_are_not_labelled(
+    roots: Roots, fakes: dict[str, FakePropagator], here: Path
+) -> None:
+    folder = write_raw(roots.raw, cases=CASES, annotated=CASES[:4])
+    for case in CASES[:4]:
+        make_sparse(folder, case)
+    result = trial(501, 601, 2, propagators=("sam2",), views=("still",), num_processes=1)
+    tried = {case.case for case in result.cases}
+    assert len(tried) == 2
+    assert tried <= set(CASES[4:])
+    assert set(fakes["sam2"].asked) == tried, "no other case is labelled"
+    laid_out = json.loads((result.folder / "nnUNet_raw" / "Dataset501_toy" / "dataset.json").read_text())["dataset"]
+    assert set(laid_out) == tried | set(CASES[:4])
+    assert set(fakes["sam2"].adapted) == set(CASES[:4])
+
+
+def test_each_source_takes_the_time_of_its_own_processes(ready: Roots, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_gpu(*arguments: Any, **more: Any) -> Outcome:
+        return replace(propagate(*arguments, **more), preparation=0.0, workers={"registration": 16, "sam2": 2})
+
+    monkeypatch.setattr(trial_module, "propagate", on_a_gpu)
+    monkeypatch.setattr(trial_module, "_seconds", lambda *_: {"registration": 60.0, "sam2": 600.0})
+    result = attempt(2)
+    assert [case.seconds for case in result.cases] == [660, 660]
+    assert result.minutes == pytest.approx(1 + 10 * 7 / 2), "seven images, of which SAM2 labels two at once"
+
+
+def test_annotated_cases_cost_no_more_disk_the_more_images_there_are(
+    roots: Roots, fakes: dict[str, FakePropagator], here: Path
+) -> None:
+    megabytes = []
+    for number, annotated in ((501, CASES[:1]), (502, CASES[:4])):
+        cases = (*annotated, *CASES[4:])
+        write_raw(roots.raw, number, cases=cases, annotated=annotated, ending=".nii")
+        result = trial(number, 601, 2, propagators=("fake",), num_processes=1)
+        assert result.set_size == 4
+        megabytes.append(result.megabytes)
+    assert megabytes[0] == pytest.approx(megabytes[1], rel=0.05)
+
+
 def test_a_partly_drawn_case_teaches_where_others_have_no_label(
     roots: Roots, fakes: dict[str, FakePropagator], here: Path
 ) -> None:
@@ -209,6 +249,8 @@ def test_the_summary_tells_divergence_time_and_disk_of_the_whole_set() -> None:
         "  divergence, where views disagree: 1.23 % of voxels, 46% of those in and around the structures",
         "  time: about 84 minutes; disk: about 1236 MB",
     ]
+    assert "OneShotTrainer" in lines[heading + 4]
+    assert "0.04 and 0.27" in lines[heading + 4], "what docs/method.md says of divergence that is ignored"
     figures = {key: said[key] for key in ("divergence", "divergence_of_foreground", "minutes", "megabytes")}
     assert list(figures.values()) == [0.01234, 0.456, 83.7, 1236.4], "exact for machines"
 
