@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
+from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset, open_source
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.label_formats import write_itksnap_labels, write_seg_nrrd
 from nnunet_oneshot.store import MANIFEST, Store, read_manifest
@@ -54,7 +54,7 @@ def convert_labels(
     """
     folder = find_raw_folder(dataset)
     derived = (folder / MANIFEST).is_file()
-    raw = open_dataset(read_manifest(folder / MANIFEST).source_dataset if derived else dataset)
+    raw = open_source(read_manifest(folder / MANIFEST).source_dataset, folder) if derived else open_dataset(dataset)
     store, writer = Store(folder, raw.file_ending), writer or SlicerWriter()
     labels = labels or (store.fused_path("x").parent if derived else folder / "labelsTr")
     cases = _cases(raw, labels)

@@ -266,6 +266,26 @@ def find_raw_folder(dataset: int | str) -> Path:
     return found[0]
 
 
+def open_source(name: str, derived: Path) -> RawDataset:
+    """The raw dataset that holds the images of a pseudo-label dataset.
+
+    Args:
+        name: as the manifest has it.
+        derived: the pseudo-label dataset's folder.
+
+    Raises:
+        OneShotError: it was renamed or is gone, and whatever `open_dataset` refuses.
+    """
+    root = raw_root()
+    if not (root / name).is_dir():
+        found = ", ".join(sorted(p.name for p in root.glob(f"Dataset{dataset_id(name):03d}_*"))) or "none of its id"
+        raise OneShotError(
+            f"{derived.name}: expected {name}, the dataset whose images it labels, in {root}, found {found}; put it "
+            "back there under that name, by which nnU-Net reads the images too"
+        )
+    return open_dataset(name)
+
+
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     if not path.is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nnunet_oneshot import nnunet
 from nnunet_oneshot.checks import check_shapes
-from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
+from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_source
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.nnunet import Fold
@@ -274,15 +274,21 @@ def open_store(dataset: int | str, grown: bool = False) -> tuple[Store, RawDatas
     """
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
-    raw = open_dataset(manifest.source_dataset)
+    raw = open_source(manifest.source_dataset, folder)
     check_labels(raw, folder)
-    names = {c.name for c in raw.cases}
-    if names != set(manifest.cases) and not (grown and names > set(manifest.cases)):
+    names, before = {c.name for c in raw.cases}, set(manifest.cases)
+    gone, added = sorted(before - names), sorted(names - before)
+    if gone or (added and not grown):
+        found = f"no images of {_first_of(gone)}" if gone else f"{_first_of(added)} beside them"
         raise OneShotError(
-            f"{folder.name}: expected the cases of {raw.name} to be those it was made of, found other ones; "
-            f"{'put back those that are gone' if grown else 'refine'} or propagate again with --overwrite"
+            f"{folder.name}: expected the cases of {raw.name} to be those it was made of, found {found}; "
+            f"{'put back those that are gone' if gone else 'refine'} or propagate again with --overwrite"
         )
     return Store(folder, raw.file_ending), raw
+
+
+def _first_of(cases: Sequence[str]) -> str:
+    return cases[0] if len(cases) == 1 else f"{cases[0]} and {len(cases) - 1} more"
 
 
 @dataclass

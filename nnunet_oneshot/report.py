@@ -18,7 +18,7 @@ from string import Template
 
 import numpy as np
 
-from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_dataset
+from nnunet_oneshot.dataset import Case, RawDataset, find_raw_folder, open_source
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluate import Evaluation, evaluate
 from nnunet_oneshot.metrics import METRICS
@@ -137,7 +137,7 @@ def report(
     """
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
-    raw = open_dataset(manifest.source_dataset)
+    raw = open_source(manifest.source_dataset, folder)
     store = Store(folder, raw.file_ending)
     output = Path(output) if output is not None else folder / "report.html"
     processes = num_processes or default_processes()

@@ -647,6 +647,29 @@ def test_an_image_that_is_gone_is_said(done: FakeNnunet, roots: Roots) -> None:
     (roots.raw / "Dataset501_toy" / "imagesTr" / "case_4_0000.nii.gz").unlink()
     with pytest.raises(OneShotError, match="put back those that are gone"):
         run(rounds=1)
+    with pytest.raises(OneShotError, match="found no images of case_4;"):
+        run(rounds=1)
+    (roots.raw / "Dataset501_toy" / "imagesTr" / "case_2_0000.nii.gz").unlink()
+    with pytest.raises(OneShotError, match="found no images of case_2 and 1 more;"):
+        run(rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (cli.refine, ("-c", "2d", "-device", "cpu")),
+        (cli.report, ()),
+        (cli.convert_labels, ("-o", "for_slicer")),
+    ],
+)
+def test_images_whose_dataset_was_renamed_are_missed_by_its_name(
+    fake: FakeNnunet, roots: Roots, call: Callable[..., Answer], command: Callable, arguments: tuple[str, ...]
+) -> None:
+    (roots.raw / "Dataset501_toy").rename(roots.raw / "Dataset501_real")
+    answer = call(command, "-d", 601, *arguments)
+    assert answer.code == 2
+    assert "Dataset601_toy_oneshot: expected Dataset501_toy, the dataset whose images it labels" in answer.error
+    assert "found Dataset501_real; put it back there under that name" in answer.error
 
 
 @pytest.mark.parametrize(

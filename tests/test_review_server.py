@@ -297,6 +297,14 @@ def test_before_any_round(roots: Roots, toy: Path, call: Callable[..., Answer]) 
     assert call(cli.review, "-d", 999, "--no_browser", "-device", "cpu").code == 2
 
 
+def test_images_whose_dataset_was_renamed(folder: Path, roots: Roots, call: Callable[..., Answer]) -> None:
+    (roots.raw / "Dataset501_toy").rename(roots.raw / "Dataset501_real")
+    answer = call(cli.review, "-d", 601, "--no_browser")
+    assert answer.code == 2
+    assert "expected Dataset501_toy, the dataset whose images it labels" in answer.error
+    assert "found Dataset501_real; put it back" in answer.error
+
+
 def test_port_that_is_taken(folder: Path, call: Callable[..., Answer]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

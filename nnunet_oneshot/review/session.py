@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nnunet_oneshot.dataset import find_raw_folder, open_dataset
+from nnunet_oneshot.dataset import find_raw_folder, open_source
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import check_writable
 from nnunet_oneshot.review.carry import Carrier
@@ -90,7 +90,7 @@ def open_desk(dataset: int | str, checkpoint: str = "builtin", device: str = "cp
     """
     folder = find_raw_folder(dataset)
     manifest = read_manifest(folder / "oneshot.json")
-    raw = open_dataset(manifest.source_dataset)
+    raw = open_source(manifest.source_dataset, folder)
     check_labels(raw, folder)
     if gone := sorted(set(manifest.cases) - {case.name for case in raw.cases}):
         raise OneShotError(f"{folder.name}: expected the images of {gone[0]} in {raw.name}, found none; restore them")
