@@ -1,7 +1,8 @@
 """What the benchmarks share: the real data sets, the one-shot protocol's layout, and small JSON rows.
 
-A data set is a folder of $ONESHOT_DATA (default: ../shared/data beside the repository) with images/, labels/ and
-split.json. Only the annotated case's label ever enters a dataset folder; the others are read by `evaluate` alone.
+A data set is a folder of $ONESHOT_DATA (default: ../shared/data beside the repository) with images/ and labels/, whose
+cases splits.json (or a split.json in the folder) shares out; docs/howto/evidence.md says where to get them. Only the
+annotated case's label ever enters a dataset folder; the others are read by `evaluate` alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from sam2_propagation.interface import Image, Support
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
+SPLITS: dict[str, Any] = json.loads((REPOSITORY / "benchmarks" / "splits.json").read_text(encoding="utf-8"))
+"""Of every real set the protocol: channel, labels, which cases may be annotated, pool and test cases."""
 NOT_MIRRORED = {base: f"{base}NoMirroring" for base in ("nnUNetTrainer", "OneShotTrainer")}
 """The trainers that neither train nor predict with mirrored images."""
 GATED = 0.3
@@ -53,9 +56,12 @@ def data_set(name: str) -> DataSet:
     """The data set of that name; FileNotFoundError with what to do where it is absent."""
     root = Path(os.environ.get("ONESHOT_DATA", REPOSITORY.parent / "shared" / "data"))
     folder = root / name
-    if not (folder / "split.json").is_file():
-        raise FileNotFoundError(f"no data set {name} in {root}; set ONESHOT_DATA to the folder that holds it")
-    return DataSet(name, folder, json.loads((folder / "split.json").read_text(encoding="utf-8")))
+    own = folder / "split.json"
+    if not (folder / "images").is_dir() or not (own.is_file() or name in SPLITS):
+        raise FileNotFoundError(
+            f"no data set {name} in {root}; set ONESHOT_DATA to the folder that holds it (docs/howto/evidence.md)"
+        )
+    return DataSet(name, folder, json.loads(own.read_text(encoding="utf-8")) if own.is_file() else SPLITS[name])
 
 
 def lay_out(data: DataSet, number: int, cases: list[str], annotated: list[str], *, name: str | None = None) -> Path:

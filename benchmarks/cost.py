@@ -1,12 +1,14 @@
-"""What labelling costs as work grows: seconds and peak memory of `propagate` and of relabelling.
+"""What labelling costs as work grows: seconds and peak memory of `propagate`, of relabelling and of SAM2's opinion.
 
-    python benchmarks/cost.py -o WORK [--axes cases slices classes supports] [--most 150] [--memory]
+    python benchmarks/cost.py -o WORK [--axes cases slices classes supports] [--most 150] [--memory | --opinion]
     python benchmarks/cost.py --table
 
 From a base of 4 un-annotated phantoms of 30 x 64 x 64 voxels with 4 classes and one annotated case, one number grows at
 a time: un-annotated cases, slices of every volume, classes, annotated cases. Each point is one small JSON in
 benchmarks/results/ and is not computed again. `propagate` is the command with its default propagators and one worker,
-relabelling one round of `relabel` on predictions that are round 0's labels moved by a voxel. Seconds are those of the
+relabelling one round of `relabel` on predictions that are round 0's labels moved by a voxel. What `refine` does before
+that by default, ask SAM2 once more about every case, prompted by these predictions, is measured by `--opinion`, as rows
+of their own, from labels by registration alone: its work is the same and theirs is less. Seconds are those of the
 processor, children included, so other work on the machine does not count; memory is the largest process's resident
 peak. A slope is that of a straight line through logarithms: 1 is proportional. Where a point has no memory of its own,
 the process that measured it held more itself; `--memory` measures such points again, as rows of their own, of which
@@ -51,6 +53,16 @@ from nnunet_oneshot.relabel import relabel
 store, raw = open_store(int(sys.argv[1]))
 relabel(raw, store, Path(sys.argv[2]), 1, 1)
 """
+ASK = """
+import sys
+from pathlib import Path
+from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.second_opinion import ask_sam2
+store, raw = open_store(int(sys.argv[1]))
+ask_sam2(raw, store, raw.unannotated, Path(sys.argv[2]), 1, "builtin", "cpu", 1)
+"""
+STAGES = {"propagate": "`propagate`", "opinion": "SAM2's opinion", "relabel": "relabelling"}
+"""In the order of a round's work, and what the table calls them."""
 
 
 @dataclass(frozen=True)
@@ -131,23 +143,43 @@ def moved_labels(work: Path) -> Path:
 
 def point(work: Path, axis: str, value: int, memory: bool = False) -> dict[str, Any]:
     """One row, from its file if it is there."""
-    key = _key(axis, value, memory)
+    key = _key(axis, value, "memory_" if memory else "")
     if (done := read_row(key)) is not None:
         return done
     size = replace(Size(), **{axis: value})
-    shutil.rmtree(work, ignore_errors=True)
-    use_folders(work)
-    apart(lay_out, work, size)
-    command = Path(sys.executable).with_name("nnUNetv2_oneshot_propagate")
-    log = work / "log.txt"
-    propagated = measured([str(command), "-d", str(SOURCE), "-o", str(OUTPUT), "-np", "1", "-device", "cpu"], log)
-    relabelled = measured([sys.executable, "-c", RELABEL, str(OUTPUT), str(apart(moved_labels, work))], log)
+    propagated = _propagated(work, size)
+    relabelled = _by_code(work, RELABEL)
     row = {"axis": axis, **vars(size), "propagate": propagated, "relabel": relabelled, "seed": 0}
     return write_row(key, row)
 
 
-def _key(axis: str, value: int, memory: bool = False) -> str:
-    return f"cost_{'memory_' if memory else ''}{axis}_{value:03d}"
+def opinion(work: Path, axis: str, value: int) -> dict[str, Any]:
+    """One row of what SAM2's opinion takes, from its file if it is there."""
+    key = _key(axis, value, "opinion_")
+    if (done := read_row(key)) is not None:
+        return done
+    size = replace(Size(), **{axis: value})
+    _propagated(work, size, "-propagator", "registration")
+    return write_row(key, {"axis": axis, **vars(size), "opinion": _by_code(work, ASK), "seed": 0})
+
+
+def _propagated(work: Path, size: Size, *flags: str) -> dict[str, float]:
+    """Lay phantoms out in an empty folder and carry their labels; what that took."""
+    shutil.rmtree(work, ignore_errors=True)
+    use_folders(work)
+    apart(lay_out, work, size)
+    command = str(Path(sys.executable).with_name("nnUNetv2_oneshot_propagate"))
+    given = ["-d", str(SOURCE), "-o", str(OUTPUT), "-np", "1", "-device", "cpu", *flags]
+    return measured([command, *given], work / "log.txt")
+
+
+def _by_code(work: Path, code: str) -> dict[str, float]:
+    """What a stage of a round takes, from predictions made here."""
+    return measured([sys.executable, "-c", code, str(OUTPUT), str(apart(moved_labels, work))], work / "log.txt")
+
+
+def _key(axis: str, value: int, kind: str = "") -> str:
+    return f"cost_{kind}{axis}_{value:03d}"
 
 
 def found() -> dict[str, list[dict[str, Any]]]:
@@ -157,17 +189,17 @@ def found() -> dict[str, list[dict[str, Any]]]:
 
 
 def _known(axis: str, value: int) -> dict[str, Any] | None:
-    """A point, with memory from where it was measured again."""
-    row, again = read_row(_key(axis, value)), read_row(_key(axis, value, memory=True))
+    """A point, with memory from where it was measured again, and with SAM2's opinion where that was measured."""
+    row, again, asked = (read_row(_key(axis, value, kind)) for kind in ("", "memory_", "opinion_"))
     if row is not None and again is not None:
         for stage in ("propagate", "relabel"):
             row[stage]["peak_gib"] = row[stage]["peak_gib"] or again[stage]["peak_gib"]
-    return row
+    return row if row is None or asked is None else {**row, "opinion": asked["opinion"]}
 
 
 def slope(rows: list[dict[str, Any]], axis: str, stage: str, figure: str) -> str:
     """Exponent of the growth between the points: 1 is proportional, 0 constant; - for fewer than two points."""
-    known = [(row[axis], row[stage][figure]) for row in rows if row[stage][figure] is not None]
+    known = [(row[axis], row[stage][figure]) for row in rows if row.get(stage, {}).get(figure) is not None]
     return f"{np.polyfit(*np.log(known).T, 1)[0]:.2f}" if len(known) > 1 else "-"
 
 
@@ -175,11 +207,12 @@ def table(points: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown, a line for each axis and stage."""
     lines = []
     for axis, rows in points.items():
-        for stage in ("propagate", "relabel") if len(rows) > 1 else ():
-            seconds = ", ".join(f"{row[axis]}: {row[stage]['cpu_seconds']}" for row in rows)
-            memory = ", ".join(str(row[stage]["peak_gib"] or "-") for row in rows)
-            slopes = [slope(rows, axis, stage, figure) for figure in ("cpu_seconds", "peak_gib")]
-            lines.append([axis, stage, seconds, slopes[0], memory, slopes[1]])
+        for stage, name in STAGES.items():
+            known = [row for row in rows if stage in row]
+            seconds = ", ".join(f"{row[axis]}: {row[stage]['cpu_seconds']}" for row in known)
+            memory = ", ".join(str(row[stage]["peak_gib"] or "-") for row in known)
+            slopes = [slope(known, axis, stage, figure) for figure in ("cpu_seconds", "peak_gib")]
+            lines += [[axis, name, seconds, slopes[0], memory, slopes[1]]] if len(known) > 1 else []
     return markdown(["grows", "stage", "CPU s", "slope", "peak GiB", "slope"], lines)
 
 
@@ -187,11 +220,11 @@ def draw(points: dict[str, list[dict[str, Any]]]) -> None:
     """Seconds, on logarithmic scales, and memory against each axis."""
     figure, axes = plt.subplots(2, len(points), figsize=(11, 5), sharex="col", sharey="row", constrained_layout=True)
     for column, (axis, rows) in enumerate(points.items()):
-        for stage in ("propagate", "relabel"):
+        for stage, called in STAGES.items():
             for line, name in enumerate(("cpu_seconds", "peak_gib")):
-                place = axes[line, column]
-                known = [row for row in rows if row[stage][name] is not None]
-                place.plot([row[axis] for row in known], [row[stage][name] for row in known], "o-", label=stage)
+                known = [row for row in rows if row.get(stage, {}).get(name) is not None]
+                values = [row[axis] for row in known], [row[stage][name] for row in known]
+                axes[line, column].plot(*values, "o-", label=called.replace("`", ""))
         values = [row[axis] for row in rows]
         axes[1, column].set(xlabel=axis, xscale="log")
         axes[1, column].set_xticks(values, [str(value) for value in values])
@@ -209,7 +242,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=sorted(AXES))
     parser.add_argument("--most", type=int, default=600, help="leave out points beyond this")
-    parser.add_argument("--memory", action="store_true", help="again, for memory alone")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--memory", action="store_true", help="again, for memory alone")
+    again.add_argument("--opinion", action="store_true", help="what SAM2's opinion takes, rows of their own")
     parser.add_argument("-o", type=Path, help="working folder; it is emptied")
     parser.add_argument("--table", action="store_true", help="only print and draw what is there")
     arguments = parser.parse_args()
@@ -218,8 +253,9 @@ def main() -> None:
             parser.error("-o is needed to measure")
         for axis in arguments.axes:
             for value in AXES[axis]:
+                work = arguments.o.resolve() / "cost"
                 if value <= arguments.most:
-                    point(arguments.o.resolve() / "cost", axis, value, arguments.memory)
+                    opinion(work, axis, value) if arguments.opinion else point(work, axis, value, arguments.memory)
     points = found()
     print(table(points))
     if all(points.values()):

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from common import GATED, NOT_MIRRORED, DataSet, data_set, lay_out, read_row, use_folders, write_row
+from common import NOT_MIRRORED, DataSet, data_set, lay_out, read_row, use_folders, write_row
 from evidence_methods import FLAT, LABELS, METHODS, Labels, Method
 from evidence_pictures import draw_cases, write_index
 from evidence_table import write_results
@@ -47,11 +47,11 @@ from nnunet_oneshot import nnunet
 from nnunet_oneshot.baseline import write_annotated_only
 from nnunet_oneshot.dataset import RawDataset, open_dataset
 from nnunet_oneshot.evaluate import FOREGROUND, Evaluation, evaluate
-from nnunet_oneshot.first_round import take_over
 from nnunet_oneshot.make_sparse import make_sparse
 from nnunet_oneshot.metrics import METRICS
 from nnunet_oneshot.parallel import default_processes
 from nnunet_oneshot.propagate import propagate
+from nnunet_oneshot.quality_gate import MIN_QUALITY
 from nnunet_oneshot.refine import Plan, open_store, refine
 from nnunet_oneshot.refine_record import Record
 from nnunet_oneshot.rounds import target_path
@@ -124,6 +124,18 @@ class Evidence:
         self._write_report()
         return row
 
+    def too_late(self, method: str) -> str | None:
+        """Why a row can no longer be made in this working folder, if so: its labels are of a later round by now."""
+        use_folders(self.work)
+        recipe = METHODS[method]
+        in_force = recipe.labels in LABELS and (recipe.ignore or recipe.trainer == "OneShotTrainer")
+        if not in_force or read_row(self.key(method)) is not None or not self._is_there(LABELS[recipe.labels].number):
+            return None
+        found = open_store(LABELS[recipe.labels].number)[0].read_manifest().round
+        if found <= recipe.rounds:
+            return None
+        return f"{self.key(method)}: expected labels of round {recipe.rounds} at most, found {found}; use another -o"
+
     def _write_report(self) -> None:
         """A page of what the rows that were made here look like."""
         rows = {method: read_row(self.key(method)) for method in METHODS}
@@ -141,6 +153,7 @@ class Evidence:
             "method": method,
             "what": METHODS[method].what,
             "pool": len(self.pool),
+            "pool_cases": self.pool,
             "test_cases": len(self.test),
             "preset": self.preset,
             "configuration": METHODS[method].configuration or self.configuration,
@@ -148,6 +161,7 @@ class Evidence:
             "trainer": self._trainer(METHODS[method]),
             "precision": precision,
             "gpu": torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else None,
+            "min_quality": MIN_QUALITY,
             "training": self.training,
             "trainings_of_the_model": self._trainings(METHODS[method]),
             "minutes": {key: None if value is None else round(value, 1) for key, value in minutes.items()},
@@ -251,18 +265,12 @@ class Evidence:
             every = partial(lay_out, self.data, cases=self.pool, annotated=self.pool, name=f"{self.data.name}_full")
             return self._train_often(FULL, recipe.again, every, plan, stages)
         number = LABELS[recipe.labels].number
-        in_force = recipe.ignore or recipe.trainer == "OneShotTrainer"
-        if in_force and (found := open_store(number)[0].read_manifest().round) > recipe.rounds:
-            raise SystemExit(f"expected labels of round {recipe.rounds} at most, found {found}: use another -o")
         if recipe.trainer == "OneShotTrainer":
             for rounds in range(recipe.rounds + 1):
                 go_on = partial(self._refine, number, rounds, plan)
                 there = self._has_model(number, plan) and open_store(number)[0].read_manifest().round >= rounds
                 stages.append(self._timed(f"refine {number} {rounds}", go_on, there))
             return number
-        if recipe.gated:
-            store, raw = open_store(number)
-            take_over(raw, store, default_processes(), GATED)
         if recipe.ignore:
             trained = self._train_stock(number, plan, stages)
         else:
@@ -417,6 +425,24 @@ def draw_slice(data: DataSet, case: str, folder: Path) -> None:
     sitk.WriteImage(label, str(folder / f"{case}{data.ending}"))
 
 
+def run(arguments: argparse.Namespace, methods: Sequence[str]) -> list[str]:
+    """Make the rows that are missing; why some were left out."""
+    skipped = []
+    for name in arguments.sets:
+        split = data_set(name).split
+        named = {"all": split["annotated_choices"], "default": [split["annotated_default"]]}
+        for annotated in named.get(arguments.annotated, [arguments.annotated]):
+            made = Evidence(name, annotated, arguments)
+            for method in sorted(methods, key=lambda method: METHODS[method].rounds):
+                if not METHODS[method].fits(name):
+                    continue
+                if (why := made.too_late(method)) is None:
+                    made.row(method)
+                else:
+                    skipped.append(why)
+    return skipped
+
+
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -438,15 +464,8 @@ def main() -> None:
         methods = [m for m in arguments.methods if not arguments.no_mirroring or METHODS[m].trainer in NOT_MIRRORED]
         if left := sorted({*arguments.methods} - {*methods}):
             print(f"not run, since no trainer of theirs leaves mirrored images out: {', '.join(left)}")
-        for name in arguments.sets:
-            split = data_set(name).split
-            named = {"all": split["annotated_choices"], "default": [split["annotated_default"]]}
-            choices = named.get(arguments.annotated, [arguments.annotated])
-            for annotated in choices:
-                made = Evidence(name, annotated, arguments)
-                for method in sorted(methods, key=lambda method: METHODS[method].rounds):
-                    if METHODS[method].fits(name):
-                        made.row(method)
+        skipped = run(arguments, methods)
+        print(*skipped, sep="\n")
     write_results(list(SETS))
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from common import SPLITS
+
 from nnunet_oneshot.propagators import PropagatorOptions
 
 FLAT = ("hc18_us",)
 """Sets of single images: one slice a volume is all of it."""
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "hippocampus": ("hippocampus_001", "hippocampus_104", "hippocampus_215"),
-    "chaos_mr_t2": ("chaos_005", "chaos_020", "chaos_019"),
-    "acdc_mr": ("patient001_frame01", "patient044_frame01", "patient061_frame01"),
-    "hc18_us": ("hc18_236", "hc18_600", "hc18_012"),
+    name: tuple(dict.fromkeys([split["annotated_default"], *split["annotated_choices"]]))
+    for name, split in SPLITS.items()
 }
-"""The annotated cases that the protocol names, the default one first: what is not run is told without the data too."""
+"""The annotated cases that the protocol names, the default one first."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class Method:
             SSL-MedSAM2 does (without its end at convergence).
         again: how often it is trained once more on the same labels, from the weights of before, as a round of ours is.
         configuration: nnU-Net's, where it is not the set's own.
-        gated: cases of an estimated Dice below `common.GATED` are left out.
         rival: what a user would pick in place of ours; other rows are parts and variants of it.
     """
 
@@ -81,7 +80,6 @@ class Method:
     replaced: int = 0
     again: int = 0
     configuration: str | None = None
-    gated: bool = False
     rival: bool = False
 
     @property
@@ -140,13 +138,9 @@ METHODS: Mapping[str, Method] = {
     "ours_slices": Method("ours, from one slice a volume", "slices", "OneShotTrainer", ignore=True, rounds=1),
     "ours_no_fusion": Method("ours, SAM2 alone", "sam2", "OneShotTrainer", ignore=True, rounds=1),
     "no_label_in_divergence": Method(
-        "registration, consistency alone in divergence",
-        "registration",
-        "OneShotTrainerConsistency",
-        ignore=True,
-        gated=True,
+        "registration, consistency alone in divergence", "registration", "OneShotTrainerConsistency", ignore=True
     ),
-    "stock_with_ignore": Method("nnU-Net on our labels with ignore", "ours", ignore=True, gated=True),
+    "stock_with_ignore": Method("nnU-Net on our labels with ignore", "ours", ignore=True),
     "ours_labels": Method("our labels, as they are", "ours", trainer=None),
     "ours_stock": Method("our labels, then nnU-Net", "ours"),
     "ours_stock_again": Method("our labels of round 0, then nnU-Net, trained once more", "ours", again=1),

@@ -97,11 +97,18 @@ def headline(rows: Sequence[Row]) -> list[str]:
         f"**Ours with its defaults, one annotated case, {len(sets)} data set(s): {_gap(sets, OURS, REFERENCE)} points "
         f"of test Dice against full supervision on the pool** ({100 * share:.1f} % of it). Ours is trained twice, full "
         f"supervision once. With one training each (ours without its round) it is {_gap(sets, ONCE, REFERENCE)}, with "
-        f"two each {_gap(sets, OURS, AS_OFTEN)}. {ELSEWHERE}",
+        f"two each {_gap(sets, OURS, AS_OFTEN)}. {ELSEWHERE}{_defaults_of_then(sets)}",
         "",
         *(line for groups in sets for line in _compared(groups)),
         "",
     ]
+
+
+def _defaults_of_then(sets: Sequence[Sequence[Mapping[str, Row]]]) -> str:
+    """Which rows of ours were made when refinement left out what it estimated to be bad, if any."""
+    old = [groups[0][OURS]["set"] for groups in sets if any("min_quality" not in group[OURS] for group in groups)]
+    of = "All" if len(old) == len(sets) else f"Those on {', '.join(old)}"
+    return f" {of} were made while cases of an estimated Dice below 0.3 were left out by default." if old else ""
 
 
 def _with_ours(rows: Iterable[Row]) -> list[Mapping[str, Row]]:
@@ -233,10 +240,14 @@ def _making_cells(row: Row) -> list[Any]:
 
 
 def _minutes(minutes: Mapping[str, Any]) -> list[str]:
-    """Of labelling and of training; rows of before stages were kept tell what their last run took, in brackets."""
+    """Of labelling and of training; rows of before stages were kept tell what their last run took, in brackets.
+
+    Where that found a stage done, by another row or an earlier run, what it took is not known.
+    """
     if "training" in minutes:
         return ["-" if minutes[key] is None else f"{minutes[key]:.0f}" for key in ("labelling", "training")]
-    return [f"({minutes['labelling']:.0f})", f"({minutes['all'] - minutes['labelling']:.0f})"]
+    last = minutes["labelling"], minutes["all"] - minutes["labelling"]
+    return [f"({value:.0f})" if round(value) > 0 else "-" for value in last]
 
 
 def spread_table(rows: Sequence[Row]) -> str:

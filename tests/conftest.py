@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,14 @@ class Answer:
 
 
 Command = Callable[[Sequence[str] | None], None]
+
+
+def pytest_configure() -> None:
+    """Tests that run side by side have a processor each: what they start would else start workers for all of them."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
 # A busy machine makes any example slow, and no run sees other examples than the one before.

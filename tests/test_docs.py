@@ -119,9 +119,10 @@ def _tutorial(folder: Path) -> None:
     shutil.copy(folder / "truth" / "patient_002.nii.gz", folder / "true_labels")
 
 
-def _annotated(folder: Path, cases: int = 4) -> Path:
-    raw = folder / "nnUNet_raw"
-    return write_phantom_dataset(raw, 501, truth=folder / "truth", cases=cases, shape=(10, 64, 64)).folder
+def _annotated(folder: Path) -> Path:
+    """Thick slices, which SAM2 labels along one plane: the tutorial's images are labelled along three."""
+    raw, truth = folder / "nnUNet_raw", folder / "truth"
+    return write_phantom_dataset(raw, 501, truth=truth, cases=4, shape=(10, 64, 64), kind="thick_slices").folder
 
 
 def _tools(folder: Path) -> None:

@@ -1,9 +1,13 @@
-"""The whole loop on tiny phantoms, by the commands a user types."""
+"""The whole loop on tiny phantoms, by the commands a user types.
+
+The first test trains as preset `tiny` does; the others ask nothing of what a model learns, and train for an instant.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +35,14 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parents[1] / "trainers"))
     return tmp_path
+
+
+@pytest.fixture
+def quickly(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Trainings take an instant."""
+    quick, own = Path(__file__).parent / "quick_trainers", os.environ["nnUNet_extTrainer"]
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(quick), own]))
+    return folders
 
 
 def _phantom(folders: Path, kind: str, shape: tuple[int, int, int], cases: int, test_cases: int = 0) -> PhantomDataset:
@@ -94,8 +106,8 @@ def test_run_labels_trains_relabels_and_repeats_nothing(folders: Path, capsys: p
     assert _hashes(folders) == before, "a second run repeated finished work"
 
 
-def test_rgb_images_go_through_and_a_stock_trainer_takes_the_dataset(folders: Path) -> None:
-    phantom = _phantom(folders, "rgb2d", (1, 64, 64), 5)
+def test_rgb_images_go_through_and_a_stock_trainer_takes_the_dataset(quickly: Path) -> None:
+    phantom = _phantom(quickly, "rgb2d", (1, 64, 64), 5)
     cli.run(["-d", "501", "-o", "601", "-c", "2d", "-preset", "tiny", "-rounds", "0", "-device", "cpu"])
     store, _ = open_store(601)
     assert _dice(phantom, store.fused_path("x").parent) > 0.4
@@ -108,16 +120,16 @@ def test_rgb_images_go_through_and_a_stock_trainer_takes_the_dataset(folders: Pa
 
 
 def test_one_slice_in_every_volume_ends_in_a_model(
-    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quickly: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`make_sparse`, then `run` as it is: its default propagators would need a whole label."""
-    monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(folders / "checkpoints"))
+    monkeypatch.setenv("nnUNet_oneshot_checkpoints", str(quickly / "checkpoints"))
     monkeypatch.setattr(propagators, "RECIPE", Recipe(steps=60))
-    phantom = _phantom(folders, "thick_slices", (10, 64, 64), 3)
+    phantom = _phantom(quickly, "thick_slices", (10, 64, 64), 3)
     (phantom.folder / "labelsTr" / f"{phantom.annotated}.nii.gz").unlink()
     for case in phantom.cases:
-        _draw_one_slice(phantom.truth / f"{case}.nii.gz", folders / "drawn" / f"{case}.nii.gz")
-    cli.make_sparse(["-d", "501", "-i", str(folders / "drawn")])
+        _draw_one_slice(phantom.truth / f"{case}.nii.gz", quickly / "drawn" / f"{case}.nii.gz")
+    cli.make_sparse(["-d", "501", "-i", str(quickly / "drawn")])
     cli.run(["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-rounds", "0", "-device", "cpu"])
     assert "no annotated image is labelled in every slice" in "".join(capsys.readouterr())
     store, raw = open_store(601)

@@ -64,6 +64,45 @@ def test_rows_that_are_trained_in_another_way_have_other_names_and_folders(
     assert made._trainer(SimpleNamespace(trainer="OneShotTrainer")) == trainer
 
 
+def test_a_row_whose_labels_are_of_a_later_round_is_left_out_and_said(
+    make: Any, benchmark_module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows after it are made all the same."""
+    evidence, made = benchmark_module("evidence"), make()
+    for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(root, "")
+    monkeypatch.setattr(evidence, "read_row", lambda key: None)
+    assert made.too_late("ours_no_refinement") is None, "nothing is labelled yet"
+    labels = made.work / "nnUNet_raw" / f"Dataset{evidence.LABELS['ours'].number}_chaos_mr_t2_oneshot"
+    labels.mkdir()
+    (labels / "oneshot.json").touch()
+    store = SimpleNamespace(read_manifest=lambda: SimpleNamespace(round=1))
+    monkeypatch.setattr(evidence, "open_store", lambda _: (store, None))
+    done: list[str] = []
+    monkeypatch.setattr(evidence.Evidence, "row", lambda _, method: done.append(method))
+    monkeypatch.setattr(evidence, "Evidence", lambda *_: made)
+    methods = ["ours", "ours_no_refinement", "sam2_stock"]
+    given = SimpleNamespace(sets=["chaos_mr_t2"], annotated="default")
+    (why,) = evidence.run(given, methods)
+    assert "ours_no_refinement: expected labels of round 0 at most, found 1" in why
+    assert sorted(done) == ["ours", "sam2_stock"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["hippocampus", "chaos_mr_t2", "acdc_mr", "hc18_us"])
+def test_the_protocol_is_the_data_sets_own(name: str, benchmark_module: Callable[[str], Any]) -> None:
+    common = benchmark_module("common")
+    try:
+        own = common.data_set(name)
+    except FileNotFoundError as absent:
+        pytest.skip(str(absent))
+    written = common.SPLITS[name]
+    assert {key: own.split[key] for key in written} == written
+    cases = [*written["pool"], *written["test"]]
+    assert len(set(cases)) == len(cases)
+    assert all((own.labels / f"{case}{own.ending}").is_file() for case in cases)
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("base", ["OneShotTrainer", "nnUNetTrainer"])
 def test_nnunet_finds_the_trainers_without_mirrored_images(make: Any, preset: str, base: str) -> None:

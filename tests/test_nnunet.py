@@ -23,7 +23,7 @@ import torch
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from tiny_dataset import LABELS, write_dataset
+from tiny_dataset import LABELS, preprocess_in_process, write_dataset
 
 from nnunet_oneshot import nnunet, nnunet_jobs
 from nnunet_oneshot.bfloat16 import VARIABLE
@@ -190,6 +190,12 @@ def test_images_that_are_links_are_predicted_by_the_names_of_the_links(
     assert jobs[0]["images"] == {"case_000": [str(link)]}
 
 
+def prepare(roots: Path, cases: int) -> None:
+    """A dataset that is preprocessed for 2D, without a process of nnU-Net's."""
+    write_dataset(roots / "nnUNet_raw", NAME, cases=cases)
+    preprocess_in_process(NAME, ["2d"])
+
+
 @pytest.mark.slow
 def test_a_whole_run_is_not_repeated(roots: Path, no_jobs: Callable[[], None]) -> None:
     write_dataset(roots / "nnUNet_raw", NAME, cases=2)
@@ -222,8 +228,7 @@ def test_a_whole_run_is_not_repeated(roots: Path, no_jobs: Callable[[], None]) -
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_run_leaves_no_process_and_is_resumed(roots: Path) -> None:
-    write_dataset(roots / "nnUNet_raw", NAME, cases=2)
-    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    prepare(roots, cases=2)
     call = f"from nnunet_oneshot import nnunet; nnunet.train(901, '2d', 'all', 'Quick', '{SMALL_PLANS}', 'cpu')"
     driver = subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.DEVNULL)
     fold = nnunet.results_folder(901, "Quick", SMALL_PLANS, "2d") / "fold_all"
@@ -275,8 +280,7 @@ def test_a_disk_too_full_for_the_log_is_said(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_it_trains_goes_on_and_predicts_in_bfloat16(roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_dataset(roots / "nnUNet_raw", NAME, cases=2)
-    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    prepare(roots, cases=2)
     monkeypatch.setenv(VARIABLE, "1")
     arguments = (901, "2d", "all", "OneShotTrainer_tiny", SMALL_PLANS, "cpu")
     fold = nnunet.train(*arguments)
@@ -355,8 +359,7 @@ def test_intensities_are_of_foreground_alone_where_labels_are_ignored(
 
 @pytest.mark.slow
 def test_predictions_by_another_trainers_network_are_refused(roots: Path) -> None:
-    write_dataset(roots / "nnUNet_raw", NAME, cases=1)
-    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    prepare(roots, cases=1)
     fold = nnunet.train(901, "2d", "all", "Quick", SMALL_PLANS, "cpu")
     other = nnunet.results_folder(901, "OneShotTrainer_tiny", SMALL_PLANS, "2d")
     shutil.copytree(fold.parent, other)
@@ -370,8 +373,7 @@ def test_predictions_by_another_trainers_network_are_refused(roots: Path) -> Non
 
 @pytest.mark.slow
 def test_a_users_mistake_that_the_trainer_finds_is_bad_input(roots: Path) -> None:
-    write_dataset(roots / "nnUNet_raw", NAME, cases=2)
-    nnunet.plan_and_preprocess(901, TINY, ["2d"], 1)
+    prepare(roots, cases=2)
     path = roots / "nnUNet_preprocessed" / NAME / "dataset.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"schema": 2}}))
     with pytest.raises(OneShotError, match="schema 2, this version reads up to 1"):
