@@ -10,7 +10,7 @@ import numpy as np
 
 from nnunet_oneshot.dataset import READ_ERRORS, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError, other_shape
-from nnunet_oneshot.parallel import over_cases
+from nnunet_oneshot.parallel import FEW, over_cases
 from sam2_propagation.interface import Image, LabelVolume
 
 
@@ -68,7 +68,7 @@ def _missing_classes(dataset: RawDataset, shown: Mapping[str, set[int]], partly:
 def check_images(dataset: RawDataset, processes: int) -> None:
     """Read every image once before anything is written; OneShotError for the first that cannot be used."""
     pairs = [(dataset, case) for case in dataset.cases]
-    for _ in over_cases(_check_image, pairs, processes=processes if len(pairs) > 20 else 1, title="check images"):
+    for _ in over_cases(_check_image, pairs, processes=processes, title="check images", few=FEW):
         pass
 
 
@@ -89,7 +89,7 @@ def check_image(dataset: RawDataset, case: Case) -> Image:
 def check_shapes(dataset: RawDataset, labels: Mapping[str, Path], processes: int) -> None:
     """OneShotError where the image of a case, by its name, no longer has the shape of the label that was made of it."""
     tasks = [(dataset, dataset.case(name), path) for name, path in labels.items()]
-    for _ in over_cases(_check_shape, tasks, processes=processes if len(tasks) > 20 else 1, title="check images"):
+    for _ in over_cases(_check_shape, tasks, processes=processes, title="check images", few=FEW):
         pass
 
 

@@ -22,6 +22,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LOOK_SECONDS = 0.5
 GPU_PROCESSES = 2
+FEW = 20
+"""So many images are read sooner than workers are there to read them."""
 
 
 def default_processes() -> int:
@@ -77,6 +79,7 @@ def over_cases(
     *,
     processes: int,
     title: str,
+    few: int = 0,
     setup: Callable[..., None] | None = None,
     setup_arguments: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
@@ -86,10 +89,11 @@ def over_cases(
         function: a function of a module (workers are spawned and import it); long ones may call `advance`.
         processes: 1 or less runs everything in this process.
         title: the progress bar's text.
+        few: so many items or fewer are done in this process, whatever `processes` says.
         setup: called once in each process with `setup_arguments` before its first item.
     """
     bar = progress_bar(title, len(items), "case")
-    used = min(processes, len(items))
+    used = min(processes, len(items)) if len(items) > few else 1
     with bar:
         if used <= 1:
             yield from _here(function, items, bar, setup, setup_arguments)

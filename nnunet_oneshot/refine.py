@@ -219,11 +219,6 @@ def _starts_warm(store: Store, asked: bool | None) -> bool:
     return True if begun is None or not Record(store).is_trained() else begun.warm_start
 
 
-def model_folder(dataset: str, plan: Plan) -> Path:
-    """nnU-Net's results folder of what is trained."""
-    return Models(dataset, plan, "cpu").folder
-
-
 def check_no_results(dataset: str, plan: Plan) -> None:
     """OneShotError where nnU-Net's results folder holds a model that new labels of this dataset will not have made."""
     begun, models = begun_plan(nnunet.root("nnUNet_raw") / dataset), Models(dataset, plan, "cpu")

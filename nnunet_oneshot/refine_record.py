@@ -12,7 +12,7 @@ from nnunet_oneshot.dataset import RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.file_hash import hash_of, hash_of_voxels
 from nnunet_oneshot.nnunet import Fold
-from nnunet_oneshot.parallel import over_cases
+from nnunet_oneshot.parallel import FEW, over_cases
 from nnunet_oneshot.settings import PRESETS
 from nnunet_oneshot.store import Store
 
@@ -239,7 +239,7 @@ def label_hashes(store: Store, cases: Iterable[str]) -> dict[str, str]:
 def voxel_hashes(dataset: RawDataset, store: Store, cases: Sequence[str], processes: int) -> dict[str, str]:
     """Hash of the voxels of each case's label that is trained on, which programs that save it again leave as it is."""
     tasks = [(dataset, store, name) for name in cases]
-    return dict(over_cases(_voxel_hash, tasks, processes=processes if len(tasks) > 20 else 1, title="note labels"))
+    return dict(over_cases(_voxel_hash, tasks, processes=processes, title="note labels", few=FEW))
 
 
 def changed_labels(dataset: RawDataset, store: Store, number: int, processes: int) -> list[str]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from nnunet_oneshot.checks import check_image
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.parallel import FEW, default_processes, over_cases
 from nnunet_oneshot.propagators import RECIPE
 from nnunet_oneshot.store import MANIFEST, Store
 from nnunet_oneshot.suggest_doubt import Doubt, doubt_of_cases, doubt_of_slices
@@ -117,7 +117,7 @@ def suggest(
     check_image(raw, raw.cases[0])
     plane = natural_plane(raw.read_image(raw.cases[0]))
     tasks = [(raw, case, plane) for case in raw.cases]
-    found = over_cases(_look_at, tasks, processes=processes if len(tasks) > 10 else 1, title="look at images")
+    found = over_cases(_look_at, tasks, processes=processes, title="look at images", few=FEW // 2)
     described = sorted(found, key=lambda one: one.case)
     items = _collected(raw, _predicted(raw, described) if learn else described, slices)
     rows = _rows(items, count or (len(items.candidates) if slices else 5))

@@ -22,7 +22,7 @@ from nnunet_oneshot.checks import check_for_propagation
 from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.output import check_writable, find_output, nnunet_folders
-from nnunet_oneshot.parallel import default_processes, over_cases
+from nnunet_oneshot.parallel import FEW, default_processes, over_cases
 from nnunet_oneshot.propagate import Outcome, PropagatorOptions, propagate
 from nnunet_oneshot.propagators import DEFAULT, REVERSIBLE, fitting_names
 from nnunet_oneshot.report_pictures import Overlay
@@ -162,8 +162,7 @@ def _choose(raw: RawDataset, to_label: Sequence[Case], count: int, processes: in
     """Cases that span those to label."""
     by_name = {case.name: case for case in to_label}
     tasks = [(raw, by_name[name]) for name in evenly(sorted(by_name))]
-    workers = processes if len(tasks) > 20 else 1
-    features = dict(over_cases(_statistics, tasks, processes=workers, title="look at images"))
+    features = dict(over_cases(_statistics, tasks, processes=processes, title="look at images", few=FEW))
     lengths = {len(vector) for vector in features.values()}
     if len(lengths) > 1:
         raise OneShotError(f"{raw.name}: expected images of one number of channels, found several; correct the images")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sam2_propagation.errors import PropagationError
 from sam2_propagation.intensities import Intensities, scale
-from sam2_propagation.interface import BoolVolume, ChannelVolume, FloatVolume, Image, LabelVolume, Support
+from sam2_propagation.interface import BoolVolume, ChannelVolume, Image, LabelVolume, Support
 from sam2_propagation.views import PLANES, Presentation, natural_plane, present
 
 FINE = 2
@@ -41,11 +41,6 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.slices)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the fine grid."""
-        return self.slices.shape[-2] // FINE, self.slices.shape[-1] // FINE
 
     def content(self) -> Tensor:
         """How much there is to see in each cell of the fine grid, (N, rows, columns): the strength of edges."""
@@ -136,8 +131,3 @@ def plane_of_label(support: Support) -> str:
         f"expected a whole annotated slice in the label of {support.image.case}, found only parts of slices; complete "
         "one, or use another propagator"
     )
-
-
-def volume_of(shown: Presentation, slices: list[npt.NDArray[np.generic]]) -> LabelVolume | FloatVolume:
-    """Slices as seen back to (Z, Y, X)."""
-    return shown.inverse(np.stack(slices))

@@ -161,5 +161,11 @@ def test_one_item_needs_no_worker() -> None:
     assert list(over_cases(add, [5], processes=8, title="")) == [(5, os.getpid())]
 
 
+@pytest.mark.parametrize(("items", "here"), [(3, True), (4, False)])
+def test_a_few_items_that_are_soon_done_need_no_worker(items: int, here: bool) -> None:
+    done = list(over_cases(add, range(items), processes=2, title="", few=3, setup=set_up, setup_arguments=(10,)))
+    assert {process == os.getpid() for _, process in done} == {here}
+
+
 def test_default_processes_is_a_count() -> None:
     assert default_processes() >= 1

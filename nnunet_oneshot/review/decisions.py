@@ -24,7 +24,6 @@ from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import LabelVolume
 
 Action = Literal["accept", "reject", "flag", "unflag", "comment", "undo"]
-ACTIONS: tuple[Action, ...] = ("accept", "reject", "flag", "unflag", "comment", "undo")
 
 
 class UnknownCaseError(OneShotError):
