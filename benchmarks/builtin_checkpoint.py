@@ -43,8 +43,9 @@ from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import Image, LabelVolume, Propagation, Support
 from sam2_propagation.registration import RegistrationPropagator
 from sam2_propagation.relay import RelayPropagator, Vote
-from sam2_propagation.sam2 import PLANES, Sam2Propagator
+from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_settings import TURNED, Sam2Settings
+from sam2_propagation.views import EVERY_PLANE
 
 SETS = ("hippocampus", "chaos_mr_t2", "acdc_mr", "hc18_us", "phantom")
 REGISTRATION = "registration"
@@ -121,8 +122,8 @@ METHODS: dict[str, Method] = {
     "lever_across_tracked": Method({"mode": "retrieve", "track": True}, views=("identity",)),
     "lever_insert1": Method({"mode": "insert", "insertions": 1}, views=("identity",)),
     "lever_insert5": Method({"mode": "insert", "insertions": 5}, views=("identity",)),
-    "lever_self_planes": Method({"mode": "self"}, prompt="fused", views=PLANES),
-    "lever_across_planes": Method({"mode": "retrieve"}, views=PLANES),
+    "lever_self_planes": Method({"mode": "self"}, prompt="fused", views=EVERY_PLANE),
+    "lever_across_planes": Method({"mode": "retrieve"}, views=EVERY_PLANE),
 }
 MAIN = (REGISTRATION, "self", "self_registration", "across", "across_registration", "slice")
 

@@ -28,10 +28,11 @@ from nnunet_oneshot.phantom import KINDS, Kind
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import LabelVolume, Support
 from sam2_propagation.registration import RegistrationPropagator
-from sam2_propagation.sam2 import PLANES, Sam2Propagator
+from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_settings import TURNED
+from sam2_propagation.views import EVERY_PLANE
 
-WAYS = {"turns": TURNED, "planes": PLANES}
+WAYS = {"turns": TURNED, "planes": EVERY_PLANE}
 FIELDS = ("registration", "turns", "planes", "fused_turns", "fused_planes")
 
 

@@ -30,8 +30,9 @@ from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.store import Store
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import LabelVolume
-from sam2_propagation.sam2 import PLANES, Sam2Propagator
+from sam2_propagation.sam2 import Sam2Propagator
 from sam2_propagation.sam2_settings import TURNED
+from sam2_propagation.views import EVERY_PLANE
 
 
 def labels_of(raw: RawDataset, store: Store, case: Case, propagator: Sam2Propagator) -> dict[str, LabelVolume]:
@@ -43,7 +44,7 @@ def labels_of(raw: RawDataset, store: Store, case: Case, propagator: Sam2Propaga
     assert isinstance(prompter, Recorded)
     prompter.label = said
     found = {"before": before, "model": said}
-    for name, views in (("turns", TURNED), ("planes", PLANES)):
+    for name, views in (("turns", TURNED), ("planes", EVERY_PLANE)):
         results = propagator.propagate(supports, [image], views)
         labels = [result.label for result in results if result.label is not None]
         found[name] = fuse(labels, spacing=image.spacing).label if labels else np.zeros_like(said)

@@ -26,7 +26,7 @@ from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.consensus import enough_views, fuse
 from sam2_propagation.interface import LabelVolume
 from sam2_propagation.physical_space import PhysicalSpacePropagator
-from sam2_propagation.sam2 import PLANES
+from sam2_propagation.views import EVERY_PLANE
 
 GIVEN_VIEW = "given"
 """Name of the one view of a label folder made elsewhere."""
@@ -146,7 +146,7 @@ def view_weights(views: Sequence[str], partly_drawn: bool = False) -> list[float
     a person drew on some slices of the image itself (benchmarks/slice_fusion.py); `checked` is there to contradict
     where `joint` has drifted and has no say of its own.
     """
-    planes = {f"sam2/{plane}" for plane in PLANES} & set(views)
+    planes = {f"sam2/{plane}" for plane in EVERY_PLANE} & set(views)
     # A plane by itself, with its turns, is no other look than these.
     alone = all(name.split("/")[0] in _REGISTERED for name in views)
     leading = planes if len(planes) > 1 else {"relay/relayed"} if alone else set()

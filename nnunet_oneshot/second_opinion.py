@@ -17,7 +17,7 @@ from nnunet_oneshot.propagators import PropagatorOptions, self_prompted
 from nnunet_oneshot.refine_record import begun_plan
 from nnunet_oneshot.store import Store
 from sam2_propagation.checkpoints import load_checkpoint
-from sam2_propagation.sam2 import PLANES
+from sam2_propagation.views import EVERY_PLANE
 
 _PREFIX = "self_"
 _REPEATED = ("window", "channels")
@@ -59,7 +59,7 @@ def why_none(store: Store, asked: str | None) -> list[str]:
 
 
 def _along_planes(store: Store) -> bool:
-    return tuple(store.read_manifest().settings.get("views", {}).get("sam2", ())) == PLANES
+    return tuple(store.read_manifest().settings.get("views", {}).get("sam2", ())) == EVERY_PLANE
 
 
 def _unrepeated(store: Store) -> list[str]:

@@ -19,9 +19,8 @@ from sam2_propagation.interface import Image, Propagation, Propagator, Support
 from sam2_propagation.registration import affinely_aligned
 from sam2_propagation.sam2_engine import Prompts, Sam2Engine, shows_slices
 from sam2_propagation.sam2_settings import TURNED, Sam2Settings
-from sam2_propagation.views import FLAT, VIEWS, can_show, natural_plane, present
+from sam2_propagation.views import EVERY_PLANE, FLAT, VIEWS, can_show, natural_plane, present
 
-PLANES = ("axial", "coronal", "sagittal")
 _FEWEST_SLICES = 6
 """Along every axis for slices across each of them to show anything: the fewest that phantoms were measured with."""
 
@@ -129,7 +128,7 @@ class Sam2Propagator:
         prompted = self.prompter is not None and self.settings.mode != "retrieve"
         deep = all(min(s.image.shape) >= _FEWEST_SLICES and (prompted or not s.is_sparse) for s in supports)
         if planes and deep:
-            return PLANES
+            return EVERY_PLANE
         return _turned_in(_drawn_plane(supports)) if self.default_views == TURNED else self.default_views
 
     def share(self, folder: Path | None) -> None:
@@ -232,7 +231,7 @@ def _drawn_plane(supports: Sequence[Support]) -> str | None:
     if not drawn or len(drawn) < len(supports) or any(support.image.shape[0] == 1 for support in drawn):
         return None
     natural = natural_plane(drawn[0].image)
-    planes = [natural, *(plane for plane in PLANES if plane != natural)]
+    planes = [natural, *(plane for plane in EVERY_PLANE if plane != natural)]
     found = next((p for p in planes if all(shows_slices(s, p, natural, everywhere=True) for s in drawn)), natural)
     return None if found == natural else found
 

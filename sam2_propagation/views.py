@@ -26,13 +26,16 @@ TURNS = {"identity": 0, "rot90": 1, "rot180": 2}
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """World axis (x, y, z of SimpleITK) that a plane's slices lie along."""
 
+EVERY_PLANE = ("axial", "coronal", "sagittal")
+"""The views along three planes."""
+
 FLAT = "a single slice, of another plane than the slices of the annotated images"
 """The reason why a 2D image that `can_show` refuses gets no label."""
 
 VIEWS: tuple[str, ...] = (
     *TURNS,
-    *("axial", "coronal", "sagittal"),
-    *(f"{plane}_{turn}" for plane in ("axial", "coronal", "sagittal") for turn in ("rot90", "rot180")),
+    *EVERY_PLANE,
+    *(f"{plane}_{turn}" for plane in EVERY_PLANE for turn in ("rot90", "rot180")),
 )
 """Every view's name."""
 
