@@ -15,6 +15,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -109,10 +110,15 @@ def take_up(dataset: RawDataset, store: Store, processes: int) -> list[Taken]:
     seen = list(over_cases(look_at, looks, processes=processes, title="look for changes"))
     found = [change for change in seen if change is not None]
     found += [_add(dataset, store, case, manifest.round) for case in dataset.cases if case.name not in manifest.cases]
-    if found:
-        changes = {c.case: {"what": c.what, "record": c.record.model_dump(), "found": c.found} for c in found}
-        store.write_json(changes, _list_path(store))
-    return sorted({*before, *finish_taking(dataset, store)}, key=lambda taken: (taken.case, taken.what))
+    return sorted({*before, *publish_staged(dataset, store, found)}, key=lambda taken: (taken.case, taken.what))
+
+
+def publish_staged(dataset: RawDataset, store: Store, changes: Sequence[Change]) -> list[Taken]:
+    """Put changes whose labels are staged in force, all of them also after a kill; returns what they were."""
+    if changes:
+        named = {c.case: {"what": c.what, "record": c.record.model_dump(), "found": c.found} for c in changes}
+        store.write_json(named, _list_path(store))
+    return finish_taking(dataset, store)
 
 
 def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
@@ -130,6 +136,14 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
         path.unlink()
     shutil.rmtree(store.state_folder / "taken", ignore_errors=True)
     return taken
+
+
+def stage(look: Look, target: LabelVolume, guess: LabelVolume) -> Found:
+    """Stage a case's new labels; hashes of those that are in force."""
+    for kind, label in (("target", target), ("guess", guess)):
+        path = _staged(look.store, kind, look.case.name)
+        look.store.write_label(look.dataset, label.astype(np.int16), path, look.case)
+    return {kind: _hash(look.dataset, path) for kind, path in _in_force(look.store, look.case.name).items()}
 
 
 def check_no_edit_amid_switch(dataset: RawDataset, store: Store) -> None:
@@ -196,7 +210,7 @@ def _drawn(look: Look, human: LabelVolume, target: LabelVolume, guess: LabelVolu
     status: Literal["annotated", "sparse"] = "annotated" if by_hand.all() else "sparse"
     if look.record.status in DRAWN and np.array_equal(target[by_hand], human[by_hand]):
         return None
-    found = _stage(look, np.where(by_hand, human, target), np.where(by_hand, human, guess))
+    found = stage(look, np.where(by_hand, human, target), np.where(by_hand, human, guess))
     changes = {"status": status, "round": look.number, "quality": None, "reason": None}
     return Change(look.case.name, "labelled", look.record.model_copy(update=changes), found)
 
@@ -277,7 +291,7 @@ def _correct(look: Look, label: LabelVolume) -> Change:
             f"case {look.case.name}: expected a corrected label, found the ignore label alone; correct it or restore it"
         )
     guess = look.dataset.read_label(look.store.round_path(look.written, look.case.name))
-    found = _stage(look, label, np.where(said, label, guess))
+    found = stage(look, label, np.where(said, label, guess))
     changes = {"status": "corrected", "round": look.number, "quality": None, "reason": "corrected by hand"}
     if (review := look.record.review) is not None and review.get("decision") is not None:
         # A decision of before, for example to reject the case, no longer holds.
@@ -293,7 +307,7 @@ def _add(dataset: RawDataset, store: Store, case: Case, number: int) -> Change:
     human = _read_human(look)
     if human is not None and (change := _drawn(look, human, target, guess)) is not None:
         return change
-    return Change(case.name, "added", look.record, _stage(look, target, guess))
+    return Change(case.name, "added", look.record, stage(look, target, guess))
 
 
 def _list_path(store: Store) -> Path:
@@ -302,14 +316,6 @@ def _list_path(store: Store) -> Path:
 
 def _staged(store: Store, kind: str, name: str) -> Path:
     return store.state_folder / "taken" / kind / f"{name}{store.file_ending}"
-
-
-def _stage(look: Look, target: LabelVolume, guess: LabelVolume) -> Found:
-    """Stage a case's new labels; hashes of those that are in force."""
-    for kind, label in (("target", target), ("guess", guess)):
-        path = _staged(look.store, kind, look.case.name)
-        look.store.write_label(look.dataset, label.astype(np.int16), path, look.case)
-    return {kind: _hash(look.dataset, path) for kind, path in _in_force(look.store, look.case.name).items()}
 
 
 def _in_force(store: Store, name: str) -> dict[str, Path]:

@@ -445,3 +445,39 @@ def test_a_second_edit_after_a_kill_amid_taking_up_the_first_is_kept(
         np.testing.assert_array_equal(read(label), second)
     assert store.read_manifest().cases["case_3"].status == "corrected"
     settles(fake, rounds=1)
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_an_added_image_whose_labelling_is_killed_is_the_models(
+    fake: FakeNnunet, roots: Roots, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed before each of its four labels is written, and before the manifest is: no person drew any of them."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    written, replace = list[object](), rounds_module.os.replace
+    watched = [store.label_path, store.fused_path, lambda case: store.round_path(1, case)]
+    paths = {str(path("case_5")) for path in watched} | {str(target_path(store, 1, "case_5"))}
+
+    def killed(source: object, destination: object) -> None:
+        # Only once the model was asked: what stood in for its label before is a change of its own.
+        if any("case_5" in cases for cases in fake.predicted.values()) and (
+            str(destination) in paths or (stop == 4 and str(destination) == str(store.manifest_path))
+        ):
+            if len(written) == stop:
+                raise KeyboardInterrupt
+            written.append(destination)
+        replace(source, destination)
+
+    write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    assert run(rounds=1).round == 1
+    assert store.read_manifest().cases["case_5"].status == "pseudo"
+    for path in sorted(paths):
+        assert read(Path(path)).any(), path
+        np.testing.assert_array_equal(read(Path(path)), read(store.label_path("case_5")))
+    run(rounds=2)
+    assert "case_5" in fake.predicted[(len(fake.trained) - 1, "all")]
+    settles(fake, rounds=2)
