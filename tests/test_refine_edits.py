@@ -82,6 +82,82 @@ def test_what_is_edited_while_labels_are_refreshed_is_trained_on(
     assert len(fake.trained) == 2, "once on the old label, then on the new one"
 
 
+def amid_training(monkeypatch: pytest.MonkeyPatch, number: int, what: Callable[[], object]) -> None:
+    """Does something while training `number`, from 1, is at work."""
+    train, trainings = nnunet.train, list[object]()
+
+    def trained(*arguments: Any, **more: Any) -> Any:
+        folder = train(*arguments, **more)
+        trainings.append(folder)
+        if len(trainings) == number:
+            what()
+        return folder
+
+    monkeypatch.setattr(nnunet, "train", trained)
+
+
+def superseded(fake: FakeNnunet) -> list[str]:
+    return sorted(p.name for p in (fake.folder("Dataset601_toy_oneshot") / "oneshot_rounds").glob("*superseded*"))
+
+
+def test_a_label_saved_during_the_last_training_waits_for_the_next_refine(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of training are not thrown away for it, and it is said that the model does not know it."""
+    store, _ = open_store(601)
+    drawn = np.roll(label_array(3), 2, axis=1)
+    amid_training(monkeypatch, 2, lambda: write_image(store.label_path("case_3"), drawn))
+    (said,) = run(rounds=1).taken_up
+    assert said.startswith("labels of 1 cases (case_3) changed while round 1 was trained on")
+    assert "refine again" in said
+    assert (len(fake.trained), superseded(fake)) == (2, [])
+    assert run(rounds=1).taken_up == [
+        "case_3: corrected by hand",
+        "labels of 1 cases changed since round 1 was trained on: training it again",
+    ]
+    np.testing.assert_array_equal(read(store.label_path("case_3")), drawn)
+    assert (len(fake.trained), superseded(fake)) == (3, ["01_superseded_1"])
+    settles(fake, rounds=1)
+
+
+BAD_LABELS = {
+    "shape": lambda path: write_image(path, label_array(0, (4, 9, 8))),
+    "values": lambda path: write_image(path, label_array(0) * 4),
+    "cut short": truncate,
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_LABELS.values(), ids=BAD_LABELS.keys())
+def test_a_label_that_does_not_fit_leaves_the_model_that_was_in_training(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]
+) -> None:
+    path = open_store(601)[0].label_path("case_3")
+    kept = list[bytes]()
+    amid_training(monkeypatch, 2, lambda: (kept.append(path.read_bytes()), spoil(path)))
+    assert "(case_3) changed while round 1 was trained on" in run(rounds=1).taken_up[0]
+    with pytest.raises(OneShotError, match="case_3"):
+        run(rounds=1)
+    assert (len(fake.trained), superseded(fake)) == (2, [])
+    path.write_bytes(kept[0])
+    settles(fake, rounds=1)
+
+
+def test_a_label_that_does_not_fit_is_refused_before_its_model_is_moved(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved while labels were refreshed, so that the training that follows is to be done again."""
+    path = open_store(601)[0].label_path("case_3")
+    kept = path.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_module, "refresh", lambda *_: write_image(path, label_array(0, (4, 9, 8))))
+        with pytest.raises(OneShotError, match="case_3.nii.gz: expected the shape"):
+            run(rounds=0)
+    assert (len(fake.trained), superseded(fake)) == (1, [])
+    path.write_bytes(kept)
+    settles(fake, rounds=0)
+
+
 def test_what_is_edited_during_the_full_preprocessing_is_left_to_the_refresh(
     fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
