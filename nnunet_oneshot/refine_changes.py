@@ -27,13 +27,13 @@ from nnunet_oneshot.dataset import IGNORE, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.file_hash import hash_of_voxels
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.rounds import copy_label, kept_manifest, switching_to, target_path
+from nnunet_oneshot.rounds import copy_label, kept_manifest, kept_rounds, switching_to, target_path
 from nnunet_oneshot.store import DRAWN, HUMAN_WORD, LEFT_OUT, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import BoolVolume, LabelVolume
 
 ADDED = "the image was added after the labels were propagated"
-What = Literal["labelled", "corrected", "added"]
+What = Literal["labelled", "withdrawn", "corrected", "added"]
 Found = dict[str, str | None]
 
 
@@ -45,7 +45,12 @@ class Taken:
     what: What
 
     def __str__(self) -> str:
-        said = {"labelled": "drawn by a person since", "corrected": "corrected by hand", "added": "a new image"}
+        said = {
+            "labelled": "drawn by a person since",
+            "withdrawn": "set back to ignore by a person since",
+            "corrected": "corrected by hand",
+            "added": "a new image",
+        }
         return f"{self.case}: {said[self.what]}"
 
 
@@ -206,13 +211,38 @@ def _read_human(look: Look) -> LabelVolume | None:
 
 def _drawn(look: Look, human: LabelVolume, target: LabelVolume, guess: LabelVolume) -> Change | None:
     """The change of a case whose label in the source dataset is new or other than its labels in force."""
-    by_hand = _by_hand(look, human)
+    by_hand, ignore = _by_hand(look, human), ignore_value(look.dataset)
     status: Literal["annotated", "sparse"] = "annotated" if by_hand.all() else "sparse"
-    if look.record.status in DRAWN and np.array_equal(target[by_hand], human[by_hand]):
+    withdrawn = _withdrawn(look, by_hand)
+    same = look.record.status in DRAWN and np.array_equal(target[by_hand], human[by_hand])
+    if same and not withdrawn.any():
+        if look.record.status == "sparse" and not look.store.drawn_path(look.case.name).is_file():
+            # Older versions did not note it: what is set back to ignore from now on is seen.
+            look.store.write_label(look.dataset, human, look.store.drawn_path(look.case.name), look.case)
         return None
-    found = stage(look, np.where(by_hand, human, target), np.where(by_hand, human, guess))
+    # Of a label that was drawn whole nothing else is known; the guess of others is a program's but where they drew.
+    nothing = withdrawn if look.record.status == "annotated" else np.zeros_like(withdrawn)
+    target = np.where(withdrawn, ignore, np.where(by_hand, human, target))
+    found = stage(look, target, np.where(nothing, 0, np.where(by_hand, human, guess)))
+    if status == "sparse":
+        look.store.write_label(look.dataset, human, _staged(look.store, "drawn", look.case.name), look.case)
     changes = {"status": status, "round": look.number, "quality": None, "reason": None}
-    return Change(look.case.name, "labelled", look.record.model_copy(update=changes), found)
+    return Change(
+        look.case.name, "withdrawn" if same else "labelled", look.record.model_copy(update=changes), found
+    )
+
+
+def _withdrawn(look: Look, by_hand: BoolVolume) -> BoolVolume:
+    """Voxels that a person had drawn and set back to ignore since; none where an older version did not note them.
+
+    Nor where a person corrected the whole label since, which says what is right there.
+    """
+    if look.record.status == "annotated":
+        return ~by_hand
+    path = look.store.drawn_path(look.case.name)
+    if look.record.status != "sparse" or not path.is_file():
+        return np.zeros_like(by_hand)
+    return _by_hand(look, look.dataset.read_label(path)) & ~by_hand
 
 
 def _edited(look: Look, human: LabelVolume | None) -> LabelVolume | None:
@@ -329,6 +359,9 @@ def _hash(dataset: RawDataset, path: Path) -> str | None:
 def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: Found) -> None:
     """Copy a case's staged labels to its round and to where they are in force, but over no edit made since."""
     rounds = {"guess": store.round_path(number, name), "target": target_path(store, number, name)}
+    drawn = _staged(store, "drawn", name)
+    if drawn.is_file():
+        _withdraw_from_rounds(dataset, store, number, name, drawn)
     for kind, path in _in_force(store, name).items():
         staged = _staged(store, kind, name)
         copy_label(store, staged, rounds[kind])
@@ -336,3 +369,20 @@ def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: F
         # What was found is not noted by older versions; of what was published before a kill, nothing is to be done.
         if now is None or now in (found.get(kind, now), _hash(dataset, staged)):
             copy_label(store, staged, path)
+    if drawn.is_file():
+        # Last: after a kill the voxels that were withdrawn are told by what had been drawn before.
+        copy_label(store, drawn, store.drawn_path(name))
+
+
+def _withdraw_from_rounds(dataset: RawDataset, store: Store, number: int, name: str, drawn: Path) -> None:
+    """Set what a person no longer draws to ignore in the rounds that are not in force: they may be once more."""
+    if not store.drawn_path(name).is_file():
+        return
+    before, now = dataset.read_label(store.drawn_path(name)), dataset.read_label(drawn)
+    for path in (target_path(store, other, name) for other in kept_rounds(store) if other != number):
+        if not path.is_file():
+            continue
+        target = dataset.read_label(path)
+        gone = (before != dataset.ignore) & (now == dataset.ignore) & (target == before)
+        if gone.any():
+            store.write_label(dataset, np.where(gone, dataset.ignore, target).astype(np.int16), path, dataset.case(name))

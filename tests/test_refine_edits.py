@@ -557,3 +557,121 @@ def test_an_added_image_whose_labelling_is_killed_is_the_models(
     run(rounds=2)
     assert "case_5" in fake.predicted[(len(fake.trained) - 1, "all")]
     settles(fake, rounds=2)
+
+
+# --- what people set back to ignore -------------------------------------------------------------------------------
+
+
+def draw_slices(roots: Roots, case: str, *slices: int) -> None:
+    """A sparse label in the source dataset: class 2 all over the slices, which no program says."""
+    folder = roots.raw / "Dataset501_toy"
+    edit_json(folder, labels={"background": 0, "organ": 1, "spot": 2, "ignore": IGNORE})
+    label = np.full_like(label_array(0), IGNORE)
+    label[list(slices)] = 2
+    write_image(folder / "labelsTr" / f"{case}.nii.gz", label)
+
+
+def only_drawn(label: np.ndarray, *slices: int) -> bool:
+    return [n for n, plane in enumerate(label) if (plane == 2).all()] == list(slices)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as noted", "noted later"])
+def test_a_drawn_slice_that_is_taken_back_is_trained_on_no_longer(fake: FakeNnunet, roots: Roots, older: bool) -> None:
+    """Nor in the rounds before; the next round fills it. Datasets of older versions have no note of what was drawn."""
+    run(rounds=1)
+    draw_slices(roots, "case_3", 1, 3)
+    run(rounds=1)
+    store, _ = open_store(601)
+    if older:
+        shutil.rmtree(store.state_folder / "drawn")
+        assert run(rounds=1).taken_up == []
+    for number in (0, 1):
+        run(rounds=number)
+        assert only_drawn(read(store.label_path("case_3")), 1, 3)
+    draw_slices(roots, "case_3", 1)
+    assert run(rounds=1).taken_up[0] == "case_3: set back to ignore by a person since"
+    assert (read(store.label_path("case_3"))[3] == IGNORE).all()
+    settles(fake, rounds=1)
+    run(rounds=0)
+    assert only_drawn(read(store.label_path("case_3")), 1)
+    run(rounds=2)
+    assert only_drawn(read(store.label_path("case_3")), 1)
+    assert (read(store.label_path("case_3"))[3] != IGNORE).any(), "a model's word"
+    assert store.read_manifest().cases["case_3"].status == "sparse"
+
+
+def test_another_slice_drawn_instead_takes_the_place_of_the_first(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=0)
+    draw_slices(roots, "case_3", 1)
+    run(rounds=0)
+    draw_slices(roots, "case_3", 3)
+    assert run(rounds=0).taken_up[0] == "case_3: drawn by a person since"
+    store, _ = open_store(601)
+    label = read(store.label_path("case_3"))
+    assert only_drawn(label, 3)
+    assert (label[1] == IGNORE).all()
+
+
+@pytest.mark.parametrize("when", ["propagated", "drawn since"])
+def test_a_part_of_a_whole_label_that_is_taken_back_is_filled_by_a_model(
+    fake: FakeNnunet, roots: Roots, when: str
+) -> None:
+    case = {"propagated": "case_0", "drawn since": "case_3"}[when]
+    run(rounds=1)
+    draw_slices(roots, case, *range(5))
+    run(rounds=1)
+    store, _ = open_store(601)
+    assert store.read_manifest().cases[case].status == "annotated"
+    draw_slices(roots, case, 0, 1)
+    assert run(rounds=1).taken_up[0] == f"{case}: set back to ignore by a person since"
+    assert store.read_manifest().cases[case].status == "sparse"
+    assert (read(store.label_path(case))[2:] == IGNORE).all()
+    settles(fake, rounds=1)
+    for number in (0, 2):
+        run(rounds=number)
+        assert only_drawn(read(store.label_path(case)), 0, 1)
+    said = drifting(case, len(fake.trained) - 1)[2:]
+    np.testing.assert_array_equal(read(store.fused_path(case))[2:], said)
+
+
+def test_a_slice_taken_back_before_the_first_refinement_is_seen(
+    roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_raw(roots.raw, cases=CASES)
+    draw_slices(roots, "case_3", 1, 3)
+    propagate(501, 601, propagators=("sam2",), views=("still", "shifted"), num_processes=1)
+    fake = replace_nnunet(roots, monkeypatch)
+    draw_slices(roots, "case_3", 1)
+    assert run(rounds=0).taken_up == ["case_3: set back to ignore by a person since"]
+    store, _ = open_store(601)
+    assert only_drawn(read(store.label_path("case_3")), 1)
+    assert fake.labels[-1]["case_3.nii.gz"] == store.label_path("case_3").read_bytes()
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_a_slice_taken_back_stays_so_after_a_kill(
+    fake: FakeNnunet, roots: Roots, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed before each of four labels is published, and before it is noted what is drawn now."""
+    run(rounds=1)
+    draw_slices(roots, "case_3", 1, 3)
+    run(rounds=1)
+    draw_slices(roots, "case_3", 1)
+    calls, copy = list[object](), refine_changes.copy_label
+
+    def killed(*arguments: Any) -> None:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        copy(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_changes, "copy_label", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    assert run(rounds=1).taken_up[0] == "case_3: set back to ignore by a person since"
+    store, _ = open_store(601)
+    assert (read(store.label_path("case_3"))[3] == IGNORE).all()
+    settles(fake, rounds=1)
+    run(rounds=0)
+    assert only_drawn(read(store.label_path("case_3")), 1)
