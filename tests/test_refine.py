@@ -411,6 +411,21 @@ def test_a_refinement_that_began_without_an_opinion_goes_on_without(fake: FakeNn
     assert second_opinion.opinion_of(store, "auto") is None
 
 
+def test_an_opinion_that_was_declined_before_anything_was_trained_may_be_asked(
+    fake: FakeNnunet, doubters: list[Doubter]
+) -> None:
+    """As all else of a plan that was begun and never trained."""
+    store, _ = open_store(601)
+    manifest = store.read_manifest()
+    manifest.settings |= {"views": {"sam2": ["axial", "coronal", "sagittal"]}}
+    store.write_manifest(manifest)
+    fake.stop_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=1, self_opinion=None)
+    assert run(rounds=1).plan.self_opinion == "builtin"
+    assert [doubter.asked for doubter in doubters] == [list(CASES[1:])]
+
+
 def test_opinions_of_rounds_that_no_longer_count_are_removed(fake: FakeNnunet, doubters: list[Doubter]) -> None:
     """A label of round 1 is corrected after round 2 was predicted and before its labels were made."""
     fake.say, fake.stop_at = drifting, 11
