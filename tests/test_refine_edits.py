@@ -26,7 +26,7 @@ from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import raw_label_hashes
 from nnunet_oneshot.relabel import Change
-from nnunet_oneshot.review.decisions import Action, decide
+from nnunet_oneshot.review.decisions import Action, ConflictError, correct, decide
 from nnunet_oneshot.review.session import open_desk
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import Store
@@ -675,3 +675,61 @@ def test_a_slice_taken_back_stays_so_after_a_kill(
     settles(fake, rounds=1)
     run(rounds=0)
     assert only_drawn(read(store.label_path("case_3")), 1)
+
+
+# --- decisions that are stopped -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the first refinement", "after a round"])
+@pytest.mark.parametrize("stop", range(4))
+def test_a_label_drawn_in_the_review_is_a_persons_word_wherever_that_stops(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, first: bool, stop: int
+) -> None:
+    """Stopped after each of the three labels that it writes, and after the manifest."""
+    if not first:
+        run(rounds=1)
+    store, raw = open_store(601)
+    number, drawn = store.read_manifest().round, np.roll(label_array(0), 2, axis=1).astype(np.int16)
+    paths = [store.label_path("case_3"), store.fused_path("case_3"), store.round_path(number, "case_3")]
+    watched, written, replace = {str(p) for p in (*paths, store.manifest_path)}, list[object](), rounds_module.os.replace
+
+    def killed(source: object, destination: object) -> None:
+        replace(source, destination)
+        if str(destination) in watched:
+            written.append(destination)
+            if len(written) == stop + 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            correct(raw, store, "case_3", drawn)
+    run(rounds=1)
+    run(rounds=2)
+    assert store.read_manifest().cases["case_3"].status == "corrected"
+    for path in (*paths, store.round_path(2, "case_3")):
+        np.testing.assert_array_equal(read(path), drawn)
+    settles(fake, rounds=2)
+
+
+@pytest.mark.parametrize("case", ["case_1", "case_3"], ids=["another case", "the edited case"])
+def test_a_decision_after_a_refine_that_was_stopped_amid_taking_up_an_edit_stands(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    run(rounds=1)
+    store, raw = open_store(601)
+    edited, drawn = (np.roll(label_array(0), by, axis=1).astype(np.int16) for by in (2, 3))
+    write_image(store.label_path("case_3"), edited)
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_changes, "copy_label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    if case == "case_3":
+        with pytest.raises(ConflictError, match="stopped refine.*look at it again"):
+            correct(raw, store, case, drawn)
+        np.testing.assert_array_equal(read(store.fused_path(case)), edited)
+    correct(raw, store, case, drawn)
+    run(rounds=1)
+    np.testing.assert_array_equal(read(store.label_path(case)), drawn)
+    assert store.read_manifest().cases[case].review is not None
+    assert store.read_manifest().cases["case_3"].status == "corrected"

@@ -18,6 +18,7 @@ import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.refine_changes import finish_taking
 from nnunet_oneshot.rounds import target_path
 from nnunet_oneshot.store import LEFT_OUT, CaseRecord, Manifest, Status, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
@@ -52,7 +53,7 @@ def decide(
         ConflictError: there is a newer decision than `seen`.
         OneShotError: an unknown case, a decision that its status does not allow, or a refinement at work.
     """
-    with _manifest(raw, store) as manifest:
+    with _at_work(raw, store, name), _manifest(raw, store) as manifest:
         record, case = _record(manifest, name), raw.case(name)
         _check_seen(name, record, seen)
         _check_allowed(raw, name, record, action)
@@ -80,31 +81,47 @@ def correct(
     """
     if not label.any():
         raise OneShotError(f"{name}: expected foreground in the corrected label, found none; reject the case instead")
-    with _manifest(raw, store) as manifest:
-        record, case = _record(manifest, name), raw.case(name)
-        _check_seen(name, record, seen)
-        _check_not_annotated(raw, name, record)
-        _keep(raw, store, case, record)
-        label = _with_drawn_voxels(raw, case, label)
-        paths = (store.round_path(manifest.round, name), store.fused_path(name), store.label_path(name))
-        for path in paths:
-            store.write_label(raw, label, path, case)
-        # An estimate of the machine's label says nothing of a person's.
-        changes = {"status": "corrected", "divergence": 0.0, "round": manifest.round, "quality": None, "reason": None}
-        record = record.model_copy(update=changes)
-        manifest.cases[name] = record
-        record.review = _review(record, "correct", comment)
+    with _at_work(raw, store, name):
+        with _manifest(raw, store) as manifest:
+            record, case = _record(manifest, name), raw.case(name)
+            _check_seen(name, record, seen)
+            _check_not_annotated(raw, name, record)
+            _keep(raw, store, case, record)
+            label = _with_drawn_voxels(raw, case, label)
+            # The best guess first and its round last, so that all that a crash leaves reads as a person's edit.
+            for path in (store.fused_path(name), store.label_path(name)):
+                store.write_label(raw, label, path, case)
+            # An estimate of the machine's label says nothing of a person's.
+            changes = {"status": "corrected", "divergence": 0.0, "round": manifest.round}
+            record = record.model_copy(update={**changes, "quality": None, "reason": None})
+            manifest.cases[name] = record
+            record.review = _review(record, "correct", comment)
+        store.write_label(raw, label, store.round_path(manifest.round, name), case)
     return record
+
+
+@contextmanager
+def _at_work(raw: RawDataset, store: Store, name: str) -> Iterator[None]:
+    """No other decision and no refinement meanwhile, and none that was stopped with changes that it had yet to write.
+
+    These would be written over the decision by the next one.
+    """
+    with store.lock("review", wait=True), _no_refinement(store):
+        if name in {taken.case for taken in finish_taking(raw, store)}:
+            raise ConflictError(
+                f"{name}: expected its label as you saw it, found a change of it that a stopped refine had found and not "
+                "put in force, which is done now; look at it again"
+            )
+        yield
 
 
 @contextmanager
 def _manifest(raw: RawDataset, store: Store) -> Iterator[Manifest]:
     """The manifest to change; what nnU-Net reads and the manifest itself are written at the end, in that order."""
-    with store.lock("review", wait=True), _no_refinement(store):
-        manifest = store.read_manifest()
-        yield manifest
-        write_training_files(raw, store, manifest)
-        store.write_manifest(manifest)
+    manifest = store.read_manifest()
+    yield manifest
+    write_training_files(raw, store, manifest)
+    store.write_manifest(manifest)
 
 
 @contextmanager
