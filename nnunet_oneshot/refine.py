@@ -327,12 +327,14 @@ class _Work:
         self.record.begin(self.plan)
         check_no_edit_amid_switch(self.raw, self.store)
         finish_switch(self.raw, self.store, self.processes)
-        self._adopt_plan()
         return [str(t) for t in take_over(self.raw, self.store, self.processes, self.limits.min_quality)]
 
     def take_up(self) -> list[str]:
         """Take up what people changed; forgets what was made of labels that are no longer in force."""
         taken = take_up(self.raw, self.store, self.processes)
+        # Only now it is known which cases a person drew on; a plan that is refused for that must leave no trace.
+        self._check_folds()
+        self._adopt_plan()
         number = self.store.read_manifest().round
         said = [str(change) for change in taken]
         self._label_added(number)
@@ -347,26 +349,27 @@ class _Work:
         return said
 
     def folds_that_see_all(self) -> str | None:
-        """In words, which new labels are not out of fold, as was asked for; None where all are, or nobody asked.
-
-        Raises:
-            OneShotError: none would be: every fold would train on all cases.
-        """
+        """In words, which new labels are not out of fold, as was asked for; None where all are, or nobody asked."""
         cases, folds = self.store.read_manifest().cases, self.plan.num_folds
         partly = [name for name, record in cases.items() if record.status == "sparse"]
         if folds == 1 or not partly:
             return None
-        # What trained already goes on: people may have drawn on the last un-annotated case since.
-        if all(record.status in DRAWN for record in cases.values()) and not self.record.is_trained():
-            raise OneShotError(
-                f"expected -num_folds {folds} to hold un-annotated cases out of training, found slices drawn in every "
-                "case, and cases that a person drew on train in every fold, so that all models would see the same; "
-                "leave -num_folds out"
-            )
         named = f"{', '.join(partly[:3])}{', ...' if len(partly) > 3 else ''}"
         return (
             f"{len(partly)} partly drawn cases ({named}) train in every fold, for what was drawn there: their new "
             f"labels come from all {folds} models and are not out of fold"
+        )
+
+    def _check_folds(self) -> None:
+        """OneShotError where every fold would train on all cases, so that no new label would be out of fold."""
+        statuses, folds = {record.status for record in self.store.read_manifest().cases.values()}, self.plan.num_folds
+        # What trained already goes on: people may have drawn on the last un-annotated case since.
+        if folds == 1 or "sparse" not in statuses or not statuses <= set(DRAWN) or self.record.is_trained():
+            return
+        raise OneShotError(
+            f"expected -num_folds {folds} to hold un-annotated cases out of training, found slices drawn in every "
+            "case, and cases that a person drew on train in every fold, so that all models would see the same; "
+            "leave -num_folds out"
         )
 
     def rounds(self) -> str:

@@ -253,8 +253,26 @@ def _edited(look: Look, human: LabelVolume | None) -> LabelVolume | None:
     if look.record.status == "annotated":
         # Its label is the source dataset's, and is changed there.
         return None
-    found = (_edit_in(look, human, path(look.case.name)) for path in (look.store.fused_path, look.store.label_path))
-    return next((label for label in found if label is not None), None)
+    name = look.case.name
+    guess, target = (_edit_in(look, human, path(name)) for path in (look.store.fused_path, look.store.label_path))
+    if guess is None or target is None:
+        return target if guess is None else guess
+    said = target != ignore_value(look.dataset)
+    if np.array_equal(guess[said], target[said]) or _is_the_rounds(look, human, target):
+        return guess
+    if _is_the_rounds(look, human, guess):
+        return target
+    raise OneShotError(
+        f"case {name}: expected one edited label, found {look.store.fused_path(name)} and "
+        f"{look.store.label_path(name)} edited both and to different voxels; copy the one that holds over the other"
+    )
+
+
+def _is_the_rounds(look: Look, human: LabelVolume | None, label: LabelVolume) -> bool:
+    """Whether a label is one of the two that its round wrote, as where a person copied the one over the other."""
+    store, name = look.store, look.case.name
+    paths = (store.round_path(look.written, name), target_path(store, look.written, name))
+    return any(np.array_equal(label, _drawn_over(look, human, look.dataset.read_label(path))) for path in paths)
 
 
 def _edit_in(look: Look, human: LabelVolume | None, path: Path) -> LabelVolume | None:

@@ -239,7 +239,11 @@ def test_folds_that_would_all_train_on_the_same_are_refused(
         make_sparse(folder, case)
     propagate(501, 601, propagators=("sam2",), views=("still",), num_processes=1)
     fake = replace_nnunet(roots, monkeypatch)
+    store, _ = open_store(601)
+    dealt = (roots.preprocessed / store.folder.name / "splits_final.json").read_bytes()
     answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1, "-num_folds", 2)
+    assert store.read_manifest().num_folds == 5, "nnU-Net's own"
+    assert (roots.preprocessed / store.folder.name / "splits_final.json").read_bytes() == dealt
     assert answer.code == 2
     assert "expected -num_folds 2 to hold un-annotated cases out" in answer.error
     assert "leave -num_folds out" in answer.error

@@ -559,6 +559,33 @@ def test_an_added_image_whose_labelling_is_killed_is_the_models(
     settles(fake, rounds=2)
 
 
+def test_two_edits_of_one_case_that_differ_are_refused(fake: FakeNnunet, call: Callable[..., Answer]) -> None:
+    """One of them would be overwritten, whichever was taken."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    paths = [store.fused_path("case_3"), store.label_path("case_3")]
+    edits = [np.roll(label_array(0), by, axis=1) for by in (2, 3)]
+    for path, edited in zip(paths, edits, strict=True):
+        write_image(path, edited)
+    refused(call(cli.refine, *REFINE, "-rounds", 1, "--all_rounds"), "case_3", *map(str, paths), "copy the one that")
+    for path, edited in zip(paths, edits, strict=True):
+        np.testing.assert_array_equal(read(path), edited)
+    shutil.copyfile(*paths)
+    assert run(rounds=1).taken_up[0] == "case_3: corrected by hand"
+    for path in paths:
+        np.testing.assert_array_equal(read(path), edits[0])
+
+
+def test_the_label_of_a_round_copied_beside_an_edit_is_none(fake: FakeNnunet) -> None:
+    run(rounds=1)
+    store, _ = open_store(601)
+    shutil.copyfile(store.fused_path("case_3"), store.label_path("case_3"))
+    edited = np.roll(label_array(0), 2, axis=1)
+    write_image(store.fused_path("case_3"), edited)
+    assert run(rounds=1).taken_up[0] == "case_3: corrected by hand"
+    np.testing.assert_array_equal(read(store.label_path("case_3")), edited)
+
+
 # --- what people set back to ignore -------------------------------------------------------------------------------
 
 
