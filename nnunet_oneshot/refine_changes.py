@@ -33,8 +33,10 @@ from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import BoolVolume, LabelVolume
 
 ADDED = "the image was added after the labels were propagated"
-What = Literal["labelled", "withdrawn", "corrected", "added"]
+What = Literal["labelled", "withdrawn", "corrected", "added", "decided"]
 Found = dict[str, str | None]
+KINDS = ("guess", "target")
+"""Labels of a case: the best guess, and what is trained on."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Taken:
             "withdrawn": "set back to ignore by a person since",
             "corrected": "corrected by hand",
             "added": "a new image",
+            "decided": "decided on in the review",
         }
         return f"{self.case}: {said[self.what]}"
 
@@ -61,12 +64,14 @@ class Change:
     Attributes:
         record: the case's, once the change is taken up.
         found: hashes of the labels in force when they were looked at, by kind; None for one that was not there.
+        rounds: kinds of labels that become those of the round in force too.
     """
 
     case: str
     what: What
     record: CaseRecord
     found: Found
+    rounds: tuple[str, ...] = KINDS
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,10 @@ def take_up(dataset: RawDataset, store: Store, processes: int) -> list[Taken]:
 def publish_staged(dataset: RawDataset, store: Store, changes: Sequence[Change]) -> list[Taken]:
     """Put changes whose labels are staged in force, all of them also after a kill; returns what they were."""
     if changes:
-        named = {c.case: {"what": c.what, "record": c.record.model_dump(), "found": c.found} for c in changes}
+        named = {
+            c.case: {"what": c.what, "record": c.record.model_dump(), "found": c.found, "rounds": c.rounds}
+            for c in changes
+        }
         store.write_json(named, _list_path(store))
     return finish_taking(dataset, store)
 
@@ -132,7 +140,8 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
     if path.is_file():
         manifest = store.read_manifest()
         for name, change in json.loads(path.read_text(encoding="utf-8")).items():
-            _publish(dataset, store, manifest.round, name, change.get("found", {}))
+            found, kinds = change.get("found", {}), change.get("rounds", KINDS)
+            _publish(dataset, store, manifest.round, name, found, kinds)
             manifest.cases[name] = CaseRecord.model_validate(change["record"])
             taken.append(Taken(name, change["what"]))
         manifest.cases = dict(sorted(manifest.cases.items()))
@@ -227,9 +236,7 @@ def _drawn(look: Look, human: LabelVolume, target: LabelVolume, guess: LabelVolu
     if status == "sparse":
         look.store.write_label(look.dataset, human, _staged(look.store, "drawn", look.case.name), look.case)
     changes = {"status": status, "round": look.number, "quality": None, "reason": None}
-    return Change(
-        look.case.name, "withdrawn" if same else "labelled", look.record.model_copy(update=changes), found
-    )
+    return Change(look.case.name, "withdrawn" if same else "labelled", look.record.model_copy(update=changes), found)
 
 
 def _withdrawn(look: Look, by_hand: BoolVolume) -> BoolVolume:
@@ -374,7 +381,7 @@ def _hash(dataset: RawDataset, path: Path) -> str | None:
     return hash_of_voxels(dataset.read_label(path)) if path.is_file() else None
 
 
-def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: Found) -> None:
+def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: Found, kinds: Sequence[str]) -> None:
     """Copy a case's staged labels to its round and to where they are in force, but over no edit made since."""
     rounds = {"guess": store.round_path(number, name), "target": target_path(store, number, name)}
     drawn = _staged(store, "drawn", name)
@@ -382,7 +389,8 @@ def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: F
         _withdraw_from_rounds(dataset, store, number, name, drawn)
     for kind, path in _in_force(store, name).items():
         staged = _staged(store, kind, name)
-        copy_label(store, staged, rounds[kind])
+        if kind in kinds:
+            copy_label(store, staged, rounds[kind])
         now = _hash(dataset, path)
         # What was found is not noted by older versions; of what was published before a kill, nothing is to be done.
         if now is None or now in (found.get(kind, now), _hash(dataset, staged)):
@@ -403,4 +411,5 @@ def _withdraw_from_rounds(dataset: RawDataset, store: Store, number: int, name: 
         target = dataset.read_label(path)
         gone = (before != dataset.ignore) & (now == dataset.ignore) & (target == before)
         if gone.any():
-            store.write_label(dataset, np.where(gone, dataset.ignore, target).astype(np.int16), path, dataset.case(name))
+            rest = np.where(gone, ignore_value(dataset), target).astype(np.int16)
+            store.write_label(dataset, rest, path, dataset.case(name))

@@ -151,7 +151,7 @@ def test_a_label_that_does_not_fit_is_refused_before_its_model_is_moved(
     kept = path.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(refine_module, "refresh", lambda *_: write_image(path, label_array(0, (4, 9, 8))))
-        with pytest.raises(OneShotError, match="case_3.nii.gz: expected the shape"):
+        with pytest.raises(OneShotError, match=r"case_3\.nii\.gz: expected the shape"):
             run(rounds=0)
     assert (len(fake.trained), superseded(fake)) == (1, [])
     path.write_bytes(kept)
@@ -718,7 +718,11 @@ def test_a_label_drawn_in_the_review_is_a_persons_word_wherever_that_stops(
     store, raw = open_store(601)
     number, drawn = store.read_manifest().round, np.roll(label_array(0), 2, axis=1).astype(np.int16)
     paths = [store.label_path("case_3"), store.fused_path("case_3"), store.round_path(number, "case_3")]
-    watched, written, replace = {str(p) for p in (*paths, store.manifest_path)}, list[object](), rounds_module.os.replace
+    watched, written, replace = (
+        {str(p) for p in (*paths, store.manifest_path)},
+        list[object](),
+        rounds_module.os.replace,
+    )
 
     def killed(source: object, destination: object) -> None:
         replace(source, destination)
@@ -752,7 +756,7 @@ def test_a_decision_after_a_refine_that_was_stopped_amid_taking_up_an_edit_stand
         with pytest.raises(KeyboardInterrupt):
             run(rounds=1)
     if case == "case_3":
-        with pytest.raises(ConflictError, match="stopped refine.*look at it again"):
+        with pytest.raises(ConflictError, match=r"stopped refine.*look at it again"):
             correct(raw, store, case, drawn)
         np.testing.assert_array_equal(read(store.fused_path(case)), edited)
     correct(raw, store, case, drawn)
@@ -760,3 +764,60 @@ def test_a_decision_after_a_refine_that_was_stopped_amid_taking_up_an_edit_stand
     np.testing.assert_array_equal(read(store.label_path(case)), drawn)
     assert store.read_manifest().cases[case].review is not None
     assert store.read_manifest().cases["case_3"].status == "corrected"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the first refinement", "after a round"])
+@pytest.mark.parametrize("action", ["reject", "undo"])
+def test_a_decision_that_is_stopped_is_made_whole_or_not_at_all(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, action: Action, first: bool
+) -> None:
+    """Stopped before every file that it writes, one after the other; a refinement goes on after each."""
+    store, raw = open_store(601)
+    if not first:
+        run(rounds=1)
+    replace, stops, cases = rounds_module.os.replace, list[int](), dict(store.read_manifest().cases)
+
+    def review() -> dict[str, Any]:
+        return store.read_manifest().cases["case_3"].review or {}
+
+    def stopped(at: int) -> bool:
+        written = list[object]()
+
+        def killed(source: object, destination: object) -> None:
+            if len(written) == at:
+                raise KeyboardInterrupt
+            written.append(destination)
+            replace(source, destination)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(rounds_module.os, "replace", killed)
+            try:
+                decide(raw, store, "case_3", action, seen=review().get("time"))
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    shutil.copytree(store.folder, kept := store.folder.with_name("kept"))
+    while True:
+        shutil.rmtree(store.folder)
+        shutil.copytree(kept, store.folder)
+        if action == "undo":
+            decide(raw, store, "case_3", "reject")
+        if not stopped(len(stops)):
+            break
+        stops.append(len(stops))
+        refine_changes.finish_taking(raw, store)
+        label = read(store.label_path("case_3"))
+        record = store.read_manifest().cases["case_3"]
+        assert (record.status == "rejected") == bool((label == IGNORE).all()), f"stopped before file {stops[-1]}"
+        assert (review().get("decision") == "rejected") == (record.status == "rejected")
+        assert cases["case_3"].status == "pseudo"
+        if not first:
+            look = refine_changes.Look(raw, store, raw.case("case_3"), record, store.read_manifest().round)
+            assert refine_changes.look_at(look) is None, "no edit"
+        if record.status == "rejected":
+            decide(raw, store, "case_3", "undo", seen=review()["time"])
+        decide(raw, store, "case_3", "reject", seen=review().get("time"))
+        decide(raw, store, "case_3", "undo", seen=review()["time"])
+        np.testing.assert_array_equal(read(store.label_path("case_3")), read(kept / "labelsTr" / "case_3.nii.gz"))
+    assert len(stops) > 8
