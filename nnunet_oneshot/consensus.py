@@ -127,6 +127,7 @@ def fuse_case(task: Task) -> tuple[str, CaseRecord]:
     if human is not None:
         drawn = human != dataset.ignore
         guess, target = np.where(drawn, human, guess), np.where(drawn, human, target)
+        task.store.write_label(dataset, human, task.store.drawn_path(case.name), case)
     _publish(task, target, guess)
     record = CaseRecord(status=_status(human, labels), views=views, divergence=round(float(1 - agreed.mean()), 6))
     record.reason = "; ".join(reasons) or None

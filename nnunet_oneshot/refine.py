@@ -219,6 +219,10 @@ def _starts_warm(store: Store, asked: bool | None) -> bool:
     return True if begun is None or not Record(store).is_trained() else begun.warm_start
 
 
+def _again(changed: Sequence[str], number: int) -> str:
+    return f"labels of {len(changed)} cases changed since round {number} was trained on: training it again"
+
+
 def check_no_results(dataset: str, plan: Plan) -> None:
     """OneShotError where nnU-Net's results folder holds a model that new labels of this dataset will not have made."""
     begun, models = begun_plan(nnunet.root("nnUNet_raw") / dataset), Models(dataset, plan, "cpu")
@@ -330,46 +334,49 @@ class _Work:
         self.record.begin(self.plan)
         check_no_edit_amid_switch(self.raw, self.store)
         finish_switch(self.raw, self.store, self.processes)
-        self._adopt_plan()
         return [str(t) for t in take_over(self.raw, self.store, self.processes, self.limits.min_quality)]
 
     def take_up(self) -> list[str]:
         """Take up what people changed; forgets what was made of labels that are no longer in force."""
         taken = take_up(self.raw, self.store, self.processes)
+        # Only now it is known which cases a person drew on; a plan that is refused for that must leave no trace.
+        self._check_folds()
+        self._adopt_plan()
         number = self.store.read_manifest().round
         said = [str(change) for change in taken]
         self._label_added(number)
         bring_up_to_date(self.store)
         if changed := self._changed_labels(number):
-            why = f"labels of {len(changed)} cases changed since round {number} was trained on"
+            said.append(_again(changed, number))
         elif not self.record.is_done(f"train-{number}") and self._folds_trained_on(number) != self._folds_now():
-            why = f"cases were dealt over the folds anew amid training on round {number}"
+            said.append(f"cases were dealt over the folds anew amid training on round {number}: training it again")
         else:
             return said
         self._forget(number)
-        return [*said, f"{why}: training it again"]
+        return said
 
     def folds_that_see_all(self) -> str | None:
-        """In words, which new labels are not out of fold, as was asked for; None where all are, or nobody asked.
-
-        Raises:
-            OneShotError: none would be: every fold would train on all cases.
-        """
+        """In words, which new labels are not out of fold, as was asked for; None where all are, or nobody asked."""
         cases, folds = self.store.read_manifest().cases, self.plan.num_folds
         partly = [name for name, record in cases.items() if record.status == "sparse"]
         if folds == 1 or not partly:
             return None
-        # What trained already goes on: people may have drawn on the last un-annotated case since.
-        if all(record.status in DRAWN for record in cases.values()) and not self.record.is_trained():
-            raise OneShotError(
-                f"expected -num_folds {folds} to hold un-annotated cases out of training, found slices drawn in every "
-                "case, and cases that a person drew on train in every fold, so that all models would see the same; "
-                "leave -num_folds out"
-            )
         named = f"{', '.join(partly[:3])}{', ...' if len(partly) > 3 else ''}"
         return (
             f"{len(partly)} partly drawn cases ({named}) train in every fold, for what was drawn there: their new "
             f"labels come from all {folds} models and are not out of fold"
+        )
+
+    def _check_folds(self) -> None:
+        """OneShotError where every fold would train on all cases, so that no new label would be out of fold."""
+        statuses, folds = {record.status for record in self.store.read_manifest().cases.values()}, self.plan.num_folds
+        # What trained already goes on: people may have drawn on the last un-annotated case since.
+        if folds == 1 or "sparse" not in statuses or not statuses <= set(DRAWN) or self.record.is_trained():
+            return
+        raise OneShotError(
+            f"expected -num_folds {folds} to hold un-annotated cases out of training, found slices drawn in every "
+            "case, and cases that a person drew on train in every fold, so that all models would see the same; "
+            "leave -num_folds out"
         )
 
     def rounds(self) -> str:
@@ -391,10 +398,15 @@ class _Work:
         self.end(self.limits.rounds)
         return f"{self.limits.rounds} rounds were asked for"
 
-    def train(self, number: int) -> None:
-        """Train on the labels of round `number`; the models of other rounds are kept aside."""
+    def train(self, number: int) -> bool:
+        """Train on the labels of round `number`; the models of other rounds are kept aside.
+
+        Returns:
+            Whether its models may know other labels than lay there when this was called: they were trained before, or
+            labels changed while they were preprocessed.
+        """
         if self.record.is_done(f"train-{number}"):
-            return
+            return True
         self._go_to(number)
         # It is written anew when the final model is there.
         (self.models.folder / POSTPROCESSING).unlink(missing_ok=True)
@@ -407,10 +419,12 @@ class _Work:
         voxels = voxel_hashes(self.raw, self.store, cases, self.processes)
         refresh(self.name, self.processes)
         self.record.note_labels(number, labels, self._folds_now(), voxels)
+        changed = bool(self._changed_labels(number))
         if self.record.is_done(f"further-{number}"):
             self.models.set_aside_first(number)
         self.models.train(self._start(number))
         self.record.mark(f"train-{number}")
+        return changed
 
     def _train_further(self, number: int) -> None:
         """Have the models of round `number` trained once more on its labels, from their own weights; once.
@@ -447,14 +461,25 @@ class _Work:
 
     def end(self, number: int) -> None:
         """Leave the labels of round `number` in force, and the models that were trained on them in place."""
-        self.train(number)
+        may_know_others = self.train(number)
         self._go_to(number)
-        if self._changed_labels(number):
+        if may_know_others and self._changed_labels(number):
+            # Before the models are moved: labels that do not fit are refused while these stand.
+            self.said += (taken := [str(change) for change in take_up(self.raw, self.store, self.processes)])
             # What a person decided while another round was in force holds in this one too.
-            self._forget(number)
-            self.train(number)
+            if changed := self._changed_labels(number):
+                self.said += [_again(changed, number)] if taken else []
+                self._forget(number)
+                self.train(number)
         self._train_lost(number)
         self.models.check_trained()
+        if changed := self._changed_labels(number):
+            # Trained again at once, whoever edits one label after the other would get no model at all.
+            named = f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
+            self.said.append(
+                f"labels of {len(changed)} cases ({named}) changed while round {number} was trained on, so that its "
+                "models do not know them: refine again to take them up"
+            )
 
     def _train_lost(self, number: int) -> None:
         """Train round `number` again where models of it, which are to be in place, were removed or moved since."""

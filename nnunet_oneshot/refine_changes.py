@@ -15,6 +15,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,14 +27,16 @@ from nnunet_oneshot.dataset import IGNORE, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.file_hash import hash_of_voxels
 from nnunet_oneshot.parallel import over_cases
-from nnunet_oneshot.rounds import copy_label, kept_manifest, switching_to, target_path
+from nnunet_oneshot.rounds import copy_label, kept_manifest, kept_rounds, switching_to, target_path
 from nnunet_oneshot.store import DRAWN, HUMAN_WORD, LEFT_OUT, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import BoolVolume, LabelVolume
 
 ADDED = "the image was added after the labels were propagated"
-What = Literal["labelled", "corrected", "added"]
+What = Literal["labelled", "withdrawn", "corrected", "added", "decided"]
 Found = dict[str, str | None]
+KINDS = ("guess", "target")
+"""Labels of a case: the best guess, and what is trained on."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,13 @@ class Taken:
     what: What
 
     def __str__(self) -> str:
-        said = {"labelled": "drawn by a person since", "corrected": "corrected by hand", "added": "a new image"}
+        said = {
+            "labelled": "drawn by a person since",
+            "withdrawn": "set back to ignore by a person since",
+            "corrected": "corrected by hand",
+            "added": "a new image",
+            "decided": "decided on in the review",
+        }
         return f"{self.case}: {said[self.what]}"
 
 
@@ -55,12 +64,14 @@ class Change:
     Attributes:
         record: the case's, once the change is taken up.
         found: hashes of the labels in force when they were looked at, by kind; None for one that was not there.
+        rounds: kinds of labels that become those of the round in force too.
     """
 
     case: str
     what: What
     record: CaseRecord
     found: Found
+    rounds: tuple[str, ...] = KINDS
 
 
 @dataclass(frozen=True)
@@ -109,10 +120,18 @@ def take_up(dataset: RawDataset, store: Store, processes: int) -> list[Taken]:
     seen = list(over_cases(look_at, looks, processes=processes, title="look for changes"))
     found = [change for change in seen if change is not None]
     found += [_add(dataset, store, case, manifest.round) for case in dataset.cases if case.name not in manifest.cases]
-    if found:
-        changes = {c.case: {"what": c.what, "record": c.record.model_dump(), "found": c.found} for c in found}
-        store.write_json(changes, _list_path(store))
-    return sorted({*before, *finish_taking(dataset, store)}, key=lambda taken: (taken.case, taken.what))
+    return sorted({*before, *publish_staged(dataset, store, found)}, key=lambda taken: (taken.case, taken.what))
+
+
+def publish_staged(dataset: RawDataset, store: Store, changes: Sequence[Change]) -> list[Taken]:
+    """Put changes whose labels are staged in force, all of them also after a kill; returns what they were."""
+    if changes:
+        named = {
+            c.case: {"what": c.what, "record": c.record.model_dump(), "found": c.found, "rounds": c.rounds}
+            for c in changes
+        }
+        store.write_json(named, _list_path(store))
+    return finish_taking(dataset, store)
 
 
 def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
@@ -121,7 +140,8 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
     if path.is_file():
         manifest = store.read_manifest()
         for name, change in json.loads(path.read_text(encoding="utf-8")).items():
-            _publish(dataset, store, manifest.round, name, change.get("found", {}))
+            found, kinds = change.get("found", {}), change.get("rounds", KINDS)
+            _publish(dataset, store, manifest.round, name, found, kinds)
             manifest.cases[name] = CaseRecord.model_validate(change["record"])
             taken.append(Taken(name, change["what"]))
         manifest.cases = dict(sorted(manifest.cases.items()))
@@ -130,6 +150,14 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
         path.unlink()
     shutil.rmtree(store.state_folder / "taken", ignore_errors=True)
     return taken
+
+
+def stage(look: Look, target: LabelVolume, guess: LabelVolume) -> Found:
+    """Stage a case's new labels; hashes of those that are in force."""
+    for kind, label in (("target", target), ("guess", guess)):
+        path = _staged(look.store, kind, look.case.name)
+        look.store.write_label(look.dataset, label.astype(np.int16), path, look.case)
+    return {kind: _hash(look.dataset, path) for kind, path in _in_force(look.store, look.case.name).items()}
 
 
 def check_no_edit_amid_switch(dataset: RawDataset, store: Store) -> None:
@@ -192,13 +220,36 @@ def _read_human(look: Look) -> LabelVolume | None:
 
 def _drawn(look: Look, human: LabelVolume, target: LabelVolume, guess: LabelVolume) -> Change | None:
     """The change of a case whose label in the source dataset is new or other than its labels in force."""
-    by_hand = _by_hand(look, human)
+    by_hand, ignore = _by_hand(look, human), ignore_value(look.dataset)
     status: Literal["annotated", "sparse"] = "annotated" if by_hand.all() else "sparse"
-    if look.record.status in DRAWN and np.array_equal(target[by_hand], human[by_hand]):
+    withdrawn = _withdrawn(look, by_hand)
+    same = look.record.status in DRAWN and np.array_equal(target[by_hand], human[by_hand])
+    if same and not withdrawn.any():
+        if look.record.status == "sparse" and not look.store.drawn_path(look.case.name).is_file():
+            # Older versions did not note it: what is set back to ignore from now on is seen.
+            look.store.write_label(look.dataset, human, look.store.drawn_path(look.case.name), look.case)
         return None
-    found = _stage(look, np.where(by_hand, human, target), np.where(by_hand, human, guess))
+    # Of a label that was drawn whole nothing else is known; the guess of others is a program's but where they drew.
+    nothing = withdrawn if look.record.status == "annotated" else np.zeros_like(withdrawn)
+    target = np.where(withdrawn, ignore, np.where(by_hand, human, target))
+    found = stage(look, target, np.where(nothing, 0, np.where(by_hand, human, guess)))
+    if status == "sparse":
+        look.store.write_label(look.dataset, human, _staged(look.store, "drawn", look.case.name), look.case)
     changes = {"status": status, "round": look.number, "quality": None, "reason": None}
-    return Change(look.case.name, "labelled", look.record.model_copy(update=changes), found)
+    return Change(look.case.name, "withdrawn" if same else "labelled", look.record.model_copy(update=changes), found)
+
+
+def _withdrawn(look: Look, by_hand: BoolVolume) -> BoolVolume:
+    """Voxels that a person had drawn and set back to ignore since; none where an older version did not note them.
+
+    Nor where a person corrected the whole label since, which says what is right there.
+    """
+    if look.record.status == "annotated":
+        return ~by_hand
+    path = look.store.drawn_path(look.case.name)
+    if look.record.status != "sparse" or not path.is_file():
+        return np.zeros_like(by_hand)
+    return _by_hand(look, look.dataset.read_label(path)) & ~by_hand
 
 
 def _edited(look: Look, human: LabelVolume | None) -> LabelVolume | None:
@@ -209,8 +260,26 @@ def _edited(look: Look, human: LabelVolume | None) -> LabelVolume | None:
     if look.record.status == "annotated":
         # Its label is the source dataset's, and is changed there.
         return None
-    found = (_edit_in(look, human, path(look.case.name)) for path in (look.store.fused_path, look.store.label_path))
-    return next((label for label in found if label is not None), None)
+    name = look.case.name
+    guess, target = (_edit_in(look, human, path(name)) for path in (look.store.fused_path, look.store.label_path))
+    if guess is None or target is None:
+        return target if guess is None else guess
+    said = target != ignore_value(look.dataset)
+    if np.array_equal(guess[said], target[said]) or _is_the_rounds(look, human, target):
+        return guess
+    if _is_the_rounds(look, human, guess):
+        return target
+    raise OneShotError(
+        f"case {name}: expected one edited label, found {look.store.fused_path(name)} and "
+        f"{look.store.label_path(name)} edited both and to different voxels; copy the one that holds over the other"
+    )
+
+
+def _is_the_rounds(look: Look, human: LabelVolume | None, label: LabelVolume) -> bool:
+    """Whether a label is one of the two that its round wrote, as where a person copied the one over the other."""
+    store, name = look.store, look.case.name
+    paths = (store.round_path(look.written, name), target_path(store, look.written, name))
+    return any(np.array_equal(label, _drawn_over(look, human, look.dataset.read_label(path))) for path in paths)
 
 
 def _edit_in(look: Look, human: LabelVolume | None, path: Path) -> LabelVolume | None:
@@ -277,7 +346,7 @@ def _correct(look: Look, label: LabelVolume) -> Change:
             f"case {look.case.name}: expected a corrected label, found the ignore label alone; correct it or restore it"
         )
     guess = look.dataset.read_label(look.store.round_path(look.written, look.case.name))
-    found = _stage(look, label, np.where(said, label, guess))
+    found = stage(look, label, np.where(said, label, guess))
     changes = {"status": "corrected", "round": look.number, "quality": None, "reason": "corrected by hand"}
     if (review := look.record.review) is not None and review.get("decision") is not None:
         # A decision of before, for example to reject the case, no longer holds.
@@ -293,7 +362,7 @@ def _add(dataset: RawDataset, store: Store, case: Case, number: int) -> Change:
     human = _read_human(look)
     if human is not None and (change := _drawn(look, human, target, guess)) is not None:
         return change
-    return Change(case.name, "added", look.record, _stage(look, target, guess))
+    return Change(case.name, "added", look.record, stage(look, target, guess))
 
 
 def _list_path(store: Store) -> Path:
@@ -304,14 +373,6 @@ def _staged(store: Store, kind: str, name: str) -> Path:
     return store.state_folder / "taken" / kind / f"{name}{store.file_ending}"
 
 
-def _stage(look: Look, target: LabelVolume, guess: LabelVolume) -> Found:
-    """Stage a case's new labels; hashes of those that are in force."""
-    for kind, label in (("target", target), ("guess", guess)):
-        path = _staged(look.store, kind, look.case.name)
-        look.store.write_label(look.dataset, label.astype(np.int16), path, look.case)
-    return {kind: _hash(look.dataset, path) for kind, path in _in_force(look.store, look.case.name).items()}
-
-
 def _in_force(store: Store, name: str) -> dict[str, Path]:
     return {"guess": store.fused_path(name), "target": store.label_path(name)}
 
@@ -320,13 +381,35 @@ def _hash(dataset: RawDataset, path: Path) -> str | None:
     return hash_of_voxels(dataset.read_label(path)) if path.is_file() else None
 
 
-def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: Found) -> None:
+def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: Found, kinds: Sequence[str]) -> None:
     """Copy a case's staged labels to its round and to where they are in force, but over no edit made since."""
     rounds = {"guess": store.round_path(number, name), "target": target_path(store, number, name)}
+    drawn = _staged(store, "drawn", name)
+    if drawn.is_file():
+        _withdraw_from_rounds(dataset, store, number, name, drawn)
     for kind, path in _in_force(store, name).items():
         staged = _staged(store, kind, name)
-        copy_label(store, staged, rounds[kind])
+        if kind in kinds:
+            copy_label(store, staged, rounds[kind])
         now = _hash(dataset, path)
         # What was found is not noted by older versions; of what was published before a kill, nothing is to be done.
         if now is None or now in (found.get(kind, now), _hash(dataset, staged)):
             copy_label(store, staged, path)
+    if drawn.is_file():
+        # Last: after a kill the voxels that were withdrawn are told by what had been drawn before.
+        copy_label(store, drawn, store.drawn_path(name))
+
+
+def _withdraw_from_rounds(dataset: RawDataset, store: Store, number: int, name: str, drawn: Path) -> None:
+    """Set what a person no longer draws to ignore in the rounds that are not in force: they may be once more."""
+    if not store.drawn_path(name).is_file():
+        return
+    before, now = dataset.read_label(store.drawn_path(name)), dataset.read_label(drawn)
+    for path in (target_path(store, other, name) for other in kept_rounds(store) if other != number):
+        if not path.is_file():
+            continue
+        target = dataset.read_label(path)
+        gone = (before != dataset.ignore) & (now == dataset.ignore) & (target == before)
+        if gone.any():
+            rest = np.where(gone, ignore_value(dataset), target).astype(np.int16)
+            store.write_label(dataset, rest, path, dataset.case(name))

@@ -243,21 +243,34 @@ def voxel_hashes(dataset: RawDataset, store: Store, cases: Sequence[str], proces
 
 
 def changed_labels(dataset: RawDataset, store: Store, number: int, processes: int) -> list[str]:
-    """Cases whose label is another one than the training on a round began with; none where it has not begun."""
+    """Cases whose label is another one than the training on a round began with; none where it has not begun.
+
+    A label that is gone or cannot be read is another one.
+    """
     record = Record(store)
     before, voxels = record.labels(number), record.voxels(number)
     if before is None:
         return []
-    now = label_hashes(store, store.read_manifest().cases)
+    cases = list(store.read_manifest().cases)
+    now = label_hashes(store, [name for name in cases if store.label_path(name).is_file()])
     # Only files that differ are read.
-    other = sorted(name for name in now if before.get(name) != now[name])
-    held = voxel_hashes(dataset, store, [name for name in other if name in voxels], processes) if voxels else {}
-    return [name for name in other if name not in held or held[name] != voxels[name]]
+    other = sorted(name for name in cases if name not in now or before.get(name) != now[name])
+    tasks = [(dataset, store, name, voxels[name]) for name in other if name in now and name in voxels]
+    same = dict(over_cases(_holds, tasks, processes=processes if len(tasks) > 20 else 1, title="note labels"))
+    return [name for name in other if not same.get(name, False)]
 
 
 def _voxel_hash(task: tuple[RawDataset, Store, str]) -> tuple[str, str]:
     dataset, store, name = task
     return name, hash_of_voxels(dataset.read_label(store.label_path(name)))[:_HASH]
+
+
+def _holds(task: tuple[RawDataset, Store, str, str]) -> tuple[str, bool]:
+    dataset, store, name, known = task
+    try:
+        return name, _voxel_hash((dataset, store, name))[1] == known
+    except OneShotError:
+        return name, False
 
 
 def _path(folder: Path) -> Path:

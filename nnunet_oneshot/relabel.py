@@ -20,18 +20,11 @@ from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.quality import dice_by_class, estimate, foreground
 from nnunet_oneshot.quality_gate import MIN_QUALITY, gate
 from nnunet_oneshot.quality_opinions import opinions, round_compared
-from nnunet_oneshot.refine_changes import Taken, take_up
-from nnunet_oneshot.rounds import (
-    Placement,
-    is_kept,
-    keep,
-    kept_manifest,
-    place,
-    put_in_force,
-    write_round,
-)
+from nnunet_oneshot.refine_changes import Change as StagedChange
+from nnunet_oneshot.refine_changes import Look, Taken, publish_staged, stage, take_up
+from nnunet_oneshot.rounds import is_kept, keep, kept_manifest, put_in_force, write_round
 from nnunet_oneshot.store import HUMAN_WORD, CaseRecord, Manifest, Store
-from nnunet_oneshot.training_data import ignore_value, write_training_files
+from nnunet_oneshot.training_data import ignore_value
 from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import BoolVolume, FloatVolume, LabelVolume
 
@@ -153,21 +146,22 @@ def _make(
 def label_by_model(
     dataset: RawDataset, store: Store, cases: Sequence[Case], predictions: Path, number: int, processes: int
 ) -> None:
-    """Labels of the round in force for images that were added: the model's word alone."""
+    """Labels of the round in force for images that were added: the model's word alone.
+
+    Staged until all are made: one that was half written where it is in force would read as a person's edit.
+    """
     manifest = store.read_manifest()
     tasks = _tasks(dataset, store, cases, manifest, predictions, number, Trust())
-    for name, record in over_cases(label_added_case, tasks, processes=processes, title="label new images"):
-        manifest.cases[name] = record
-    write_training_files(dataset, store, manifest)
-    store.write_manifest(manifest)
+    made = dict(over_cases(label_added_case, tasks, processes=processes, title="label new images"))
+    publish_staged(dataset, store, list(made.values()))
 
 
-def label_added_case(task: Task) -> tuple[str, CaseRecord]:
-    """Write the labels of an image that was added; returns its record."""
+def label_added_case(task: Task) -> tuple[str, StagedChange]:
+    """Stage the labels of an image that was added; returns its name and what is to be published."""
     said = _read_prediction(task, task.dataset.read_label(task.store.label_path(task.case.name)).shape)
-    write_round(task.dataset, task.store, task.case, task.number, said, said)
-    place(Placement(task.dataset, task.store, task.case, task.number, left_out=False))
-    return task.case.name, _record(task, np.ones(said.shape, bool), said, said)
+    record = _record(task, np.ones(said.shape, bool), said, said)
+    look = Look(task.dataset, task.store, task.case, task.record, task.number)
+    return task.case.name, StagedChange(task.case.name, "added", record, stage(look, said, said))
 
 
 def _change(dataset: RawDataset, store: Store, manifest: Manifest) -> Change:

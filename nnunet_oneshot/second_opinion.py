@@ -14,7 +14,7 @@ from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.prompting import PredictedLabels
 from nnunet_oneshot.propagate import Job, carry
 from nnunet_oneshot.propagators import PropagatorOptions, self_prompted
-from nnunet_oneshot.refine_record import begun_plan
+from nnunet_oneshot.refine_record import Plan, Record, begun_plan
 from nnunet_oneshot.store import Store
 from sam2_propagation.checkpoints import load_checkpoint
 from sam2_propagation.views import EVERY_PLANE
@@ -35,10 +35,10 @@ def source_of(number: int) -> str:
 
 
 def opinion_of(store: Store, asked: str | None) -> str | None:
-    """The weights that give an opinion; None for none. "auto" stays what it was in a refinement that has begun."""
+    """The weights that give an opinion; None for none. "auto" stays what it was in a refinement that has trained."""
     if asked != AS_BEFORE:
         return asked
-    if (begun := begun_plan(store.folder)) is not None:
+    if (begun := _trained_plan(store)) is not None:
         return begun.self_opinion
     settings = store.read_manifest().settings
     return settings.get("checkpoint", "builtin") if _along_planes(store) and not _unrepeated(store) else None
@@ -47,7 +47,7 @@ def opinion_of(store: Store, asked: str | None) -> str | None:
 def why_none(store: Store, asked: str | None) -> list[str]:
     """In words, why "auto" asks for no opinion though SAM2 labelled the images along three planes, if so.
 
-    Nothing once a refinement has begun, which goes on as it began.
+    Nothing once a refinement has begun: it was said then.
     """
     flags = {"config": "-sam2_cfg", "adapt": "-adapt"}
     if asked != AS_BEFORE or begun_plan(store.folder) is not None or not _along_planes(store):
@@ -56,6 +56,12 @@ def why_none(store: Store, asked: str | None) -> list[str]:
     if not given:
         return []
     return [f"SAM2 is not asked again in rounds, since {given} is not repeated; -self_opinion builtin asks it without"]
+
+
+def _trained_plan(store: Store) -> Plan | None:
+    """What a refinement goes on with; one that was begun and never trained to an end gives way."""
+    begun = begun_plan(store.folder)
+    return begun if begun is not None and Record(store).is_trained() else None
 
 
 def _along_planes(store: Store) -> bool:

@@ -152,6 +152,10 @@ class Store:
         """One view's label."""
         return self.folder / "pseudoTr" / source / view / f"{case}{self.file_ending}"
 
+    def drawn_path(self, case: str) -> Path:
+        """What a person had drawn of a sparse case when its labels in force were made."""
+        return self.state_folder / "drawn" / f"{case}{self.file_ending}"
+
     def worker_path(self, source: str, case: str) -> Path:
         """One case's result of one source."""
         return self.state_folder / "cases" / source / f"{case}.json"

@@ -240,7 +240,11 @@ def test_folds_that_would_all_train_on_the_same_are_refused(
         make_sparse(folder, case)
     propagate(501, 601, propagators=("sam2",), views=("still",), num_processes=1)
     fake = replace_nnunet(roots, monkeypatch)
+    store, _ = open_store(601)
+    dealt = (roots.preprocessed / store.folder.name / "splits_final.json").read_bytes()
     answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1, "-num_folds", 2)
+    assert store.read_manifest().num_folds == 5, "nnU-Net's own"
+    assert (roots.preprocessed / store.folder.name / "splits_final.json").read_bytes() == dealt
     assert answer.code == 2
     assert "expected -num_folds 2 to hold un-annotated cases out" in answer.error
     assert "leave -num_folds out" in answer.error
@@ -410,6 +414,21 @@ def test_a_refinement_that_began_without_an_opinion_goes_on_without(fake: FakeNn
     manifest.settings = {"views": {"sam2": ["axial", "coronal", "sagittal"]}}
     store.write_manifest(manifest)
     assert second_opinion.opinion_of(store, "auto") is None
+
+
+def test_an_opinion_that_was_declined_before_anything_was_trained_may_be_asked(
+    fake: FakeNnunet, doubters: list[Doubter]
+) -> None:
+    """As all else of a plan that was begun and never trained."""
+    store, _ = open_store(601)
+    manifest = store.read_manifest()
+    manifest.settings |= {"views": {"sam2": ["axial", "coronal", "sagittal"]}}
+    store.write_manifest(manifest)
+    fake.stop_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=1, self_opinion=None)
+    assert run(rounds=1).plan.self_opinion == "builtin"
+    assert [doubter.asked for doubter in doubters] == [list(CASES[1:])]
 
 
 def test_opinions_of_rounds_that_no_longer_count_are_removed(fake: FakeNnunet, doubters: list[Doubter]) -> None:

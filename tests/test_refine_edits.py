@@ -26,7 +26,7 @@ from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
 from nnunet_oneshot.refresh import raw_label_hashes
 from nnunet_oneshot.relabel import Change
-from nnunet_oneshot.review.decisions import Action, decide
+from nnunet_oneshot.review.decisions import Action, ConflictError, correct, decide
 from nnunet_oneshot.review.session import open_desk
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import Store
@@ -80,6 +80,82 @@ def test_what_is_edited_while_labels_are_refreshed_is_trained_on(
     run(rounds=0)
     assert [np.array_equal(label, drawn) for label in found] == [False, True]
     assert len(fake.trained) == 2, "once on the old label, then on the new one"
+
+
+def amid_training(monkeypatch: pytest.MonkeyPatch, number: int, what: Callable[[], object]) -> None:
+    """Does something while training `number`, from 1, is at work."""
+    train, trainings = nnunet.train, list[object]()
+
+    def trained(*arguments: Any, **more: Any) -> Any:
+        folder = train(*arguments, **more)
+        trainings.append(folder)
+        if len(trainings) == number:
+            what()
+        return folder
+
+    monkeypatch.setattr(nnunet, "train", trained)
+
+
+def superseded(fake: FakeNnunet) -> list[str]:
+    return sorted(p.name for p in (fake.folder("Dataset601_toy_oneshot") / "oneshot_rounds").glob("*superseded*"))
+
+
+def test_a_label_saved_during_the_last_training_waits_for_the_next_refine(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of training are not thrown away for it, and it is said that the model does not know it."""
+    store, _ = open_store(601)
+    drawn = np.roll(label_array(3), 2, axis=1)
+    amid_training(monkeypatch, 2, lambda: write_image(store.label_path("case_3"), drawn))
+    (said,) = run(rounds=1).taken_up
+    assert said.startswith("labels of 1 cases (case_3) changed while round 1 was trained on")
+    assert "refine again" in said
+    assert (len(fake.trained), superseded(fake)) == (2, [])
+    assert run(rounds=1).taken_up == [
+        "case_3: corrected by hand",
+        "labels of 1 cases changed since round 1 was trained on: training it again",
+    ]
+    np.testing.assert_array_equal(read(store.label_path("case_3")), drawn)
+    assert (len(fake.trained), superseded(fake)) == (3, ["01_superseded_1"])
+    settles(fake, rounds=1)
+
+
+BAD_LABELS = {
+    "shape": lambda path: write_image(path, label_array(0, (4, 9, 8))),
+    "values": lambda path: write_image(path, label_array(0) * 4),
+    "cut short": truncate,
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_LABELS.values(), ids=BAD_LABELS.keys())
+def test_a_label_that_does_not_fit_leaves_the_model_that_was_in_training(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]
+) -> None:
+    path = open_store(601)[0].label_path("case_3")
+    kept = list[bytes]()
+    amid_training(monkeypatch, 2, lambda: (kept.append(path.read_bytes()), spoil(path)))
+    assert "(case_3) changed while round 1 was trained on" in run(rounds=1).taken_up[0]
+    with pytest.raises(OneShotError, match="case_3"):
+        run(rounds=1)
+    assert (len(fake.trained), superseded(fake)) == (2, [])
+    path.write_bytes(kept[0])
+    settles(fake, rounds=1)
+
+
+def test_a_label_that_does_not_fit_is_refused_before_its_model_is_moved(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved while labels were refreshed, so that the training that follows is to be done again."""
+    path = open_store(601)[0].label_path("case_3")
+    kept = path.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_module, "refresh", lambda *_: write_image(path, label_array(0, (4, 9, 8))))
+        with pytest.raises(OneShotError, match=r"case_3\.nii\.gz: expected the shape"):
+            run(rounds=0)
+    assert (len(fake.trained), superseded(fake)) == (1, [])
+    path.write_bytes(kept)
+    settles(fake, rounds=0)
 
 
 def test_what_is_edited_during_the_full_preprocessing_is_left_to_the_refresh(
@@ -445,3 +521,303 @@ def test_a_second_edit_after_a_kill_amid_taking_up_the_first_is_kept(
         np.testing.assert_array_equal(read(label), second)
     assert store.read_manifest().cases["case_3"].status == "corrected"
     settles(fake, rounds=1)
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_an_added_image_whose_labelling_is_killed_is_the_models(
+    fake: FakeNnunet, roots: Roots, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed before each of its four labels is written, and before the manifest is: no person drew any of them."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    written, replace = list[object](), rounds_module.os.replace
+    watched = [store.label_path, store.fused_path, lambda case: store.round_path(1, case)]
+    paths = {str(path("case_5")) for path in watched} | {str(target_path(store, 1, "case_5"))}
+
+    def killed(source: object, destination: object) -> None:
+        # Only once the model was asked: what stood in for its label before is a change of its own.
+        if any("case_5" in cases for cases in fake.predicted.values()) and (
+            str(destination) in paths or (stop == 4 and str(destination) == str(store.manifest_path))
+        ):
+            if len(written) == stop:
+                raise KeyboardInterrupt
+            written.append(destination)
+        replace(source, destination)
+
+    write_image(roots.raw / "Dataset501_toy" / "imagesTr" / "case_5_0000.nii.gz", image_array(5))
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    assert run(rounds=1).round == 1
+    assert store.read_manifest().cases["case_5"].status == "pseudo"
+    for path in sorted(paths):
+        assert read(Path(path)).any(), path
+        np.testing.assert_array_equal(read(Path(path)), read(store.label_path("case_5")))
+    run(rounds=2)
+    assert "case_5" in fake.predicted[(len(fake.trained) - 1, "all")]
+    settles(fake, rounds=2)
+
+
+def test_two_edits_of_one_case_that_differ_are_refused(fake: FakeNnunet, call: Callable[..., Answer]) -> None:
+    """One of them would be overwritten, whichever was taken."""
+    run(rounds=1)
+    store, _ = open_store(601)
+    paths = [store.fused_path("case_3"), store.label_path("case_3")]
+    edits = [np.roll(label_array(0), by, axis=1) for by in (2, 3)]
+    for path, edited in zip(paths, edits, strict=True):
+        write_image(path, edited)
+    refused(call(cli.refine, *REFINE, "-rounds", 1, "--all_rounds"), "case_3", *map(str, paths), "copy the one that")
+    for path, edited in zip(paths, edits, strict=True):
+        np.testing.assert_array_equal(read(path), edited)
+    shutil.copyfile(*paths)
+    assert run(rounds=1).taken_up[0] == "case_3: corrected by hand"
+    for path in paths:
+        np.testing.assert_array_equal(read(path), edits[0])
+
+
+def test_the_label_of_a_round_copied_beside_an_edit_is_none(fake: FakeNnunet) -> None:
+    run(rounds=1)
+    store, _ = open_store(601)
+    shutil.copyfile(store.fused_path("case_3"), store.label_path("case_3"))
+    edited = np.roll(label_array(0), 2, axis=1)
+    write_image(store.fused_path("case_3"), edited)
+    assert run(rounds=1).taken_up[0] == "case_3: corrected by hand"
+    np.testing.assert_array_equal(read(store.label_path("case_3")), edited)
+
+
+# --- what people set back to ignore -------------------------------------------------------------------------------
+
+
+def draw_slices(roots: Roots, case: str, *slices: int) -> None:
+    """A sparse label in the source dataset: class 2 all over the slices, which no program says."""
+    folder = roots.raw / "Dataset501_toy"
+    edit_json(folder, labels={"background": 0, "organ": 1, "spot": 2, "ignore": IGNORE})
+    label = np.full_like(label_array(0), IGNORE)
+    label[list(slices)] = 2
+    write_image(folder / "labelsTr" / f"{case}.nii.gz", label)
+
+
+def only_drawn(label: np.ndarray, *slices: int) -> bool:
+    return [n for n, plane in enumerate(label) if (plane == 2).all()] == list(slices)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as noted", "noted later"])
+def test_a_drawn_slice_that_is_taken_back_is_trained_on_no_longer(fake: FakeNnunet, roots: Roots, older: bool) -> None:
+    """Nor in the rounds before; the next round fills it. Datasets of older versions have no note of what was drawn."""
+    run(rounds=1)
+    draw_slices(roots, "case_3", 1, 3)
+    run(rounds=1)
+    store, _ = open_store(601)
+    if older:
+        shutil.rmtree(store.state_folder / "drawn")
+        assert run(rounds=1).taken_up == []
+    for number in (0, 1):
+        run(rounds=number)
+        assert only_drawn(read(store.label_path("case_3")), 1, 3)
+    draw_slices(roots, "case_3", 1)
+    assert run(rounds=1).taken_up[0] == "case_3: set back to ignore by a person since"
+    assert (read(store.label_path("case_3"))[3] == IGNORE).all()
+    settles(fake, rounds=1)
+    run(rounds=0)
+    assert only_drawn(read(store.label_path("case_3")), 1)
+    run(rounds=2)
+    assert only_drawn(read(store.label_path("case_3")), 1)
+    assert (read(store.label_path("case_3"))[3] != IGNORE).any(), "a model's word"
+    assert store.read_manifest().cases["case_3"].status == "sparse"
+
+
+def test_another_slice_drawn_instead_takes_the_place_of_the_first(fake: FakeNnunet, roots: Roots) -> None:
+    run(rounds=0)
+    draw_slices(roots, "case_3", 1)
+    run(rounds=0)
+    draw_slices(roots, "case_3", 3)
+    assert run(rounds=0).taken_up[0] == "case_3: drawn by a person since"
+    store, _ = open_store(601)
+    label = read(store.label_path("case_3"))
+    assert only_drawn(label, 3)
+    assert (label[1] == IGNORE).all()
+
+
+@pytest.mark.parametrize("when", ["propagated", "drawn since"])
+def test_a_part_of_a_whole_label_that_is_taken_back_is_filled_by_a_model(
+    fake: FakeNnunet, roots: Roots, when: str
+) -> None:
+    case = {"propagated": "case_0", "drawn since": "case_3"}[when]
+    run(rounds=1)
+    draw_slices(roots, case, *range(5))
+    run(rounds=1)
+    store, _ = open_store(601)
+    assert store.read_manifest().cases[case].status == "annotated"
+    draw_slices(roots, case, 0, 1)
+    assert run(rounds=1).taken_up[0] == f"{case}: set back to ignore by a person since"
+    assert store.read_manifest().cases[case].status == "sparse"
+    assert (read(store.label_path(case))[2:] == IGNORE).all()
+    settles(fake, rounds=1)
+    for number in (0, 2):
+        run(rounds=number)
+        assert only_drawn(read(store.label_path(case)), 0, 1)
+    said = drifting(case, len(fake.trained) - 1)[2:]
+    np.testing.assert_array_equal(read(store.fused_path(case))[2:], said)
+
+
+def test_a_slice_taken_back_before_the_first_refinement_is_seen(
+    roots: Roots, fakes: dict[str, FakePropagator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_raw(roots.raw, cases=CASES)
+    draw_slices(roots, "case_3", 1, 3)
+    propagate(501, 601, propagators=("sam2",), views=("still", "shifted"), num_processes=1)
+    fake = replace_nnunet(roots, monkeypatch)
+    draw_slices(roots, "case_3", 1)
+    assert run(rounds=0).taken_up == ["case_3: set back to ignore by a person since"]
+    store, _ = open_store(601)
+    assert only_drawn(read(store.label_path("case_3")), 1)
+    assert fake.labels[-1]["case_3.nii.gz"] == store.label_path("case_3").read_bytes()
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_a_slice_taken_back_stays_so_after_a_kill(
+    fake: FakeNnunet, roots: Roots, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Killed before each of four labels is published, and before it is noted what is drawn now."""
+    run(rounds=1)
+    draw_slices(roots, "case_3", 1, 3)
+    run(rounds=1)
+    draw_slices(roots, "case_3", 1)
+    calls, copy = list[object](), refine_changes.copy_label
+
+    def killed(*arguments: Any) -> None:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        copy(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_changes, "copy_label", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    assert run(rounds=1).taken_up[0] == "case_3: set back to ignore by a person since"
+    store, _ = open_store(601)
+    assert (read(store.label_path("case_3"))[3] == IGNORE).all()
+    settles(fake, rounds=1)
+    run(rounds=0)
+    assert only_drawn(read(store.label_path("case_3")), 1)
+
+
+# --- decisions that are stopped -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the first refinement", "after a round"])
+@pytest.mark.parametrize("stop", range(4))
+def test_a_label_drawn_in_the_review_is_a_persons_word_wherever_that_stops(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, first: bool, stop: int
+) -> None:
+    """Stopped after each of the three labels that it writes, and after the manifest."""
+    if not first:
+        run(rounds=1)
+    store, raw = open_store(601)
+    number, drawn = store.read_manifest().round, np.roll(label_array(0), 2, axis=1).astype(np.int16)
+    paths = [store.label_path("case_3"), store.fused_path("case_3"), store.round_path(number, "case_3")]
+    watched, written, replace = (
+        {str(p) for p in (*paths, store.manifest_path)},
+        list[object](),
+        rounds_module.os.replace,
+    )
+
+    def killed(source: object, destination: object) -> None:
+        replace(source, destination)
+        if str(destination) in watched:
+            written.append(destination)
+            if len(written) == stop + 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            correct(raw, store, "case_3", drawn)
+    run(rounds=1)
+    run(rounds=2)
+    assert store.read_manifest().cases["case_3"].status == "corrected"
+    for path in (*paths, store.round_path(2, "case_3")):
+        np.testing.assert_array_equal(read(path), drawn)
+    settles(fake, rounds=2)
+
+
+@pytest.mark.parametrize("case", ["case_1", "case_3"], ids=["another case", "the edited case"])
+def test_a_decision_after_a_refine_that_was_stopped_amid_taking_up_an_edit_stands(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    run(rounds=1)
+    store, raw = open_store(601)
+    edited, drawn = (np.roll(label_array(0), by, axis=1).astype(np.int16) for by in (2, 3))
+    write_image(store.label_path("case_3"), edited)
+    with monkeypatch.context() as patched:
+        patched.setattr(refine_changes, "copy_label", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(rounds=1)
+    if case == "case_3":
+        with pytest.raises(ConflictError, match=r"stopped refine.*look at it again"):
+            correct(raw, store, case, drawn)
+        np.testing.assert_array_equal(read(store.fused_path(case)), edited)
+    correct(raw, store, case, drawn)
+    run(rounds=1)
+    np.testing.assert_array_equal(read(store.label_path(case)), drawn)
+    assert store.read_manifest().cases[case].review is not None
+    assert store.read_manifest().cases["case_3"].status == "corrected"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the first refinement", "after a round"])
+@pytest.mark.parametrize("action", ["reject", "undo"])
+def test_a_decision_that_is_stopped_is_made_whole_or_not_at_all(
+    fake: FakeNnunet, monkeypatch: pytest.MonkeyPatch, action: Action, first: bool
+) -> None:
+    """Stopped before every file that it writes, one after the other; a refinement goes on after each."""
+    store, raw = open_store(601)
+    if not first:
+        run(rounds=1)
+    replace, stops, cases = rounds_module.os.replace, list[int](), dict(store.read_manifest().cases)
+
+    def review() -> dict[str, Any]:
+        return store.read_manifest().cases["case_3"].review or {}
+
+    def stopped(at: int) -> bool:
+        written = list[object]()
+
+        def killed(source: object, destination: object) -> None:
+            if len(written) == at:
+                raise KeyboardInterrupt
+            written.append(destination)
+            replace(source, destination)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(rounds_module.os, "replace", killed)
+            try:
+                decide(raw, store, "case_3", action, seen=review().get("time"))
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    shutil.copytree(store.folder, kept := store.folder.with_name("kept"))
+    while True:
+        shutil.rmtree(store.folder)
+        shutil.copytree(kept, store.folder)
+        if action == "undo":
+            decide(raw, store, "case_3", "reject")
+        if not stopped(len(stops)):
+            break
+        stops.append(len(stops))
+        refine_changes.finish_taking(raw, store)
+        label = read(store.label_path("case_3"))
+        record = store.read_manifest().cases["case_3"]
+        assert (record.status == "rejected") == bool((label == IGNORE).all()), f"stopped before file {stops[-1]}"
+        assert (review().get("decision") == "rejected") == (record.status == "rejected")
+        assert cases["case_3"].status == "pseudo"
+        if not first:
+            look = refine_changes.Look(raw, store, raw.case("case_3"), record, store.read_manifest().round)
+            assert refine_changes.look_at(look) is None, "no edit"
+        if record.status == "rejected":
+            decide(raw, store, "case_3", "undo", seen=review()["time"])
+        decide(raw, store, "case_3", "reject", seen=review().get("time"))
+        decide(raw, store, "case_3", "undo", seen=review()["time"])
+        np.testing.assert_array_equal(read(store.label_path("case_3")), read(kept / "labelsTr" / "case_3.nii.gz"))
+    assert len(stops) > 8

@@ -18,7 +18,7 @@ import numpy as np
 
 from nnunet_oneshot.dataset import Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.rounds import target_path
+from nnunet_oneshot.refine_changes import KINDS, Change, Look, finish_taking, publish_staged, stage
 from nnunet_oneshot.store import LEFT_OUT, CaseRecord, Manifest, Status, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
 from sam2_propagation.interface import LabelVolume
@@ -51,18 +51,22 @@ def decide(
         ConflictError: there is a newer decision than `seen`.
         OneShotError: an unknown case, a decision that its status does not allow, or a refinement at work.
     """
-    with _manifest(raw, store) as manifest:
+    with _at_work(raw, store, name):
+        manifest = store.read_manifest()
         record, case = _record(manifest, name), raw.case(name)
         _check_seen(name, record, seen)
         _check_allowed(raw, name, record, action)
-        if action == "accept":
-            record = _accept(raw, store, case, record)
-        elif action == "reject":
-            record = _reject(raw, store, case, record)
-        elif action == "undo":
-            record = _restore(raw, store, case, record, manifest.round)
-        manifest.cases[name] = record
-        record.review = _review(record, action, comment)
+        review = _review(record, action, comment)
+        look = Look(raw, store, case, record, manifest.round)
+        if action == "reject":
+            return _reject(look, review)
+        if action == "undo":
+            return _restore(look, review)
+        with _manifest(raw, store) as manifest:
+            if action == "accept":
+                record = _accept(raw, store, case, record)
+            manifest.cases[name] = record
+            record.review = review
     return record
 
 
@@ -79,31 +83,47 @@ def correct(
     """
     if not label.any():
         raise OneShotError(f"{name}: expected foreground in the corrected label, found none; reject the case instead")
-    with _manifest(raw, store) as manifest:
-        record, case = _record(manifest, name), raw.case(name)
-        _check_seen(name, record, seen)
-        _check_not_annotated(raw, name, record)
-        _keep(raw, store, case, record)
-        label = _with_drawn_voxels(raw, case, label)
-        paths = (store.round_path(manifest.round, name), store.fused_path(name), store.label_path(name))
-        for path in paths:
-            store.write_label(raw, label, path, case)
-        # An estimate of the machine's label says nothing of a person's.
-        changes = {"status": "corrected", "divergence": 0.0, "round": manifest.round, "quality": None, "reason": None}
-        record = record.model_copy(update=changes)
-        manifest.cases[name] = record
-        record.review = _review(record, "correct", comment)
+    with _at_work(raw, store, name):
+        with _manifest(raw, store) as manifest:
+            record, case = _record(manifest, name), raw.case(name)
+            _check_seen(name, record, seen)
+            _check_not_annotated(raw, name, record)
+            _keep(raw, store, case, record)
+            label = _with_drawn_voxels(raw, case, label)
+            # The best guess first and its round last, so that all that a crash leaves reads as a person's edit.
+            for path in (store.fused_path(name), store.label_path(name)):
+                store.write_label(raw, label, path, case)
+            # An estimate of the machine's label says nothing of a person's.
+            changes = {"status": "corrected", "divergence": 0.0, "round": manifest.round}
+            record = record.model_copy(update={**changes, "quality": None, "reason": None})
+            manifest.cases[name] = record
+            record.review = _review(record, "correct", comment)
+        store.write_label(raw, label, store.round_path(manifest.round, name), case)
     return record
+
+
+@contextmanager
+def _at_work(raw: RawDataset, store: Store, name: str) -> Iterator[None]:
+    """No other decision and no refinement meanwhile, and none that was stopped with changes that it had yet to write.
+
+    These would be written over the decision by the next one.
+    """
+    with store.lock("review", wait=True), _no_refinement(store):
+        if name in {taken.case for taken in finish_taking(raw, store)}:
+            raise ConflictError(
+                f"{name}: expected its label as you saw it, found a change of it that a stopped refine or review had "
+                "not put in force, which is done now; look at it again"
+            )
+        yield
 
 
 @contextmanager
 def _manifest(raw: RawDataset, store: Store) -> Iterator[Manifest]:
     """The manifest to change; what nnU-Net reads and the manifest itself are written at the end, in that order."""
-    with store.lock("review", wait=True), _no_refinement(store):
-        manifest = store.read_manifest()
-        yield manifest
-        write_training_files(raw, store, manifest)
-        store.write_manifest(manifest)
+    manifest = store.read_manifest()
+    yield manifest
+    write_training_files(raw, store, manifest)
+    store.write_manifest(manifest)
 
 
 @contextmanager
@@ -158,40 +178,44 @@ def _accept(raw: RawDataset, store: Store, case: Case, record: CaseRecord) -> Ca
     return record.model_copy(update={"status": status})
 
 
-def _reject(raw: RawDataset, store: Store, case: Case, record: CaseRecord) -> CaseRecord:
-    _keep(raw, store, case, record)
+def _reject(look: Look, review: dict[str, Any]) -> CaseRecord:
+    """Staged and named first: a label of nothing whose record does not say why would be no label to `refine`."""
+    raw, store, case = look.dataset, look.store, look.case
+    _keep(raw, store, case, look.record)
     guess = raw.read_label(store.fused_path(case.name))
     nothing = np.full(guess.shape, ignore_value(raw), np.int16)
-    store.write_label(raw, nothing, store.label_path(case.name), case)
-    return record.model_copy(update={"status": "rejected"})
+    record = look.record.model_copy(update={"status": "rejected", "review": review})
+    publish_staged(raw, store, [Change(case.name, "decided", record, stage(look, nothing, guess), rounds=())])
+    return record
 
 
 def _keep(raw: RawDataset, store: Store, case: Case, record: CaseRecord) -> None:
     """Put the machine's state aside, once; the record comes last, as a sign that all is there."""
     folder = _kept_folder(store, case.name)
-    if (folder / "record.json").is_file():
-        return
+    if (path := folder / "record.json").is_file():
+        kept = CaseRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        # Else it is what an undoing that was stopped left.
+        if kept == record or (record.review or {}).get("decision") is not None:
+            return
+        path.unlink()
     for kind, path in _kept_labels(store, case.name).items():
         store.write_label(raw, raw.read_label(path), folder / f"{kind}{store.file_ending}", case)
     store.write_json(record.model_dump(), folder / "record.json")
 
 
-def _restore(raw: RawDataset, store: Store, case: Case, record: CaseRecord, number: int) -> CaseRecord:
-    folder = _kept_folder(store, case.name)
-    if not (folder / "record.json").is_file():
-        raise OneShotError(f"{case.name}: expected a decision to undo, found none; there is nothing to do")
-    for kind, path in _kept_labels(store, case.name).items():
-        label = raw.read_label(folder / f"{kind}{store.file_ending}")
-        store.write_label(raw, label, path, case)
-        if kind == "fused":
-            store.write_label(raw, label, store.round_path(number, case.name), case)
+def _restore(look: Look, review: dict[str, Any]) -> CaseRecord:
+    raw, store, name = look.dataset, look.store, look.case.name
+    folder = _kept_folder(store, name)
+    if not (folder / "record.json").is_file() or (look.record.review or {}).get("decision") is None:
+        raise OneShotError(f"{name}: expected a decision to undo, found none; there is nothing to do")
+    target, guess = (raw.read_label(folder / f"{kind}{store.file_ending}") for kind in ("target", "fused"))
     before = CaseRecord.model_validate_json((folder / "record.json").read_text(encoding="utf-8"))
-    if before.status not in LEFT_OUT:
-        # What the round in force would train on is what lies there again: `refine` takes a difference for an edit.
-        target = raw.read_label(store.label_path(case.name))
-        store.write_label(raw, target, target_path(store, number, case.name), case)
+    record = before.model_copy(update={"review": review})
+    # What the round in force would train on is what lies there again: `refine` takes a difference for an edit.
+    rounds = ("guess",) if before.status in LEFT_OUT else KINDS
+    publish_staged(raw, store, [Change(name, "decided", record, stage(look, target, guess), rounds)])
     shutil.rmtree(folder)
-    return before.model_copy(update={"review": record.review})
+    return record
 
 
 def _kept_folder(store: Store, name: str) -> Path:
