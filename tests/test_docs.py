@@ -122,7 +122,7 @@ def _tutorial(folder: Path) -> None:
 def _annotated(folder: Path) -> Path:
     """Thick slices, which SAM2 labels along one plane: the tutorial's images are labelled along three."""
     raw, truth = folder / "nnUNet_raw", folder / "truth"
-    return write_phantom_dataset(raw, 501, truth=truth, cases=4, shape=(10, 64, 64), kind="thick_slices").folder
+    return write_phantom_dataset(raw, 501, truth=truth, cases=3, shape=(10, 64, 64), kind="thick_slices").folder
 
 
 def _tools(folder: Path) -> None:
