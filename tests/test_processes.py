@@ -13,7 +13,7 @@ from raw_datasets import Roots, write_raw
 from test_refine import CASES, replace_nnunet
 from tiny_dataset import write_dataset
 
-from nnunet_oneshot import nnunet, nnunet_process, parallel
+from nnunet_oneshot import nnunet, nnunet_process, parallel, refine_relabelling, refine_work
 from nnunet_oneshot import propagate as propagate_module
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot.errors import NnunetFailureError
@@ -26,7 +26,7 @@ SCRIPTS = pytest.mark.skipif(os.name == "nt", reason="a script stands in for Pyt
 
 @pytest.fixture(autouse=True)
 def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (parallel, nnunet, propagate_module, refine_module):
+    for module in (parallel, nnunet, propagate_module, refine_work):
         monkeypatch.setattr(module, "default_processes", lambda: CORES)
 
 
@@ -76,9 +76,10 @@ def test_a_second_opinion_shares_the_gpu_too(
         seen.append(arguments[-1])
         raise Begun
 
+    monkeypatch.setattr(refine_module, "check_device", lambda *_: None)
     monkeypatch.setattr(refine_module, "check_sam2", lambda *_: None)
-    monkeypatch.setattr(refine_module, "ask_sam2", ask)
-    monkeypatch.setattr(refine_module._Work, "processes", 1)
+    monkeypatch.setattr(refine_relabelling, "ask_sam2", ask)
+    monkeypatch.setattr(refine_work.Work, "processes", 1)
     with pytest.raises(Begun):
         refine_module.refine(601, "2d", self_opinion="builtin", device="cuda", num_processes=asked)
     assert seen == [expected]

@@ -17,8 +17,7 @@ from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, image_array, label_array, make_sparse, read, write_image, write_raw
 
-from nnunet_oneshot import cli, nnunet, refine_changes, second_opinion
-from nnunet_oneshot import refine as refine_module
+from nnunet_oneshot import cli, nnunet, refine_changes, refine_training, second_opinion
 from nnunet_oneshot.dataset import open_dataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
@@ -116,8 +115,8 @@ def replace_nnunet(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> FakeNnunet:
     made = FakeNnunet(roots)
     for name in ("plan_and_preprocess", "train", "check_trained", "predict"):
         monkeypatch.setattr(nnunet, name, getattr(made, name))
-    monkeypatch.setattr(refine_module, "refresh", lambda *_: None)
-    monkeypatch.setattr(refine_module, "note_preprocessed", lambda *_: None)
+    monkeypatch.setattr(refine_training, "refresh", lambda *_: None)
+    monkeypatch.setattr(refine_training, "note_preprocessed", lambda *_: None)
     return made
 
 

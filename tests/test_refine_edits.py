@@ -18,12 +18,13 @@ from raw_datasets import Roots, edit_json, image_array, label_array, make_sparse
 from test_bad_input import change_voxel, refused, truncate
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
 
-from nnunet_oneshot import cli, nnunet, refine_changes
+from nnunet_oneshot import cli, nnunet, refine_changes, refine_training
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import rounds as rounds_module
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.refine import open_store
+from nnunet_oneshot.refine_work import Work
 from nnunet_oneshot.refresh import raw_label_hashes
 from nnunet_oneshot.relabel import Change
 from nnunet_oneshot.review.decisions import Action, ConflictError, correct, decide
@@ -76,7 +77,7 @@ def test_what_is_edited_while_labels_are_refreshed_is_trained_on(
         found.append(read(store.label_path("case_3")))
         store.write_label(raw, drawn, store.label_path("case_3"), raw.case("case_3"))
 
-    monkeypatch.setattr(refine_module, "refresh", refresh)
+    monkeypatch.setattr(refine_training, "refresh", refresh)
     run(rounds=0)
     assert [np.array_equal(label, drawn) for label in found] == [False, True]
     assert len(fake.trained) == 2, "once on the old label, then on the new one"
@@ -150,7 +151,7 @@ def test_a_label_that_does_not_fit_is_refused_before_its_model_is_moved(
     path = open_store(601)[0].label_path("case_3")
     kept = path.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(refine_module, "refresh", lambda *_: write_image(path, label_array(0, (4, 9, 8))))
+        patched.setattr(refine_training, "refresh", lambda *_: write_image(path, label_array(0, (4, 9, 8))))
         with pytest.raises(OneShotError, match=r"case_3\.nii\.gz: expected the shape"):
             run(rounds=0)
     assert (len(fake.trained), superseded(fake)) == (1, [])
@@ -169,7 +170,7 @@ def test_what_is_edited_during_the_full_preprocessing_is_left_to_the_refresh(
         store.write_label(raw, np.roll(label_array(3), 2, axis=1), store.label_path("case_3"), raw.case("case_3"))
 
     monkeypatch.setattr(nnunet, "plan_and_preprocess", plan_and_preprocess)
-    monkeypatch.setattr(refine_module, "note_preprocessed", lambda *arguments: noted.append(arguments[-1]))
+    monkeypatch.setattr(refine_training, "note_preprocessed", lambda *arguments: noted.append(arguments[-1]))
     run(rounds=0)
     assert noted == [before]
     assert raw_label_hashes(601) != before
@@ -243,10 +244,10 @@ def test_an_image_added_after_a_kill_amid_a_round_is_labelled_by_the_next(halfwa
 def worse_from(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
     """Rounds from `first` on are found to be astray."""
 
-    def worse(self: Any, change: Change) -> str | None:
+    def worse(_: Work, change: Change) -> str | None:
         return "worse" if change.number >= first else None
 
-    monkeypatch.setattr(refine_module._Work, "_worse", worse)
+    monkeypatch.setattr(refine_module, "_worse", worse)
 
 
 def settles(fake: FakeNnunet, **more: Any) -> None:

@@ -16,7 +16,7 @@ from fake_propagator import FakePropagator
 from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
 from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
 
-from nnunet_oneshot import cli, first_round, nnunet
+from nnunet_oneshot import cli, first_round, nnunet, refine_changes
 from nnunet_oneshot import refine as refine_module
 from nnunet_oneshot import run as run_module
 from nnunet_oneshot.errors import OneShotError
@@ -202,7 +202,7 @@ def test_a_correction_survives_a_kill_amid_taking_it_up(
     edited[:2], edited[2] = IGNORE, 1
     write_image(store.label_path("case_3"), edited)
     calls: list[object] = []
-    copy = refine_module.take_up.__globals__["copy_label"]
+    copy = refine_changes.copy_label
 
     def killed(*arguments: object) -> None:
         if len(calls) == stop:
