@@ -254,8 +254,12 @@ def main() -> None:
         for axis in arguments.axes:
             for value in AXES[axis]:
                 work = arguments.o.resolve() / "cost"
-                if value <= arguments.most:
-                    opinion(work, axis, value) if arguments.opinion else point(work, axis, value, arguments.memory)
+                if value > arguments.most:
+                    continue
+                if arguments.opinion:
+                    opinion(work, axis, value)
+                else:
+                    point(work, axis, value, arguments.memory)
     points = found()
     print(table(points))
     if all(points.values()):

@@ -464,8 +464,8 @@ def main() -> None:
         methods = [m for m in arguments.methods if not arguments.no_mirroring or METHODS[m].trainer in NOT_MIRRORED]
         if left := sorted({*arguments.methods} - {*methods}):
             print(f"not run, since no trainer of theirs leaves mirrored images out: {', '.join(left)}")
-        skipped = run(arguments, methods)
-        print(*skipped, sep="\n")
+        for why in run(arguments, methods):
+            print(why)
     write_results(list(SETS))
 
 

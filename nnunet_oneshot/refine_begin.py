@@ -19,6 +19,9 @@ def begin(work: Work) -> list[str]:
     """Check that this refinement may run here, record what it is, and bring the labels to a known state."""
     if work.plans_given or nnunet.plans_file(work.name, work.plan.plans).is_file():
         nnunet.check_configuration(work.name, work.plan.plans, work.plan.configuration)
+    if {case.name for case in work.raw.cases} == {*work.store.read_manifest().cases}:
+        # Before anything is moved or noted; of what people drew or added since it is said when that is taken up.
+        _check_folds(work)
     begun = work.record.begun()
     if begun is not None and begun != work.plan and not work.record.is_trained():
         # A training that never ended leaves a folder, which the one that is asked for now must not go on from.
@@ -35,7 +38,7 @@ def begin(work: Work) -> list[str]:
 def take_up_edits(work: Work) -> list[str]:
     """Take up what people changed; forgets what was made of labels that are no longer in force."""
     taken = take_up(work.raw, work.store, work.processes)
-    # Only now it is known which cases a person drew on; a plan that is refused for that must leave no trace.
+    # Only now it is known which cases a person drew on since.
     _check_folds(work)
     _adopt_plan(work)
     number = work.store.read_manifest().round

@@ -27,9 +27,11 @@ from nnunet_oneshot.dataset import IGNORE, Case, RawDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.file_hash import hash_of_voxels
 from nnunet_oneshot.parallel import over_cases
+from nnunet_oneshot.prompting import carried_views
 from nnunet_oneshot.rounds import copy_label, kept_manifest, kept_rounds, switching_to, target_path
 from nnunet_oneshot.store import DRAWN, HUMAN_WORD, LEFT_OUT, CaseRecord, Store
 from nnunet_oneshot.training_data import ignore_value, write_training_files
+from sam2_propagation.consensus import fuse
 from sam2_propagation.interface import BoolVolume, LabelVolume
 
 ADDED = "the image was added after the labels were propagated"
@@ -141,8 +143,9 @@ def finish_taking(dataset: RawDataset, store: Store) -> list[Taken]:
         manifest = store.read_manifest()
         for name, change in json.loads(path.read_text(encoding="utf-8")).items():
             found, kinds = change.get("found", {}), change.get("rounds", KINDS)
-            _publish(dataset, store, manifest.round, name, found, kinds)
-            manifest.cases[name] = CaseRecord.model_validate(change["record"])
+            record = CaseRecord.model_validate(change["record"])
+            _publish(dataset, store, manifest.round, name, found, kinds, record.views)
+            manifest.cases[name] = record
             taken.append(Taken(name, change["what"]))
         manifest.cases = dict(sorted(manifest.cases.items()))
         write_training_files(dataset, store, manifest)
@@ -229,14 +232,24 @@ def _drawn(look: Look, human: LabelVolume, target: LabelVolume, guess: LabelVolu
             # Older versions did not note it: what is set back to ignore from now on is seen.
             look.store.write_label(look.dataset, human, look.store.drawn_path(look.case.name), look.case)
         return None
-    # Of a label that was drawn whole nothing else is known; the guess of others is a program's but where they drew.
-    nothing = withdrawn if look.record.status == "annotated" else np.zeros_like(withdrawn)
+    guess = np.where(by_hand, human, guess)
+    if withdrawn.any():
+        # Trainers that learn the best guess where a label is ignored would still learn what a person took back.
+        word = _carried(look.dataset, look.store, look.case, look.record.views)
+        guess = np.where(withdrawn, 0 if word is None else word, guess)
     target = np.where(withdrawn, ignore, np.where(by_hand, human, target))
-    found = stage(look, target, np.where(nothing, 0, np.where(by_hand, human, guess)))
+    found = stage(look, target, guess)
     if status == "sparse":
         look.store.write_label(look.dataset, human, _staged(look.store, "drawn", look.case.name), look.case)
     changes = {"status": status, "round": look.number, "quality": None, "reason": None}
     return Change(look.case.name, "withdrawn" if same else "labelled", look.record.model_copy(update=changes), found)
+
+
+def _carried(dataset: RawDataset, store: Store, case: Case, views: Sequence[str]) -> LabelVolume | None:
+    """What programs carried to a case, all views of it fused; None where nothing was."""
+    sources = dict.fromkeys(view.split("/")[0] for view in views)
+    labels = [label for source in sources for label in carried_views(dataset, store, source, case.name)]
+    return fuse(labels, spacing=dataset.image_geometry(case)[1]).label if labels else None
 
 
 def _withdrawn(look: Look, by_hand: BoolVolume) -> BoolVolume:
@@ -381,12 +394,14 @@ def _hash(dataset: RawDataset, path: Path) -> str | None:
     return hash_of_voxels(dataset.read_label(path)) if path.is_file() else None
 
 
-def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: Found, kinds: Sequence[str]) -> None:
+def _publish(
+    dataset: RawDataset, store: Store, number: int, name: str, found: Found, kinds: Sequence[str], views: Sequence[str]
+) -> None:
     """Copy a case's staged labels to its round and to where they are in force, but over no edit made since."""
     rounds = {"guess": store.round_path(number, name), "target": target_path(store, number, name)}
     drawn = _staged(store, "drawn", name)
     if drawn.is_file():
-        _withdraw_from_rounds(dataset, store, number, name, drawn)
+        _withdraw_from_rounds(dataset, store, number, name, drawn, views)
     for kind, path in _in_force(store, name).items():
         staged = _staged(store, kind, name)
         if kind in kinds:
@@ -400,16 +415,23 @@ def _publish(dataset: RawDataset, store: Store, number: int, name: str, found: F
         copy_label(store, drawn, store.drawn_path(name))
 
 
-def _withdraw_from_rounds(dataset: RawDataset, store: Store, number: int, name: str, drawn: Path) -> None:
-    """Set what a person no longer draws to ignore in the rounds that are not in force: they may be once more."""
+def _withdraw_from_rounds(
+    dataset: RawDataset, store: Store, number: int, name: str, drawn: Path, views: Sequence[str]
+) -> None:
+    """Take what a person no longer draws out of the rounds that are not in force: they may be once more."""
     if not store.drawn_path(name).is_file():
         return
     before, now = dataset.read_label(store.drawn_path(name)), dataset.read_label(drawn)
-    for path in (target_path(store, other, name) for other in kept_rounds(store) if other != number):
-        if not path.is_file():
-            continue
-        target = dataset.read_label(path)
-        gone = (before != dataset.ignore) & (now == dataset.ignore) & (target == before)
-        if gone.any():
-            rest = np.where(gone, ignore_value(dataset), target).astype(np.int16)
+    withdrawn = (before != dataset.ignore) & (now == dataset.ignore)
+    others = [other for other in kept_rounds(store) if other != number]
+    if not others or not withdrawn.any():
+        return
+    word = _carried(dataset, store, dataset.case(name), views)
+    for path, instead in (
+        *((target_path(store, other, name), ignore_value(dataset)) for other in others),
+        *((store.round_path(other, name), 0 if word is None else word) for other in others),
+    ):
+        if path.is_file():
+            label = dataset.read_label(path)
+            rest = np.where(withdrawn & (label == before), instead, label).astype(np.int16)
             store.write_label(dataset, rest, path, dataset.case(name))

@@ -74,14 +74,26 @@ def flags_of(plan: Plan) -> dict[str, str]:
     return typed | {flag: "" for flag, on in switches.items() if on}
 
 
-def repeated_flags(plan: Plan) -> str:
-    """What a command must be told to go on with a plan, beside its dataset and rounds.
+def repeated_flags(folder: Path) -> str | None:
+    """What `refine` must be told to go on in a pseudo-label dataset's folder, beside dataset and rounds.
 
-    Second opinions and weights to begin with are taken from the record where nobody names them.
+    Second opinions and weights to begin with are taken from the record once a training has ended. None where nothing
+    was begun.
     """
+    plan = begun_plan(folder)
+    if plan is None:
+        return None
     defaults = flags_of(make_plan(plan.configuration)) | {"-c": ""}
+    trained = _any_training(json.loads(_path(folder).read_text(encoding="utf-8"))["done"])
+    if not trained:
+        del defaults["-self_opinion"]
     asked = {flag: value for flag, value in flags_of(plan).items() if defaults.get(flag) != value}
-    return " ".join(_typed(asked, flag) for flag in asked if flag not in ("-self_opinion", "--from_scratch"))
+    recorded = ("-self_opinion", "--from_scratch") if trained else ()
+    return " ".join(_typed(asked, flag) for flag in asked if flag not in recorded)
+
+
+def _any_training(steps: Iterable[str]) -> bool:
+    return any(step.startswith(("train-", "further-")) for step in steps)
 
 
 def _differences(begun: Plan, plan: Plan) -> tuple[str, str]:
@@ -120,7 +132,7 @@ class Record:
 
     def is_trained(self) -> bool:
         """Whether any training has ended, be it for a second one on the same labels to begin."""
-        return any(step.startswith(("train-", "further-")) for step in self.steps())
+        return _any_training(self.steps())
 
     def begin(self, plan: Plan) -> bool:
         """Record what is begun; False where it had begun before. OneShotError where something else was trained.
@@ -256,7 +268,7 @@ def changed_labels(dataset: RawDataset, store: Store, number: int, processes: in
     # Only files that differ are read.
     other = sorted(name for name in cases if name not in now or before.get(name) != now[name])
     tasks = [(dataset, store, name, voxels[name]) for name in other if name in now and name in voxels]
-    same = dict(over_cases(_holds, tasks, processes=processes if len(tasks) > 20 else 1, title="note labels"))
+    same = dict(over_cases(_holds, tasks, processes=processes, title="note labels", few=FEW))
     return [name for name in other if not same.get(name, False)]
 
 

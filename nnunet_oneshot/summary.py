@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nnunet_oneshot.command_line import has_gpu
 from nnunet_oneshot.dataset import find_raw_folder, open_dataset
 from nnunet_oneshot.quality_gate import Doubt, mean_quality, needs_review
-from nnunet_oneshot.refine_record import begun_plan, repeated_flags
+from nnunet_oneshot.refine_record import repeated_flags
 from nnunet_oneshot.store import DIVERGENCE_MEANING, MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:  # what is summed up is there already; loading torch to print a table is not worth seconds
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # what is summed up is there already; loading torch to print 
     from nnunet_oneshot.trial import Trial
 
 DIVERGENCE_COST = (
-    "nothing that was measured where OneShotTrainer learns the best guess there; nnU-Net's own trainers ignore these "
-    "voxels and lose the more Dice the more of the structures they are (docs/method.md)"
+    "nothing that was measured on two sets where OneShotTrainer learns the best guess there; nnU-Net's own trainers "
+    "ignore these voxels, and lost Dice by it on both (docs/method.md)"
 )
 """What "Divergence: ignore it or not" there found on two real sets."""
 REVIEW_LINES = 10
@@ -211,8 +211,8 @@ def review_summary(result: Reviewed, dataset: int | str) -> dict[str, Any]:
 
 def _as_begun(dataset: int | str) -> str:
     """Flags that repeat the refinement that was begun; those of a first one where none was."""
-    plan = begun_plan(find_raw_folder(dataset))
-    return f"-c CONFIG{preset_here()}" if plan is None else repeated_flags(plan)
+    flags = repeated_flags(find_raw_folder(dataset))
+    return f"-c CONFIG{preset_here()}" if flags is None else flags
 
 
 def report_summary(page: Path, dataset: int | str) -> dict[str, Any]:

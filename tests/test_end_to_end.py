@@ -84,7 +84,8 @@ def test_run_labels_trains_relabels_and_repeats_nothing(folders: Path, capsys: p
     command = ["-d", "501", "-o", "601", "-c", "3d_fullres", "-preset", "tiny", "-device", "cpu"]
     command += ["-json", "--all_rounds"]
     with opened_files(phantom.truth, _labels_beside(phantom)) as opened:
-        cli.run(command)
+        # By workers too, which one processor would not start by itself.
+        cli.run([*command, "-np", "2"])
         _predict(phantom.folder / "imagesTs", folders / "predicted")
     assert not opened, "hidden labels were read while labels were made, a model trained and test images predicted"
     assert len(list((folders / "predicted").glob("*.nii.gz"))) == 2

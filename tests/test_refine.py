@@ -121,7 +121,7 @@ def replace_nnunet(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> FakeNnunet:
 
 
 def run(**more: Any) -> Refinement:
-    return refine(601, "2d", num_processes=1, **{"all_rounds": True, "min_quality": 0.0, **more})
+    return refine(601, "2d", **{"num_processes": 1, "all_rounds": True, "min_quality": 0.0, **more})
 
 
 def drifting(case: str, trainings: int) -> np.ndarray:

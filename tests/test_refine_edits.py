@@ -31,6 +31,7 @@ from nnunet_oneshot.review.decisions import Action, ConflictError, correct, deci
 from nnunet_oneshot.review.session import open_desk
 from nnunet_oneshot.rounds import Placement, kept_manifest, switching_to, target_path
 from nnunet_oneshot.store import Store
+from sam2_propagation.consensus import fuse
 
 IGNORE = 3
 
@@ -560,6 +561,23 @@ def test_an_added_image_whose_labelling_is_killed_is_the_models(
     settles(fake, rounds=2)
 
 
+def test_added_images_edits_and_rounds_are_worked_on_in_processes(fake: FakeNnunet, roots: Roots) -> None:
+    """What each worker is given and gives back is sent to it and from it."""
+    run(rounds=1, num_processes=2)
+    store, _ = open_store(601)
+    for index in (5, 6):
+        write_image(roots.raw / "Dataset501_toy" / "imagesTr" / f"case_{index}_0000.nii.gz", image_array(index))
+    drawn = np.roll(label_array(3), 2, axis=1)
+    write_image(store.label_path("case_3"), drawn)
+    result = run(rounds=2, num_processes=2)
+    assert "case_3: corrected by hand" in result.taken_up
+    records = store.read_manifest().cases
+    assert [records[case].status for case in ("case_3", "case_5", "case_6")] == ["corrected", "pseudo", "pseudo"]
+    np.testing.assert_array_equal(read(store.label_path("case_3")), drawn)
+    assert all(read(store.fused_path(case)).any() for case in ("case_5", "case_6"))
+    settles(fake, rounds=2)
+
+
 def test_two_edits_of_one_case_that_differ_are_refused(fake: FakeNnunet, call: Callable[..., Answer]) -> None:
     """One of them would be overwritten, whichever was taken."""
     run(rounds=1)
@@ -619,9 +637,12 @@ def test_a_drawn_slice_that_is_taken_back_is_trained_on_no_longer(fake: FakeNnun
     draw_slices(roots, "case_3", 1)
     assert run(rounds=1).taken_up[0] == "case_3: set back to ignore by a person since"
     assert (read(store.label_path("case_3"))[3] == IGNORE).all()
+    carried = fuse([read(store.view_path("fake", view, "case_3")) for view in ("still", "shifted")]).label
+    np.testing.assert_array_equal(read(store.fused_path("case_3"))[3], carried[3])
     settles(fake, rounds=1)
     run(rounds=0)
     assert only_drawn(read(store.label_path("case_3")), 1)
+    assert not (read(store.fused_path("case_3"))[3] == 2).all(), "OneShotTrainer would learn it as the best guess"
     run(rounds=2)
     assert only_drawn(read(store.label_path("case_3")), 1)
     assert (read(store.label_path("case_3"))[3] != IGNORE).any(), "a model's word"

@@ -55,6 +55,13 @@ def test_another_refinement_is_told_what_differs_as_flags(store: Store, asked: P
     assert f"expected the refinement that was begun there, {said} repeat those settings, or" in str(caught.value)
 
 
+def test_what_a_training_that_never_ended_was_told_is_repeated_whole(store: Store) -> None:
+    """Nothing of it is taken from the record yet: the training would be set aside."""
+    Record(store).begin(BEGUN)
+    last = review_summary(Reviewed(store.folder.name, 0, {}), 601)["lines"][-1]
+    assert last == "next: nnUNetv2_oneshot_refine -d 601 -c 2d -preset small -self_opinion none -rounds 1"
+
+
 @pytest.mark.parametrize(
     ("plan", "command"),
     [

@@ -249,7 +249,6 @@ def test_the_summary_tells_divergence_time_and_disk_of_the_whole_set() -> None:
         "  divergence, where views disagree: 1.23 % of voxels, 46% of those in and around the structures",
         "  time: about 84 minutes; disk: about 1236 MB",
     ]
-    assert "OneShotTrainer" in lines[heading + 4]
     assert "OneShotTrainer learns the best guess there" in lines[heading + 4]
     figures = {key: said[key] for key in ("divergence", "divergence_of_foreground", "minutes", "megabytes")}
     assert list(figures.values()) == [0.01234, 0.456, 83.7, 1236.4], "exact for machines"
