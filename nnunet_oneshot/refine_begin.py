@@ -59,7 +59,8 @@ def _check_folds(work: Work) -> None:
     """OneShotError where every fold would train on all cases, so that no new label would be out of fold."""
     statuses, folds = {record.status for record in work.store.read_manifest().cases.values()}, work.plan.num_folds
     # What trained already goes on: people may have drawn on the last un-annotated case since.
-    if folds == 1 or "sparse" not in statuses or not statuses <= set(DRAWN) or work.record.is_trained():
+    trained = work.record.begun() is not None and work.record.is_trained()
+    if folds == 1 or "sparse" not in statuses or not statuses <= set(DRAWN) or trained:
         return
     raise OneShotError(
         f"expected -num_folds {folds} to hold un-annotated cases out of training, found slices drawn in every "

@@ -23,7 +23,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.propagate import propagate
 from nnunet_oneshot.propagators import PropagatorOptions
 from nnunet_oneshot.refine import Refinement, open_store, refine
-from nnunet_oneshot.refine_record import Record
+from nnunet_oneshot.refine_record import Record, begun_plan
 from nnunet_oneshot.store import Store
 from nnunet_oneshot.training_data import splits
 from sam2_propagation.errors import PropagationError
@@ -244,6 +244,7 @@ def test_folds_that_would_all_train_on_the_same_are_refused(
     answer = call(cli.refine, "-d", 601, "-c", "2d", "-device", "cpu", "-np", 1, "-num_folds", 2)
     assert store.read_manifest().num_folds == 5, "nnU-Net's own"
     assert (roots.preprocessed / store.folder.name / "splits_final.json").read_bytes() == dealt
+    assert begun_plan(store.folder) is None, "refused before anything is noted"
     assert answer.code == 2
     assert "expected -num_folds 2 to hold un-annotated cases out" in answer.error
     assert "leave -num_folds out" in answer.error
