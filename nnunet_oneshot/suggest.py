@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_oneshot.checks import check_image
-from nnunet_oneshot.dataset import Case, RawDataset, open_dataset
+from nnunet_oneshot.dataset import Case, RawDataset, open_dataset, open_source
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.parallel import FEW, default_processes, over_cases
 from nnunet_oneshot.propagators import RECIPE
@@ -239,7 +239,7 @@ def _source_label(raw: RawDataset, case: Case, doubt: Doubt) -> Path | None:
         return None
     if not doubt.sparse:
         return case.label
-    source = open_dataset(Store(raw.folder, raw.file_ending).read_manifest().source_dataset)
+    source = open_source(Store(raw.folder, raw.file_ending).read_manifest().source_dataset, raw.folder)
     return source.case(case.name).label
 
 

@@ -167,5 +167,12 @@ def test_a_few_items_that_are_soon_done_need_no_worker(items: int, here: bool) -
     assert {process == os.getpid() for _, process in done} == {here}
 
 
+def test_workers_that_make_labels_of_labels_load_no_torch() -> None:
+    """Each of them would load it anew, for nothing."""
+    modules = ", ".join(f"nnunet_oneshot.{name}" for name in ("consensus", "first_round", "refine_changes", "relabel"))
+    code = f"import sys, {modules}, nnunet_oneshot.rounds; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_default_processes_is_a_count() -> None:
     assert default_processes() >= 1

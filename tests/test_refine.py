@@ -124,6 +124,19 @@ def run(**more: Any) -> Refinement:
     return refine(601, "2d", **{"num_processes": 1, "all_rounds": True, "min_quality": 0.0, **more})
 
 
+def killed_at(stop: int, function: Callable[..., None]) -> Callable[..., None]:
+    """A function whose call number `stop`, from 0, is a kill before it does anything."""
+    calls: list[object] = []
+
+    def killed(*arguments: object) -> None:
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        function(*arguments)
+
+    return killed
+
+
 def drifting(case: str, trainings: int) -> np.ndarray:
     """Another label from every model, so that rounds never settle."""
     return np.roll(label_array(int(case[-1])), trainings % 2, axis=2)

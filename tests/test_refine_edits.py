@@ -16,7 +16,7 @@ from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
 from test_bad_input import change_voxel, refused, truncate
-from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run, store_files
+from test_refine import CASES, FakeNnunet, drifting, killed_at, replace_nnunet, run, store_files
 
 from nnunet_oneshot import cli, nnunet, refine_changes, refine_training
 from nnunet_oneshot import refine as refine_module
@@ -501,14 +501,7 @@ def test_a_second_edit_after_a_kill_amid_taking_up_the_first_is_kept(
     """Killed before each of the four labels of the first edit is published, and before the manifest is written."""
     run(rounds=1)
     store, _ = open_store(601)
-    path, calls, copy = store.folder / where / "case_3.nii.gz", list[object](), refine_changes.copy_label
-
-    def killed(*arguments: Any) -> None:
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        calls.append(arguments)
-        copy(*arguments)
-
+    path, killed = store.folder / where / "case_3.nii.gz", killed_at(stop, refine_changes.copy_label)
     write_image(path, np.roll(label_array(0), 2, axis=1))
     with monkeypatch.context() as patched:
         patched.setattr(refine_changes, "copy_label", killed)
@@ -706,16 +699,8 @@ def test_a_slice_taken_back_stays_so_after_a_kill(
     draw_slices(roots, "case_3", 1, 3)
     run(rounds=1)
     draw_slices(roots, "case_3", 1)
-    calls, copy = list[object](), refine_changes.copy_label
-
-    def killed(*arguments: Any) -> None:
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        calls.append(arguments)
-        copy(*arguments)
-
     with monkeypatch.context() as patched:
-        patched.setattr(refine_changes, "copy_label", killed)
+        patched.setattr(refine_changes, "copy_label", killed_at(stop, refine_changes.copy_label))
         with pytest.raises(KeyboardInterrupt):
             run(rounds=1)
     assert run(rounds=1).taken_up[0] == "case_3: set back to ignore by a person since"

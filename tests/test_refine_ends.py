@@ -14,7 +14,7 @@ import torch
 from conftest import Answer
 from fake_propagator import FakePropagator
 from raw_datasets import LABELS, Roots, edit_json, image_array, label_array, make_sparse, read, write_image, write_raw
-from test_refine import CASES, FakeNnunet, drifting, replace_nnunet, run
+from test_refine import CASES, FakeNnunet, drifting, killed_at, replace_nnunet, run
 
 from nnunet_oneshot import cli, first_round, nnunet, refine_changes
 from nnunet_oneshot import refine as refine_module
@@ -201,15 +201,7 @@ def test_a_correction_survives_a_kill_amid_taking_it_up(
     edited = read(store.label_path("case_3"))
     edited[:2], edited[2] = IGNORE, 1
     write_image(store.label_path("case_3"), edited)
-    calls: list[object] = []
-    copy = refine_changes.copy_label
-
-    def killed(*arguments: object) -> None:
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        calls.append(arguments)
-        copy(*arguments)
-
+    killed = killed_at(stop, refine_changes.copy_label)
     with monkeypatch.context() as patched:
         patched.setattr("nnunet_oneshot.refine_changes.copy_label", killed)
         if stop == 4:
